@@ -1,0 +1,134 @@
+"""Which backend runs an op, and why the others do not.
+
+Four backends exist: ``torch`` (the reference, always there), ``cpp`` (the native CPU extension), ``triton``
+and ``cuda``. ``auto`` takes the first that has no reason against it; naming one (``FLOWKERN_BACKEND`` or
+``with flowkern.backend(name):``) either runs it or raises with the reasons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["BACKENDS", "backend", "call_native", "choose", "native", "only_torch", "reasons"]
+
+BACKENDS = ("cuda", "triton", "cpp", "torch")
+_AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
+
+
+def _load_native() -> tuple[ModuleType | None, str]:
+    """The compiled extension, or None and the reason. torch is imported first: both share its OpenMP."""
+    try:
+        return importlib.import_module("flowkern._native"), ""
+    except ImportError as error:
+        missing = importlib.util.find_spec("flowkern._native") is None
+        why = "the CPU extension was not built (no compiler at install time, or FLOWKERN_EXT=0)"
+        return None, why if missing else f"the CPU extension does not load: {error}"
+
+
+native, _native_reason = _load_native()
+
+
+@functools.cache
+def _triton_reason() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _checked(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend: unknown name {name!r}; expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+# Process-wide on purpose: autograd runs the backward of CUDA ops in threads of its own.
+_requested = _checked(os.environ.get("FLOWKERN_BACKEND", "auto"))
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the block on one backend: ``"auto"``, ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    The choice is process-wide. Raises ValueError for an unknown name at once, and RuntimeError from the op
+    that the named backend cannot serve.
+    """
+    global _requested
+    previous, _requested = _requested, _checked(name)
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def requested() -> str:
+    """The backend asked for: a name, or ``"auto"``."""
+    return _requested
+
+
+def reasons(name: str, implementations: Mapping[str, Callable], tensors: Sequence[torch.Tensor]) -> list[str]:
+    """Why backend ``name`` cannot serve an op on these tensors; empty if it can."""
+    if name not in implementations:
+        return ["the op has no kernel for it"]
+    device = tensors[0].device.type
+    if name == "cpp":
+        if native is None:
+            return [_native_reason]
+        return [] if device == "cpu" else [f"it serves CPU tensors, these are on {device!r}"]
+    if name == "triton":
+        if _triton_reason():
+            return [_triton_reason()]
+        if device == "cpu" and not interpreting():
+            return ["it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"]
+        return [] if device in ("cpu", "cuda") else [f"it serves CUDA tensors, these are on {device!r}"]
+    if name == "cuda" and device != "cuda":
+        return [f"it serves CUDA tensors, these are on {device!r}"]
+    return []
+
+
+def choose(op: str, implementations: Mapping[str, Callable], tensors: Sequence[torch.Tensor]) -> str:
+    """The backend that serves ``op`` on these tensors. Raises RuntimeError if the one asked for cannot."""
+    if _requested == "auto":
+        for name in _AUTO.get(tensors[0].device.type, ("torch",)):
+            if not reasons(name, implementations, tensors):
+                return name
+    elif why := reasons(_requested, implementations, tensors):
+        raise RuntimeError(f"{op}: backend {_requested!r} was asked for but cannot serve: {'; '.join(why)}")
+    return _requested
+
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4}
+
+
+def _describe(argument: Any) -> Any:
+    """A tensor as the extension takes it: (address, dtype code, shape, strides); anything else as it is."""
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr(), _DTYPES[argument.dtype], argument.shape, argument.stride()
+    return argument
+
+
+def call_native(name: str, *args: Any) -> None:
+    """Call the extension's entry ``name``, with torch's number of threads as its last argument."""
+    getattr(native, name)(*map(_describe, args), torch.get_num_threads())
+
+
+def only_torch(device: str) -> bool:
+    """Whether no kernel can run on this device type, so that the reference may be traced and run directly."""
+    if _requested == "torch":
+        return True
+    if device == "cpu":
+        return _requested == "auto" and native is None
+    return device != "cuda" or (_requested == "auto" and _triton_reason() != "")

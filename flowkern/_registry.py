@@ -1,0 +1,119 @@
+"""How an op enters the library: ``define`` registers its kernels with torch, ``register`` puts it in ``OPS``.
+
+Everything that treats all ops alike (tests, PTX checks, benchmarks, ``explain``) iterates over ``OPS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import _backend
+
+__all__ = ["OPS", "Kernel", "Op", "Sample", "define", "explain", "reference_runs", "register"]
+
+_LIBRARY = torch.library.Library("flowkern", "DEF")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One registered torch op: its overload and what each backend runs for it."""
+
+    name: str
+    overload: Callable[..., Any]
+    implementations: Mapping[str, Callable[..., Any]]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs for the generic tests and benches: ``function(*args, **kwargs)`` is valid."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op as users and generic tests see it. ``inverse`` names the keyword that reverses it, if any."""
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    samples: Callable[[torch.device | str, torch.dtype], Iterable[Sample]]
+    kernels: tuple[Kernel, ...]
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> None:
+    """Put an op into the table."""
+    OPS[op.name] = op
+
+
+def _lazy_triton(target: str) -> Callable[..., Any]:
+    """``"module.function"`` of flowkern.kernels, imported at its first call: Triton is optional and slow to import."""
+    module, function = target.split(".")
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"flowkern.kernels.{module}"), function)(*args)
+
+    return launch
+
+
+def define(schema: str, *, fake: Callable[..., Any], torch_: Callable[..., Any], cpp: Callable[..., Any], triton: str) -> Kernel:
+    """Register ``flowkern::<schema>`` on the CPU and CUDA keys with a fake, and return the callable.
+
+    The backend is chosen inside the implementation, on real tensors, so a compiler never traces the choice.
+    """
+    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+    name = schema.split("(")[0]
+    implementations = {"torch": torch_, "cpp": cpp, "triton": _lazy_triton(triton)}
+
+    def run(*args: Any) -> Any:
+        return implementations[_backend.choose(name, implementations, args[:1])](*args)
+
+    _LIBRARY.impl(name, run, "CPU")
+    _LIBRARY.impl(name, run, "CUDA")
+    torch.library.register_fake(f"flowkern::{name}", fake, lib=_LIBRARY)
+    return Kernel(name, getattr(torch.ops.flowkern, name).default, implementations)
+
+
+def reference_runs(x: torch.Tensor) -> bool:
+    """Whether an op must run its reference: no kernel for the device, or inside ``torch.func`` or forward-mode AD."""
+    return (
+        _backend.only_torch(x.device.type)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """A table of the backends for ``op`` (a name or a function of ``flowkern.ops``): which serves, and why not the others.
+
+    With the op's arguments the answer is for these tensors; without, for float32 tensors on the CPU.
+    Raises ValueError for an unknown op.
+    """
+    entry = OPS.get(op) if isinstance(op, str) else next((o for o in OPS.values() if o.function is op), None)
+    if entry is None:
+        raise ValueError(f"explain: unknown op {op!r}; expected one of {', '.join(OPS)}")
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)] or [torch.empty(0)]
+    implementations = entry.kernels[0].implementations
+    try:
+        chosen = _backend.choose(entry.name, implementations, tensors)
+    except RuntimeError:
+        chosen = ""
+    rows = [f"{entry.name} on {tensors[0].device.type!r}, asked for {_backend.requested()!r}"]
+    for name in _backend.BACKENDS:
+        why = _backend.reasons(name, implementations, tensors)
+        state = "no: " + "; ".join(why) if why else ("serves" if name == chosen else "could serve")
+        rows.append(f"  {name:<7}{state}")
+    return "\n".join(rows)

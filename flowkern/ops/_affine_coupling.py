@@ -1,0 +1,282 @@
+"""Affine coupling: y = x * s(u) + t on the transformed elements, y = x on the others, and log|det dy/dx|.
+
+Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017), eq. 7 and 8. With the scale's
+logarithm L = log s(u) and its slope L' = dL/du, and g, l the gradients of the output and of logabsdet:
+
+====================== ================= ======================= ============== ==================
+direction              output            gradient of u           of t           of x
+====================== ================= ======================= ============== ==================
+forward                y = x s + t       L' (g x s + l)          g              g s
+forward, shift first   y = (x + t) s     L' (g (x + t) s + l)    g s            g s
+inverse                x = (y - t) / s   -L' (g x + l)           -g / s         g / s
+inverse, shift first   x = y / s - t     -L' (g y / s + l)       -g             g / s
+====================== ================= ======================= ============== ==================
+
+logabsdet is the sum of L over a sample's transformed elements, negated for the inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _backend
+from .._registry import Op, Sample, define, reference_runs, register
+from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, flatten_batch
+from ._parametrization import LAYOUTS, ScaleMap, named_layout
+from ._split import FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
+
+__all__ = ["affine_coupling"]
+
+_SIGMOID = ScaleMap.sigmoid()
+
+
+class _Configuration(NamedTuple):
+    """What a kernel needs to know besides its tensors; ``_SCHEMA`` says the same to torch."""
+
+    rank: torch.Tensor | None  # of the FeatureMask
+    split: int
+    scale: int
+    a: float
+    b: float
+    layout: int
+    shift_first: bool
+    inverse: bool
+
+    def reference_kwargs(self) -> dict[str, Any]:
+        return {
+            "split": from_code(self.split, self.rank),
+            "scale": ScaleMap.from_code(self.scale, self.a, self.b),
+            "layout": LAYOUTS[self.layout],
+            "shift_first": self.shift_first,
+            "inverse": self.inverse,
+        }
+
+
+_SCHEMA = "Tensor? rank, int split, int scale, float a, float b, int layout, bool shift_first, bool inverse"
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def reference(
+    x: torch.Tensor,
+    params: torch.Tensor,
+    *,
+    split: Split = "channel",
+    scale: ScaleMap = _SIGMOID,
+    layout: str = "scale_shift",
+    shift_first: bool = False,
+    inverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition in plain torch, for x of shape (B, C) or (B, C, H, W)."""
+    accumulate = accumulation_dtype(x, params)
+    raw, shift = (restrict(p.to(accumulate), split) for p in named_layout(layout).split(params))
+    s, log_s = scale(raw)
+    moved = take(x, split).to(accumulate)
+    if inverse:
+        moved = moved / s - shift if shift_first else (moved - shift) / s
+    else:
+        moved = (moved + shift) * s if shift_first else moved * s + shift
+    logabsdet = restrict(log_s, split).flatten(1).sum(1)
+    return put(x, moved.to(x.dtype), split), -logabsdet if inverse else logabsdet
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.float64).to(dtype)
+
+    yield Sample("vector", (randn(5, 6), randn(5, 6)))
+    yield Sample("one-element", (randn(1, 2), randn(1, 2)))
+    yield Sample("odd-channels", (randn(3, 7), randn(3, 6)))
+    yield Sample("swap-odd", (randn(3, 7), randn(3, 8)), {"split": "channel_swap"})
+    yield Sample("nothing-moved", (randn(3, 1), randn(3, 0)))
+    yield Sample("empty-batch", (randn(0, 6), randn(0, 6)))
+    yield Sample("empty-space", (randn(2, 4, 0, 3), randn(2, 4, 0, 3)))
+    yield Sample("wide-vector", (randn(2, 3001), randn(2, 3000)), {"inverse": True})
+    yield Sample("image", (randn(2, 5, 3, 7), randn(2, 4, 3, 7)))
+    yield Sample("large-image", (randn(2, 6, 33, 35), randn(2, 6, 33, 35)))
+    yield Sample("checkerboard", (randn(2, 3, 5, 7), randn(2, 6, 5, 7)), {"split": "checkerboard"})
+    yield Sample(
+        "checkerboard-swap-inverse", (randn(2, 3, 4, 6), randn(2, 6, 4, 6)), {"split": "checkerboard_swap", "inverse": True}
+    )
+    yield Sample("checkerboard-one-pixel", (randn(2, 3, 1, 1), randn(2, 6, 1, 1)), {"split": "checkerboard"})
+    mask = FeatureMask(torch.tensor([True, False, True, True, False])).to(device)
+    yield Sample("feature-mask", (randn(4, 5), randn(4, 6)), {"split": mask})
+    yield Sample("feature-mask-image", (randn(2, 5, 3, 4), randn(2, 6, 3, 4)), {"split": mask, "inverse": True})
+    nothing = FeatureMask(torch.zeros(4, dtype=torch.bool)).to(device)
+    yield Sample("feature-mask-nothing", (randn(2, 4), randn(2, 0)), {"split": nothing})
+    channels_last = randn(2, 6, 4, 5).to(memory_format=torch.channels_last)
+    yield Sample("channels-last", (channels_last, randn(2, 6, 4, 5).to(memory_format=torch.channels_last)))
+    yield Sample("channels-last-mixed", (channels_last, randn(2, 6, 4, 5)), {"split": "channel_swap", "inverse": True})
+    yield Sample(
+        "channels-last-checkerboard",
+        (channels_last, randn(2, 12, 4, 5).to(memory_format=torch.channels_last)),
+        {"split": "checkerboard"},
+    )
+    yield Sample("strided", (randn(4, 12)[:, ::2], randn(6, 4).t()))
+    yield Sample("strided-image", (randn(2, 4, 6, 5)[..., ::2], randn(4, 2, 6, 3).transpose(0, 1)), {"shift_first": True})
+    yield Sample("expanded", (randn(1, 4).expand(3, 4), randn(3, 1).expand(3, 4)))
+    yield Sample("mixed-dtypes", (randn(3, 6), randn(3, 6, dtype=torch.bfloat16)))
+    yield Sample("mixed-half", (randn(3, 6, dtype=torch.float32), randn(3, 6, dtype=torch.float16)), {"inverse": True})
+    yield Sample("half-state", (randn(3, 6, dtype=torch.float16), randn(3, 6)), {"shift_first": True})
+    for layout in LAYOUTS:
+        shape = named_layout(layout).shape((2, 6, 3, 5), 3)
+        yield Sample(f"layout-{layout}", (randn(2, 6, 3, 5), randn(*shape)), {"layout": layout})
+        yield Sample(f"layout-{layout}-inverse", (randn(2, 6, 3, 5), randn(*shape)), {"layout": layout, "inverse": True})
+    maps = {
+        "exp": ScaleMap.exp(),
+        "sigmoid-eps": ScaleMap.sigmoid(1.5, 1e-2),
+        "softplus": ScaleMap.softplus(),
+        "tanh": ScaleMap.tanh(1.5),
+        "atan": ScaleMap.atan(2.0),
+        "soft-clip": ScaleMap.soft_clip(1e-3),
+    }
+    for name, scale in maps.items():
+        for shift_first in (False, True):
+            for inverse in (False, True):
+                kwargs = {"scale": scale, "shift_first": shift_first, "inverse": inverse}
+                label = f"{name}{'-shift-first' if shift_first else ''}{'-inverse' if inverse else ''}"
+                yield Sample(label, (randn(3, 8), 2 * randn(3, 8)), kwargs)
+    yield Sample("sigmoid-shift-first-inverse", (randn(3, 8), randn(3, 8)), {"shift_first": True, "inverse": True})
+
+
+def _outputs(x: torch.Tensor, params: torch.Tensor, *_: Any) -> Pair:
+    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
+    return empty_as(x), x.new_empty((x.shape[0],), dtype=accumulation_dtype(x, params))
+
+
+def _gradients(grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, x: torch.Tensor, params: torch.Tensor, *_: Any) -> Pair:
+    """What the backward returns, uninitialized: the fake, and what every kernel fills."""
+    return empty_as(x), empty_as(params)
+
+
+def _torch_forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> Pair:
+    y, logabsdet = reference(x, params, **_Configuration(*configuration).reference_kwargs())
+    return empty_as(x).copy_(y), logabsdet
+
+
+def _torch_backward(
+    grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, x: torch.Tensor, params: torch.Tensor, *configuration: Any
+) -> Pair:
+    kwargs = _Configuration(*configuration).reference_kwargs()
+    dx, dparams = differentiate(reference, (x.detach(), params.detach()), kwargs, (grad, grad_logabsdet))
+    return empty_as(x).copy_(dx), empty_as(params).copy_(dparams)
+
+
+def _cpp_forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> Pair:
+    y, logabsdet = _outputs(x, params)
+    _backend.call_native("affine_coupling_forward", x, params, y, logabsdet, *configuration)
+    return y, logabsdet
+
+
+def _cpp_backward(
+    grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, x: torch.Tensor, params: torch.Tensor, *configuration: Any
+) -> Pair:
+    dx, dparams = _gradients(grad, grad_logabsdet, x, params)
+    _backend.call_native("affine_coupling_backward", grad, grad_logabsdet, x, params, dx, dparams, *configuration)
+    return dx, dparams
+
+
+_forward = define(
+    f"affine_coupling(Tensor x, Tensor params, {_SCHEMA}) -> (Tensor, Tensor)",
+    fake=_outputs,
+    torch_=_torch_forward,
+    cpp=_cpp_forward,
+    triton="affine_coupling.forward",
+)
+_backward = define(
+    f"affine_coupling_backward(Tensor grad, Tensor? grad_logabsdet, Tensor x, Tensor params, {_SCHEMA}) -> (Tensor, Tensor)",
+    fake=_gradients,
+    torch_=_torch_backward,
+    cpp=_cpp_backward,
+    triton="affine_coupling.backward",
+)
+
+
+class _AffineCoupling(torch.autograd.Function):
+    """Saves the inputs: x is kept alive anyway by the conditioner that read a part of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> Pair:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, params, configuration[0])
+        ctx.configuration = configuration[1:]
+        return _forward(x, params, *configuration)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:  # type: ignore[override]
+        x, params, rank = ctx.saved_tensors
+        configuration = _Configuration(rank, *ctx.configuration)
+        if grad is None:
+            grad = torch.zeros_like(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = differentiate(reference, (x, params), configuration.reference_kwargs(), (grad, grad_logabsdet))
+        else:
+            grads = _backward(grad, grad_logabsdet, x, params, *configuration)
+        return *grads, *([None] * len(configuration))
+
+
+def affine_coupling(
+    x: torch.Tensor,
+    params: torch.Tensor,
+    *,
+    split: Split = "channel",
+    scale: ScaleMap = _SIGMOID,
+    layout: str = "scale_shift",
+    shift_first: bool = False,
+    inverse: bool = False,
+) -> Pair:
+    """Affine coupling transform with its log-determinant, in one pass.
+
+    y = x * s(u) + t on the elements that ``split`` transforms, y = x on the others;
+    logabsdet = sum of log s(u) over a sample's transformed elements.
+
+    Args:
+        x: (B, C), (B, C, H, W), or either with more leading batch dimensions; any strides; float64, float32,
+            bfloat16 or float16.
+        params: the conditioner's output, holding u and t where ``layout`` says: (B, 2M) or (B, 2M, H, W), or with a
+            trailing axis of 2 for the pair layouts, where M is the number of transformed channels, and C for a
+            checkerboard (which ignores the values at kept places). May differ from x in floating dtype.
+        split: ``"channel"`` transforms the last C // 2 channels, ``"channel_swap"`` exactly those that ``"channel"``
+            keeps, ``"checkerboard"`` the pixels with h + w odd, ``"checkerboard_swap"`` those with h + w even, and a
+            ``FeatureMask`` the channels where it is True.
+        scale: the ``ScaleMap`` from u to s.
+        layout: one of ``LAYOUTS``.
+        shift_first: y = (x + t) * s(u) instead.
+        inverse: the inverse transform, and its logabsdet.
+
+    Returns:
+        (y, logabsdet): y as x in shape and dtype; logabsdet of shape (B,) in nats, float64 if an input is, else float32.
+
+    Raises:
+        TypeError: an input that is not a floating tensor.
+        ValueError: a wrong shape, device, split or layout; the message says what was expected.
+
+    Source: Dinh et al., "Density estimation using Real NVP" (2017), eq. 7 and 8; shift first: Glow's code.
+    """
+    check_floating("x", x)
+    check_floating("params", params)
+    check_same_device("params", params, x)
+    if x.ndim not in (2, 4):
+        leading, x, params = flatten_batch(x, params)
+        kwargs: dict[str, Any] = {"scale": scale, "layout": layout, "shift_first": shift_first, "inverse": inverse}
+        y, logabsdet = affine_coupling(x, params, split=split, **kwargs)
+        return y.unflatten(0, leading), logabsdet.unflatten(0, leading)
+    split_code, param_layout = resolve(split, x), named_layout(layout)
+    expected = param_layout.shape(x.shape, moved_channels(split, x.shape[1]))
+    if params.shape != expected:
+        raise ValueError(
+            f"params: expected shape {tuple(expected)} for x of shape {tuple(x.shape)}, split {split!r} and layout {layout!r}, "
+            f"got {tuple(params.shape)}"
+        )
+    if reference_runs(x):
+        return reference(x, params, split=split, scale=scale, layout=layout, shift_first=shift_first, inverse=inverse)
+    rank = split.rank if isinstance(split, FeatureMask) else None
+    configuration = _Configuration(rank, split_code, scale.code, scale.a, scale.b, param_layout.code, shift_first, inverse)
+    recording = torch.is_grad_enabled() and (x.requires_grad or params.requires_grad)
+    return (_AffineCoupling.apply if recording else _forward)(x, params, *configuration)
+
+
+register(Op("affine_coupling", affine_coupling, reference, _samples, (_forward, _backward)))

@@ -1,0 +1,77 @@
+"""What every op asks of its inputs, and how it allocates: shared by all op files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["accumulation_dtype", "check_floating", "check_same_device", "differentiate", "empty_as", "flatten_batch"]
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_floating(name: str, x: torch.Tensor) -> None:
+    """Raises TypeError unless ``x`` is a tensor of float64, float32, bfloat16 or float16."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a floating dtype (float64, float32, bfloat16 or float16), got {x.dtype}")
+
+
+def check_same_device(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ValueError unless ``value`` lives where ``x`` does."""
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} (that of x), got {value.device}")
+
+
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 if any input is float64, else float32: the dtype of the arithmetic and of logabsdet."""
+    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+
+
+def empty_as(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialized tensor of x's shape and dtype: channels_last if x is (and not contiguous), else contiguous.
+
+    Fakes and kernels allocate with this one expression, so that their strides agree. ``empty_like`` would copy
+    any permutation of strides.
+    """
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return x.new_empty(x.shape)
+
+
+def flatten_batch(x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Size, torch.Tensor, torch.Tensor]:
+    """(leading dimensions, x, params) with the leading batch dimensions flattened into one.
+
+    (..., D) becomes (B, D) and (..., C, H, W) becomes (B, C, H, W): three dimensions are vectors, five and more
+    are images. Raises ValueError for fewer than two, and if params has other leading dimensions.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"x: expected (B, C) or (B, C, H, W), got shape {tuple(x.shape)}")
+    leading = x.shape[: 2 if x.ndim == 3 else x.ndim - 3]
+    if params.shape[: len(leading)] != leading:
+        raise ValueError(f"params: expected leading dimensions {tuple(leading)} as x has, got shape {tuple(params.shape)}")
+    return leading, x.flatten(0, len(leading) - 1), params.flatten(0, len(leading) - 1)
+
+
+def differentiate(
+    reference: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    kwargs: dict[str, Any],
+    grads: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of ``reference(*inputs, **kwargs)`` for the given output gradients (None = zero), by autograd.
+
+    Differentiable themselves where gradients are being recorded, for double backward.
+    """
+    record = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        outputs = reference(*inputs, **kwargs)
+    used = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+    if not used:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    ys, gs = zip(*used, strict=True)
+    return torch.autograd.grad(ys, inputs, gs, create_graph=record, allow_unused=True, materialize_grads=True)

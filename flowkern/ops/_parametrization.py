@@ -1,0 +1,167 @@
+"""How a conditioner's output becomes a scale and a shift: ``ScaleMap`` and ``ParamLayout``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["LAYOUTS", "ParamLayout", "ScaleMap", "named_layout"]
+
+_KINDS = ("exp", "sigmoid", "softplus", "tanh", "atan", "soft_clip")
+
+#: Every layout of (scale, shift) in a conditioner's output; the position in this tuple is its code in the kernels.
+LAYOUTS = (
+    "scale_shift",
+    "shift_scale",
+    "interleaved_scale_shift",
+    "interleaved_shift_scale",
+    "pair_scale_shift",
+    "pair_shift_scale",
+)
+
+
+@dataclass(frozen=True)
+class ScaleMap:
+    """How a raw network output u becomes a positive scale s. Build it with one of the class methods.
+
+    =================== ======================================= ===========================
+    map                 s                                       used by
+    =================== ======================================= ===========================
+    ``exp()``           exp(u)                                  RealNVP (Dinh et al. 2017), eq. 7
+    ``sigmoid(b, eps)`` sigmoid(u + b) + eps                    Glow's code (Kingma and Dhariwal 2018)
+    ``softplus(eps)``   softplus(u) + eps                       nflows' MAF
+    ``tanh(c)``         exp(c tanh(u / c))                      RealNVP's bounded log-scale
+    ``atan(c)``         exp(0.636 c atan(u))                    FrEIA
+    ``soft_clip(m)``    exp(u / (1 + abs(u / log m)))           zuko
+    =================== ======================================= ===========================
+    """
+
+    kind: str
+    a: float = 0.0
+    b: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"ScaleMap: unknown kind {self.kind!r}; expected one of {', '.join(_KINDS)}")
+
+    @classmethod
+    def exp(cls) -> ScaleMap:
+        return cls("exp")
+
+    @classmethod
+    def sigmoid(cls, bias: float = 2.0, eps: float = 0.0) -> ScaleMap:
+        """sigmoid(u + bias) + eps. Raises ValueError for eps < 0."""
+        return cls("sigmoid", float(bias), _at_least_zero("eps", eps))
+
+    @classmethod
+    def softplus(cls, eps: float = 1e-3) -> ScaleMap:
+        """softplus(u) + eps. Raises ValueError for eps < 0."""
+        return cls("softplus", _at_least_zero("eps", eps))
+
+    @classmethod
+    def tanh(cls, clamp: float) -> ScaleMap:
+        """exp(clamp * tanh(u / clamp)): s lies in [exp(-clamp), exp(clamp)]. Raises ValueError unless clamp > 0."""
+        return cls("tanh", _positive("clamp", clamp))
+
+    @classmethod
+    def atan(cls, clamp: float) -> ScaleMap:
+        """exp(0.636 * clamp * atan(u)): s lies in about [exp(-clamp), exp(clamp)]. Raises ValueError unless clamp > 0."""
+        return cls("atan", _positive("clamp", clamp))
+
+    @classmethod
+    def soft_clip(cls, minimum: float = 1e-3) -> ScaleMap:
+        """exp(u / (1 + abs(u / log minimum))): s lies in [minimum, 1 / minimum]. Raises ValueError unless 0 < minimum < 1."""
+        if not 0.0 < minimum < 1.0:
+            raise ValueError(f"ScaleMap.soft_clip: minimum must lie between 0 and 1, got {minimum}")
+        return cls("soft_clip", abs(math.log(minimum)))
+
+    @classmethod
+    def from_code(cls, code: int, a: float, b: float) -> ScaleMap:
+        """The map that the kernels know as ``code`` with the constants ``a`` and ``b``."""
+        return cls(_KINDS[code], a, b)
+
+    @property
+    def code(self) -> int:
+        """The map's number in the kernels."""
+        return _KINDS.index(self.kind)
+
+    def __call__(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(s, log s) of raw outputs u, elementwise, differentiable any number of times."""
+        if self.kind == "sigmoid" and self.b == 0.0:
+            return torch.sigmoid(u + self.a), F.logsigmoid(u + self.a)
+        if self.kind in ("sigmoid", "softplus"):
+            s = torch.sigmoid(u + self.a) + self.b if self.kind == "sigmoid" else _softplus(u) + self.a
+            return s, s.log()
+        if self.kind == "exp":
+            log_s = u
+        elif self.kind == "tanh":
+            log_s = self.a * torch.tanh(u / self.a)
+        elif self.kind == "atan":
+            log_s = (0.636 * self.a) * torch.atan(u)
+        else:
+            log_s = u / (1.0 + (u / self.a).abs())
+        return log_s.exp(), log_s
+
+
+def _softplus(u: torch.Tensor) -> torch.Tensor:
+    # F.softplus returns u itself above its threshold of 20, off by up to 2e-9: too coarse for float64.
+    return torch.logaddexp(u, torch.zeros_like(u))
+
+
+def _at_least_zero(name: str, value: float) -> float:
+    if not value >= 0.0:
+        raise ValueError(f"ScaleMap: {name} must not be negative, got {value}")
+    return float(value)
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0.0:
+        raise ValueError(f"ScaleMap: {name} must be positive, got {value}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """Where scale and shift lie in a conditioner's output; get one with ``named_layout``.
+
+    Halves of the channel axis (``scale_shift``, ``shift_scale``), alternating channels (``interleaved_*``), or a
+    trailing axis of 2 (``pair_*``).
+    """
+
+    name: str
+
+    @property
+    def code(self) -> int:
+        """The layout's number in the kernels."""
+        return LAYOUTS.index(self.name)
+
+    def shape(self, x: Sequence[int], count: int) -> tuple[int, ...]:
+        """The shape of ``params`` for ``count`` transformed channels of an x of shape (B, C, ...)."""
+        if self.name.startswith("pair"):
+            return (x[0], count, *x[2:], 2)
+        return (x[0], 2 * count, *x[2:])
+
+    def split(self, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views (raw scale, shift) of ``params``."""
+        half = params.shape[1] // 2
+        if self.name.startswith("pair"):
+            first, second = params.unbind(-1)
+        elif self.name.startswith("interleaved"):
+            first, second = params[:, 0::2], params[:, 1::2]
+        else:
+            first, second = params[:, :half], params[:, half:]
+        return (first, second) if self.name.endswith("scale_shift") else (second, first)
+
+
+_NAMED = {name: ParamLayout(name) for name in LAYOUTS}
+
+
+def named_layout(name: str) -> ParamLayout:
+    """The layout of that name. Raises ValueError for a name that is not in ``LAYOUTS``."""
+    if name not in _NAMED:
+        raise ValueError(f"layout: unknown name {name!r}; expected one of {', '.join(map(repr, LAYOUTS))}")
+    return _NAMED[name]
