@@ -1,0 +1,223 @@
+// The one list of native entry points. Each is called with tensors as (address, dtype code, shape, strides) tuples,
+// the op's configuration, and the number of threads; it picks the kernels of the instruction set in use.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "coupling.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<flowkern::Tensor> {
+  PYBIND11_TYPE_CASTER(flowkern::Tensor, const_name("tuple[int, int, tuple[int, ...], tuple[int, ...]] | None"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+    PyObject* const* item = &PyTuple_GET_ITEM(source.ptr(), 0);
+    PyObject *shape = item[2], *strides = item[3];
+    value.data = static_cast<char*>(PyLong_AsVoidPtr(item[0]));
+    value.dtype = static_cast<flowkern::Dtype>(PyLong_AsLong(item[1]));
+    if (!PyTuple_Check(shape) || !PyTuple_Check(strides)) return false;
+    value.dims = int(PyTuple_GET_SIZE(shape));
+    if (value.dims > flowkern::max_dims || PyTuple_GET_SIZE(strides) != value.dims) return false;
+    for (int i = 0; i < value.dims; ++i) {
+      value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+      value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+    }
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace flowkern {
+
+#define FLOWKERN_DECLARE(isa)                                                                                          \
+  namespace isa {                                                                                                      \
+  int64_t affine_coupling_partials(const Affine&);                                                                     \
+  void affine_coupling_forward(const Affine&, const Tensor& x, const Tensor& params, const Tensor& y,                  \
+                               const Tensor& logabsdet, double* partial);                                              \
+  void affine_coupling_backward(const Affine&, const Tensor& grad, const Tensor& grad_logabsdet, const Tensor& x,      \
+                                const Tensor& params, const Tensor& dx, const Tensor& dparams);                        \
+  void additive_coupling_forward(const Coupling&, const Tensor& x, const Tensor& shift, const Tensor& y);              \
+  }                                                                                                                    \
+  constexpr Kernels isa##_kernels = {#isa, isa::affine_coupling_partials, isa::affine_coupling_forward,                \
+                                     isa::affine_coupling_backward, isa::additive_coupling_forward};
+
+struct Kernels {
+  const char* isa;
+  int64_t (*affine_coupling_partials)(const Affine&);
+  void (*affine_coupling_forward)(const Affine&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double*);
+  void (*affine_coupling_backward)(const Affine&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                   const Tensor&);
+  void (*additive_coupling_forward)(const Coupling&, const Tensor&, const Tensor&, const Tensor&);
+};
+
+FLOWKERN_DECLARE(baseline)
+#ifdef FLOWKERN_X86
+FLOWKERN_DECLARE(avx2)
+FLOWKERN_DECLARE(avx512)
+#endif
+
+// The variants that this processor can run, the best one first.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
+#ifdef FLOWKERN_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    found.push_back(&avx512_kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_kernels);
+#endif
+  found.push_back(&baseline_kernels);
+  return found;
+}
+
+const Kernels* in_use = nullptr;
+
+void use_isa(const std::string& name) {
+  std::string known;
+  for (const Kernels* k : runnable()) {
+    if (name == k->isa) {
+      in_use = k;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(k->isa);
+  }
+  throw py::value_error("FLOWKERN_ISA: this machine does not run '" + name + "'; expected one of " + known);
+}
+
+bool forked = false;
+
+bool in_forked_child() { return forked; }
+
+// Large outputs on huge pages: fewer page faults at their first touch. Advice only; memory that is small, or already
+// touched, is left as it is.
+void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  int64_t bytes = t.dtype == Dtype::float64 ? 8 : t.dtype == Dtype::float32 ? 4 : 2;
+  for (int i = 0; i < t.dims; ++i) bytes *= t.size[i];
+  if (bytes < int64_t(4 * huge)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data) + huge - 1) & ~(huge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data) + uintptr_t(bytes)) & ~(huge - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
+}
+
+// The channel numbers of a mask, from each channel's rank among the transformed ones (-1 = kept).
+struct MaskIndex {
+  std::vector<int32_t> moved, kept;
+
+  MaskIndex(const Tensor& rank, Coupling& c) {
+    if (!rank.data) return;
+    for (int64_t i = 0; i < rank.size[0]; ++i) {
+      const int32_t r = reinterpret_cast<const int32_t*>(rank.data)[i * rank.stride[0]];
+      (r < 0 ? kept : moved).push_back(int32_t(i));
+    }
+    c.moved = moved.data();
+    c.kept = kept.data();
+    c.moved_count = int64_t(moved.size());
+  }
+};
+
+void describe(Coupling& c, const Tensor& x, int split, bool inverse, int threads) {
+  c.batch = x.size[0];
+  c.channels = x.size[1];
+  c.height = x.dims >= 4 ? x.size[2] : 1;
+  c.width = x.dims >= 4 ? x.size[3] : 1;
+  c.split = static_cast<Split>(split);
+  c.inverse = inverse;
+  c.threads = threads;
+}
+
+Affine affine(const Tensor& x, int split, int scale, double a, double b, int layout, bool shift_first, bool inverse, int threads) {
+  Affine c;
+  describe(c, x, split, inverse, threads);
+  c.scale = scale;
+  c.a = a;
+  c.b = b;
+  c.layout = layout;
+  c.shift_first = shift_first;
+  return c;
+}
+
+void affine_coupling_forward(const Tensor& x, const Tensor& params, const Tensor& y, const Tensor& logabsdet, const Tensor& rank,
+                             int split, int scale, double a, double b, int layout, bool shift_first, bool inverse, int threads) {
+  Affine c = affine(x, split, scale, a, b, layout, shift_first, inverse, threads);
+  const MaskIndex mask(rank, c);
+  std::vector<double> partial(size_t(in_use->affine_coupling_partials(c)));
+  py::gil_scoped_release release;
+  advise_huge_pages(y);
+  in_use->affine_coupling_forward(c, x, params, y, logabsdet, partial.data());
+}
+
+void affine_coupling_backward(const Tensor& grad, const Tensor& grad_logabsdet, const Tensor& x, const Tensor& params,
+                              const Tensor& dx, const Tensor& dparams, const Tensor& rank, int split, int scale, double a, double b,
+                              int layout, bool shift_first, bool inverse, int threads) {
+  Affine c = affine(x, split, scale, a, b, layout, shift_first, inverse, threads);
+  const MaskIndex mask(rank, c);
+  py::gil_scoped_release release;
+  advise_huge_pages(dx);
+  advise_huge_pages(dparams);
+  in_use->affine_coupling_backward(c, grad, grad_logabsdet, x, params, dx, dparams);
+}
+
+void additive_coupling_forward(const Tensor& x, const Tensor& shift, const Tensor& y, const Tensor& rank, int split, bool inverse,
+                               int threads) {
+  Coupling c;
+  describe(c, x, split, inverse, threads);
+  const MaskIndex mask(rank, c);
+  py::gil_scoped_release release;
+  advise_huge_pages(y);
+  in_use->additive_coupling_forward(c, x, shift, y);
+}
+
+}  // namespace flowkern
+
+PYBIND11_MODULE(_native, m) {
+  using namespace flowkern;
+  const char* wanted = std::getenv("FLOWKERN_ISA");
+  use_isa(wanted && *wanted ? wanted : runnable().front()->isa);
+#ifndef _WIN32
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+  m.doc() = "CPU kernels of flowkern; call them through flowkern.ops.";
+  m.def("isa", [] { return in_use->isa; }, "The instruction set in use.");
+  m.def("isas", [] {
+    py::list names;
+    for (const Kernels* k : runnable()) names.append(k->isa);
+    return names;
+  }, "The instruction sets that this processor runs, the best one first.");
+  m.def("use_isa", use_isa, "Switch to another of isas(); FLOWKERN_ISA does the same at import.");
+  m.def("openmp", [] {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+  }, "Whether the kernels use threads.");
+  m.def("affine_coupling_forward", affine_coupling_forward);
+  m.def("affine_coupling_backward", affine_coupling_backward);
+  m.def("additive_coupling_forward", additive_coupling_forward);
+}

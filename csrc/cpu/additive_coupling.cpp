@@ -1,0 +1,43 @@
+// y = x + t on the transformed elements, or x - t for the inverse: one pass over the data.
+
+#include "coupling.h"
+
+namespace flowkern {
+namespace FLOWKERN_ISA {
+namespace {
+
+template <class A>
+void forward(const Coupling& c, const Tensor& x, const Tensor& shift, const Tensor& y) {
+  const Operand moved_operands[] = {operand(x, true), operand(shift, false), operand(y, true)};
+  const Operand kept_operands[] = {moved_operands[0], moved_operands[2]};
+  Nest moved[2], kept[2];
+  const int nests = make_nests(c, true, moved_operands, 3, moved);
+  make_nests(c, false, kept_operands, 2, kept);
+  const int64_t segments = segments_of(c);
+  const A sign = c.inverse ? A(-1) : A(1);
+  parallel_for(c.batch * segments, c.batch * c.channels * c.height * c.width, c.threads, [&](int64_t task) {
+    const int64_t sample = task / segments, s = task % segments;
+    for (int k = 0; k < nests; ++k) {
+      walk<A>(moved[k], 2, sample, segment_begin(moved[k], s, segments), segment_begin(moved[k], s + 1, segments),
+              [&](A* const* p, int64_t n) {
+#pragma omp simd
+                for (int64_t i = 0; i < n; ++i) p[2][i] = p[0][i] + sign * p[1][i];
+              });
+      walk<A>(kept[k], 1, sample, segment_begin(kept[k], s, segments), segment_begin(kept[k], s + 1, segments),
+              [](A* const* p, int64_t n) { std::memcpy(p[1], p[0], size_t(n) * sizeof(A)); });
+    }
+  });
+}
+
+}  // namespace
+
+void additive_coupling_forward(const Coupling& c, const Tensor& x, const Tensor& shift, const Tensor& y) {
+  if (x.dtype == Dtype::float64 || shift.dtype == Dtype::float64) {
+    forward<double>(c, x, shift, y);
+  } else {
+    forward<float>(c, x, shift, y);
+  }
+}
+
+}  // namespace FLOWKERN_ISA
+}  // namespace flowkern

@@ -1,0 +1,20 @@
+// A tensor as Python hands it over: an address, a dtype, sizes and strides. No torch header is involved.
+#pragma once
+
+#include <cstdint>
+
+namespace flowkern {
+
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, int32 = 4 };
+
+constexpr int max_dims = 5;
+
+struct Tensor {
+  char* data = nullptr;  // null: an optional tensor that was not given
+  Dtype dtype = Dtype::float32;
+  int dims = 0;
+  int64_t size[max_dims] = {};
+  int64_t stride[max_dims] = {};  // in elements
+};
+
+}  // namespace flowkern
