@@ -1,0 +1,12 @@
+"""Models: flows that know their configuration, by name, and their checkpoints."""
+
+from ._checkpoint import load as load
+from ._checkpoint import read_checkpoint as read_checkpoint
+from ._checkpoint import save as save
+from ._checkpoint import write_atomically as write_atomically
+from ._model import FlowModel as FlowModel
+from ._nice import NICE as NICE
+from ._realnvp import RealNVP as RealNVP
+from ._registry import MODELS as MODELS
+from ._registry import PRESETS as PRESETS
+from ._registry import build as build

@@ -1,0 +1,142 @@
+"""What the flow models share: a shape, a configuration that rebuilds them, and their architectures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import nn
+from ..nn._base import as_shape
+from ..nn._bijection import Bijection
+from ..ops._split import kept_channels
+
+__all__ = ["FlowModel", "image_bijection", "preprocessing", "vector_bijection"]
+
+#: Builds a coupling layer from a split and the number of channels it divides.
+MakeCoupling = Callable[[str, int], Bijection]
+
+PERMUTATIONS = ("alternate", "reverse", "random")
+
+
+class FlowModel(nn.Flow):
+    """A flow over samples of one ``shape`` with a standard normal base, which knows how it was built.
+
+    ``config`` holds all that the constructor takes and is JSON-able; ``context`` is the K of its context, or None.
+    """
+
+    def __init__(self, bijection: Bijection, config: dict[str, Any]):
+        shape = tuple(config["shape"])
+        super().__init__(bijection, nn.StandardNormal(bijection.output_shape(shape)))
+        self.shape: tuple[int, ...] = shape
+        self.config = config
+        self.context: int | None = config["context"]
+
+    def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, *shape), context (B, K) or None -> (B,) in nats. Raises ValueError for another shape."""
+        if x.ndim == 0 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        return super().log_prob(x, context)
+
+
+def model_shape(shape: int | Sequence[int], flatten: bool) -> tuple[tuple[int, ...], bool]:
+    """(shape as a tuple, whether the architecture is for images). Raises ValueError unless it is (D,) or (C, H, W)."""
+    sizes = as_shape(shape)
+    if len(sizes) not in (1, 3):
+        raise ValueError(f"shape: expected a number D for vectors or (C, H, W) for images, got {shape}")
+    return sizes, len(sizes) == 3 and not flatten
+
+
+def preprocessing(option: Mapping[str, Any] | None) -> list[Bijection]:
+    """None, ``{"rescale": s}``, ``{"rescale": [s, t]}`` (x s + t) or ``{"logit": alpha}`` as a list of layers.
+
+    Raises ValueError for anything else.
+    """
+    if option is None:
+        return []
+    if list(option) == ["rescale"]:
+        constants = option["rescale"]
+        return [nn.Rescale(*constants) if isinstance(constants, Sequence) else nn.Rescale(constants)]
+    if list(option) == ["logit"]:
+        return [nn.Logit(option["logit"])]
+    raise ValueError(f'preprocess: expected None, {{"rescale": s}}, {{"rescale": [s, t]}} or {{"logit": alpha}}, got {option!r}')
+
+
+def vector_bijection(make: MakeCoupling, features: int, couplings: int, permutation: str, seed: int) -> list[Bijection]:
+    """Couplings on vectors: halves that take turns, or always the second half with a permutation after each.
+
+    Raises ValueError for an unknown permutation and for fewer than two features.
+    """
+    if permutation not in PERMUTATIONS:
+        raise ValueError(f"permutation: unknown name {permutation!r}; expected one of {', '.join(map(repr, PERMUTATIONS))}")
+    if features < 2:
+        raise ValueError(f"shape: a coupling needs at least 2 features, got {features}")
+    layers: list[Bijection] = []
+    for i in range(couplings):
+        if permutation == "alternate":
+            layers.append(make("channel" if i % 2 == 0 else "channel_swap", features))
+            continue
+        layers.append(make("channel", features))
+        layers.append(nn.Permutation.reverse(features) if permutation == "reverse" else nn.Permutation.random(features, seed + i))
+    return layers
+
+
+def default_levels(height: int, width: int) -> int:
+    """As many levels as Dinh et al. 2017 use: the last one sees 4 x 4, and every squeeze before it divides."""
+    levels, side = 1, min(height, width)
+    while side >= 8 and height % 2 == 0 and width % 2 == 0:
+        levels, side, height, width = levels + 1, side // 2, height // 2, width // 2
+    return levels
+
+
+def image_bijection(make: MakeCoupling, shape: tuple[int, int, int], couplings: int, levels: int) -> nn.MultiScale:
+    """The multi-scale architecture of Dinh et al. 2017, section 3.6.
+
+    A level is ``couplings`` with alternating checkerboards, a squeeze, and ``couplings`` with alternating halves of the
+    channels; then half of the channels leave. The last level has ``couplings + 1`` checkerboards alone.
+    """
+    built: list[Bijection] = []
+    channels = shape[0]
+    for _ in range(levels - 1):
+        checkerboards = [make(("checkerboard", "checkerboard_swap")[i % 2], channels) for i in range(couplings)]
+        halves = [make(("channel", "channel_swap")[i % 2], 4 * channels) for i in range(couplings)]
+        built.append(nn.Compose(*checkerboards, nn.Squeeze(), *halves))
+        channels *= 2
+    built.append(nn.Compose(*(make(("checkerboard", "checkerboard_swap")[i % 2], channels) for i in range(couplings + 1))))
+    return nn.MultiScale(*built, shape=shape)
+
+
+def conditioner(
+    split: str, channels: int, outputs: int, *, image: bool, hidden: int, depth: int, **options: Any
+) -> nn.MLP | nn.ResNet:
+    """The network of a coupling: for images a ``ResNet`` of ``depth`` blocks, else an ``MLP`` of ``depth`` hidden layers."""
+    inputs = kept_channels(split, channels)
+    if image:
+        return nn.ResNet(inputs, outputs, hidden, depth, **options)
+    return nn.MLP(inputs, outputs, (hidden,) * depth, **options)
+
+
+def architecture(
+    make: MakeCoupling,
+    shape: tuple[int, ...],
+    *,
+    image: bool,
+    couplings: int,
+    levels: int | None,
+    permutation: str,
+    seed: int,
+    preprocess: Mapping[str, Any] | None,
+) -> list[Bijection]:
+    """The layers of a coupling flow over ``shape``: preprocessing, then the image or the vector architecture."""
+    layers = preprocessing(preprocess)
+    if image:
+        c, h, w = shape
+        levels = default_levels(h, w) if levels is None else levels
+        if levels < 1:
+            raise ValueError(f"levels: expected at least 1, got {levels}")
+        return [*layers, image_bijection(make, (c, h, w), couplings, levels)]
+    if len(shape) == 3:
+        layers.append(nn.Flatten(shape))
+    return [*layers, *vector_bijection(make, math.prod(shape), couplings, permutation, seed)]

@@ -1,0 +1,97 @@
+"""RealNVP: affine couplings, for vectors and for images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import nn, ops
+from ..nn._bijection import Bijection
+from ..ops._split import moved_channels
+from ._model import FlowModel, architecture, conditioner, model_shape
+
+__all__ = ["RealNVP"]
+
+_BOUNDED = ops.ScaleMap.tanh(1.0)
+
+
+class RealNVP(FlowModel):
+    """Affine couplings: a flow over vectors or images with a standard normal base.
+
+    Vectors: ``couplings`` layers with an ``MLP`` each. Images: the multi-scale architecture with a ``ResNet`` each, that is
+    ``couplings`` checkerboards, a squeeze, ``couplings`` on halves of the channels, half of the channels out, and so on;
+    the last level has ``couplings + 1`` checkerboards.
+
+    Args:
+        shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
+        couplings: the number of couplings, for images of each kind in each level.
+        hidden: the width of the networks (channels for images).
+        depth: hidden layers of an MLP, residual blocks of a ResNet.
+        activation: one of ``nn.ACTIVATIONS``.
+        dropout: inside the networks.
+        zero_init: start the networks' last layers at zero.
+        separate: one network for the scales and another for the shifts, instead of one for both.
+        scale: the ``ScaleMap``, or its fields ``{"kind", "a", "b"}``.
+        shift_first: (x + t) * s instead of x * s + t.
+        levels: of the multi-scale architecture; None for as many as end in 4 x 4 pixels.
+        permutation: of vectors: ``"alternate"`` (the halves take turns), ``"reverse"`` or ``"random"`` (the second half is
+            transformed, then all features are permuted; by ``seed``, ``seed + 1``, ...).
+        flatten: treat an image as a vector, row by row.
+        preprocess: before the couplings: None, ``{"rescale": s}``, ``{"rescale": [s, t]}`` or ``{"logit": alpha}``.
+        context: K of a context (B, K) for a conditional flow, or None.
+
+    Raises ValueError for settings that do not fit the shape, and unknown names.
+    Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017).
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        couplings: int | None = None,
+        hidden: int | None = None,
+        depth: int = 2,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        zero_init: bool = True,
+        separate: bool = False,
+        scale: ops.ScaleMap | Mapping[str, Any] = _BOUNDED,
+        shift_first: bool = False,
+        levels: int | None = None,
+        permutation: str = "alternate",
+        seed: int = 0,
+        flatten: bool = False,
+        preprocess: Mapping[str, Any] | None = None,
+        context: int | None = None,
+    ):
+        sizes, image = model_shape(shape, flatten)
+        couplings = (3 if image else 8) if couplings is None else couplings
+        hidden = (64 if image else 256) if hidden is None else hidden
+        scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
+        network: dict[str, Any] = {
+            "hidden": hidden,
+            "depth": depth,
+            "activation": activation,
+            "dropout": dropout,
+            "zero_init": zero_init,
+        }
+        layout: dict[str, Any] = {
+            "couplings": couplings,
+            "levels": levels,
+            "permutation": permutation,
+            "seed": seed,
+            "preprocess": preprocess,
+        }
+
+        def make(split: str, channels: int) -> Bijection:
+            moved = moved_channels(split, channels)
+            outputs = (moved, moved) if separate else (2 * moved,)
+            nets = [conditioner(split, channels, n, image=image, context=context, **network) for n in outputs]
+            net = nn.Parallel(*nets) if separate else nets[0]
+            return nn.AffineCoupling(net, split=split, scale=scale, shift_first=shift_first)
+
+        layers = architecture(make, sizes, image=image, **layout)
+        config = {"shape": list(sizes), **network, **layout, "separate": separate, "scale": dataclasses.asdict(scale)}
+        config |= {"shift_first": shift_first, "flatten": flatten, "context": context}
+        super().__init__(nn.Compose(*layers), config)

@@ -1,0 +1,52 @@
+"""The models by name, and named settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ._model import FlowModel
+from ._nice import NICE
+from ._realnvp import RealNVP
+
+__all__ = ["MODELS", "PRESETS", "build", "name_of"]
+
+#: Every model by the name that checkpoints and the command line use.
+MODELS: dict[str, type[FlowModel]] = {"nice": NICE, "realnvp": RealNVP}
+
+#: Named settings: (model, preset) -> keyword arguments of the model's constructor, besides the shape.
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    # The RealNVP on digits of Tomczak, "Deep Generative Modeling" (2022), for data (v + u) / 17 with v in 0..16: in raw units,
+    # the second half transformed and all features reversed after each coupling, (x + t) * exp(s) with s = tanh(s-net).
+    ("realnvp", "digits-recipe"): {
+        "couplings": 8,
+        "hidden": 256,
+        "depth": 2,
+        "activation": "leaky_relu",
+        "zero_init": False,
+        "separate": True,
+        "scale": {"kind": "tanh", "a": 1.0, "b": 0.0},
+        "shift_first": True,
+        "permutation": "reverse",
+        "flatten": True,
+        "preprocess": {"rescale": 17.0},
+    },
+}
+
+
+def build(name: str, config: Mapping[str, Any]) -> FlowModel:
+    """The model of that name with that configuration (its ``config``, or any keyword arguments of its constructor).
+
+    Raises ValueError for an unknown name and for a configuration that the model refuses, TypeError for unknown keywords.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model: unknown name {name!r}; expected one of {', '.join(map(repr, MODELS))}")
+    return MODELS[name](**config)
+
+
+def name_of(model: FlowModel) -> str:
+    """The model's name in ``MODELS``. Raises TypeError if it has none."""
+    for name, cls in MODELS.items():
+        if type(model) is cls:
+            return name
+    raise TypeError(f"model: expected one of flowkern.models ({', '.join(MODELS)}), got {type(model).__name__}")

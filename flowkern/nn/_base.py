@@ -1,0 +1,190 @@
+"""Base distributions: modules whose tensors move with ``.to()``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributions import Distribution, Independent, Transform
+
+from ..ops._checks import accumulation_dtype
+
+__all__ = ["Base", "DiagonalNormal", "Mixture", "StandardNormal", "as_base"]
+
+Shape = int | Sequence[int]
+
+
+def as_shape(shape: Shape) -> tuple[int, ...]:
+    """``shape`` as a tuple of ints; one number is the length of a vector. Raises ValueError for a size below 1."""
+    sizes = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
+    if any(n < 1 for n in sizes):
+        raise ValueError(f"shape: expected sizes of at least 1, got {shape}")
+    return sizes
+
+
+class Base(nn.Module):
+    """A distribution over latents of one ``shape``; derive from it to write your own.
+
+    ``log_prob(z, context=None)``: z (B, *shape) -> (B,) in nats, float64 if z is, else float32.
+    ``rsample(n, temperature=1.0, context=None)``: (n, *shape), differentiable in the parameters.
+    ``sample`` is the same without gradients. The temperature multiplies the standard deviation.
+    """
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.shape = as_shape(shape)
+
+    def check(self, z: torch.Tensor) -> torch.Tensor:
+        """z in the dtype of the arithmetic. Raises ValueError for another shape than (B, *shape)."""
+        if z.ndim == 0 or tuple(z.shape[1:]) != self.shape:
+            expected = ", ".join(["B", *map(str, self.shape)])
+            raise ValueError(f"{type(self).__name__}: expected latents of shape ({expected}), got {tuple(z.shape)}")
+        return z.to(accumulation_dtype(z))
+
+    def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no log_prob")
+
+    def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no rsample")
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.rsample(n, temperature, context)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}"
+
+
+def _normal_log_prob(eps: torch.Tensor, dims: int) -> torch.Tensor:
+    """log N(eps; 0, I), summed over the last ``dims`` dimensions."""
+    log_density = -0.5 * eps.square() - 0.5 * math.log(2.0 * math.pi)
+    return log_density.flatten(-dims).sum(-1) if dims else log_density
+
+
+class StandardNormal(Base):
+    """N(0, I) over ``shape``: log p(z) = -(|z|^2 + D log 2 pi) / 2, in nats."""
+
+    like: torch.Tensor  # empty: it only carries the device and dtype of the samples
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape)
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return _normal_log_prob(self.check(z), len(self.shape))
+
+    def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        return temperature * torch.randn(n, *self.shape, dtype=self.like.dtype, device=self.like.device)
+
+
+class DiagonalNormal(Base):
+    """N(loc, diag exp(2 log_scale)) over ``shape`` with learned ``loc`` and ``log_scale``, both zero at first."""
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape)
+        self.loc = nn.Parameter(torch.zeros(self.shape))
+        self.log_scale = nn.Parameter(torch.zeros(self.shape))
+
+    def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        eps = (self.check(z) - self.loc) * (-self.log_scale).exp()
+        return _normal_log_prob(eps, len(self.shape)) - self.log_scale.to(eps.dtype).sum()
+
+    def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        eps = torch.randn(n, *self.shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + temperature * self.log_scale.exp() * eps
+
+
+class Mixture(Base):
+    """A mixture of diagonal normals, joint over the dimensions: p(z) = sum_k pi_k N(z; loc_k, diag exp(2 log_scale_k)).
+
+    Learned: ``logits`` (K,) with pi = softmax(logits), ``loc`` and ``log_scale`` (K, *shape). ``loc`` starts standard
+    normal, the others at zero. A sample draws one component for all dimensions. ``rsample`` raises NotImplementedError:
+    the draw of the component has no derivative. Raises ValueError for fewer than one component.
+    """
+
+    def __init__(self, shape: Shape, components: int):
+        super().__init__(shape)
+        if components < 1:
+            raise ValueError(f"Mixture: components must be at least 1, got {components}")
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.loc = nn.Parameter(torch.randn(components, *self.shape))
+        self.log_scale = nn.Parameter(torch.zeros(components, *self.shape))
+
+    def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        eps = (self.check(z).unsqueeze(1) - self.loc) * (-self.log_scale).exp()
+        log_volume = self.log_scale.to(eps.dtype).flatten(1).sum(1)
+        weights = self.logits.to(eps.dtype).log_softmax(0)
+        return (_normal_log_prob(eps, len(self.shape)) - log_volume + weights).logsumexp(1)
+
+    def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError("Mixture: the draw of a component has no derivative; use sample")
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        component = torch.multinomial(self.logits.softmax(0), n, replacement=True)
+        eps = torch.randn(n, *self.shape, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc[component] + temperature * self.log_scale[component].exp() * eps
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, components={len(self.logits)}"
+
+
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value`` with ``function`` applied, in place, to the tensors inside distributions, transforms and lists of them."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list):
+        return [_map_tensors(v, function) for v in value]
+    if isinstance(value, Distribution | Transform):
+        for name, entry in vars(value).items():
+            vars(value)[name] = _map_tensors(entry, function)
+    return value
+
+
+class _Wrapped(Base):
+    """A ``torch.distributions.Distribution`` as a base. Its tensors move with ``.to()``, but are constants, not parameters."""
+
+    def __init__(self, distribution: Distribution):
+        super().__init__(distribution.batch_shape + distribution.event_shape)
+        dims = len(distribution.batch_shape)
+        self.distribution: Distribution = Independent(distribution, dims) if dims else distribution
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Wrapped:
+        super()._apply(fn, recurse)
+        _map_tensors(self.distribution, fn)
+        return self
+
+    def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.distribution.log_prob(self.check(z))
+
+    def _draw(self, draw: Callable[[tuple[int]], torch.Tensor], n: int, temperature: float) -> torch.Tensor:
+        if temperature != 1.0:
+            raise ValueError(f"temperature: not defined for {self.distribution}, got {temperature}; use a base of flowkern.nn")
+        return draw((n,))
+
+    def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self._draw(self.distribution.rsample, n, temperature)
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self._draw(self.distribution.sample, n, temperature)
+
+    def extra_repr(self) -> str:
+        return str(self.distribution)
+
+
+def as_base(base: nn.Module | Distribution) -> Base:
+    """``base`` as a module: a ``Distribution`` is wrapped, with all its dimensions as one event.
+
+    Raises TypeError for anything that is neither a module with ``log_prob`` and ``sample`` nor a Distribution.
+    """
+    if isinstance(base, Distribution):
+        return _Wrapped(base)
+    if not isinstance(base, nn.Module) or not hasattr(base, "log_prob") or not hasattr(base, "sample"):
+        raise TypeError(
+            f"base: expected a module with log_prob and sample, or a torch.distributions.Distribution, got {type(base).__name__}"
+        )
+    return cast(Base, base)

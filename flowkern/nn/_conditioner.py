@@ -1,0 +1,169 @@
+"""Networks that turn the kept elements of a coupling into its parameters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["ACTIVATIONS", "MLP", "Parallel", "ResNet"]
+
+#: The activations by name; the slope of ``leaky_relu`` is 0.01.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
+
+
+def _named_activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: unknown name {name!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    return name
+
+
+def _check_context(context: torch.Tensor | None, size: int | None, batch: int) -> None:
+    if size is None and context is not None:
+        raise ValueError(f"context: got shape {tuple(context.shape)}, but the network was built without (context=None)")
+    if size is not None and (context is None or context.shape != (batch, size)):
+        got = "none" if context is None else tuple(context.shape)
+        raise ValueError(f"context: expected shape ({batch}, {size}), got {got}")
+
+
+def _zero(layer: nn.Linear | nn.Conv2d) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation (and dropout) between them: (B, in_features) -> (B, out_features).
+
+    Args:
+        hidden: the widths of the hidden layers.
+        context: K of a context (B, K), which is concatenated to the input; None for a network without.
+        activation: one of ``ACTIVATIONS``.
+        zero_init: start the last layer at zero, so that a coupling starts as (nearly) the identity.
+
+    Raises ValueError for an unknown activation, and for a context that is missing, not expected or of a wrong shape.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: Sequence[int] = (256, 256),
+        *,
+        context: int | None = None,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        zero_init: bool = True,
+    ):
+        super().__init__()
+        widths = [in_features + (context or 0), *hidden, out_features]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.dropout = nn.Dropout(dropout)
+        self.activation = _named_activation(activation)
+        self.context = context
+        if zero_init:
+            _zero(self.layers[-1])  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        _check_context(context, self.context, x.shape[0])
+        h = x if context is None else torch.cat([x, context.to(x.dtype)], 1)
+        for layer in self.layers[:-1]:
+            h = self.dropout(ACTIVATIONS[self.activation](layer(h)))
+        return self.layers[-1](h)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, context={self.context}"
+
+
+class _ResidualBlock(nn.Module):
+    """h + conv(act(conv(act(h)) + projection(context)))."""
+
+    def __init__(self, channels: int, context: int | None, activation: str, dropout: float):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.projection = None if context is None else nn.Linear(context, channels)
+        self.dropout = nn.Dropout(dropout)
+        self.activation = activation
+        _zero(self.second)
+
+    def forward(self, h: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        act = ACTIVATIONS[self.activation]
+        inner = self.first(act(h))
+        if self.projection is not None:
+            inner = inner + self.projection(context)[:, :, None, None]
+        return h + self.second(self.dropout(act(inner)))
+
+
+class ResNet(nn.Module):
+    """A small residual network: 3x3 convolution, residual blocks, 3x3 convolution; (B, in, H, W) -> (B, out, H, W).
+
+    The last convolution, and the second one of each block, start at zero: a coupling starts as (nearly) the identity,
+    and each block as the identity. There is no normalization layer, so a sample's result depends on that sample alone.
+
+    Args:
+        hidden: channels inside.
+        blocks: residual blocks of two 3x3 convolutions.
+        context: K of a context (B, K), projected linearly into each block; None for a network without.
+        activation, dropout: as for ``MLP``.
+        zero_init: whether the last convolution starts at zero.
+
+    Raises ValueError for an unknown activation, and for a context that is missing, not expected or of a wrong shape.
+    Source: He et al., "Identity Mappings in Deep Residual Networks" (2016).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int = 64,
+        blocks: int = 2,
+        *,
+        context: int | None = None,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        zero_init: bool = True,
+    ):
+        super().__init__()
+        self.activation = _named_activation(activation)
+        self.context = context
+        self.first = nn.Conv2d(in_channels, hidden, 3, padding=1)
+        self.blocks = nn.ModuleList(_ResidualBlock(hidden, context, activation, dropout) for _ in range(blocks))
+        self.last = nn.Conv2d(hidden, out_channels, 3, padding=1)
+        if zero_init:
+            _zero(self.last)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        _check_context(context, self.context, x.shape[0])
+        h = self.first(x)
+        for block in self.blocks:
+            h = block(h, None if context is None else context.to(x.dtype))
+        return self.last(ACTIVATIONS[self.activation](h))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, context={self.context}"
+
+
+class Parallel(nn.Module):
+    """Several networks on the same input, their outputs concatenated along the channels: one for scales, one for shifts.
+
+    ``Parallel(s_net, t_net)`` gives the ``"scale_shift"`` layout.
+    """
+
+    def __init__(self, *networks: nn.Module):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        args = (x,) if context is None else (x, context)
+        return torch.cat([network(*args) for network in self.networks], 1)

@@ -1,0 +1,106 @@
+"""Coupling layers: a conditioner reads the kept elements, an op of ``flowkern.ops`` transforms the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..ops._parametrization import named_layout
+from ..ops._split import SPLITS, FeatureMask, Split, conditioner_input
+from ._bijection import Bijection, Pair
+
+__all__ = ["AdditiveCoupling", "AffineCoupling"]
+
+_SIGMOID = ops.ScaleMap.sigmoid()
+
+
+class _Coupling(Bijection):
+    split: Split  # a FeatureMask becomes a submodule, so that it moves with .to()
+
+    def __init__(self, conditioner: nn.Module, split: Split):
+        super().__init__()
+        if not isinstance(split, FeatureMask) and split not in SPLITS:
+            raise ValueError(f"split: unknown {split!r}; expected a FeatureMask or one of {', '.join(map(repr, SPLITS))}")
+        self.conditioner = conditioner
+        self.split = split
+
+    def condition(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """The conditioner's output for the elements that the split keeps; the same for x and for its transform."""
+        kept = conditioner_input(x, self.split)
+        return self.conditioner(kept) if context is None else self.conditioner(kept, context)
+
+
+class AffineCoupling(_Coupling):
+    """z = x * s(u) + t on the elements that ``split`` transforms, z = x on the others; (u, t) = conditioner(kept).
+
+    logabsdet is the sum of log s(u) over a sample's transformed elements.
+
+    Args:
+        conditioner: any module; called as ``conditioner(kept)`` or ``conditioner(kept, context)``. ``kept`` holds the kept
+            channels, or, for a checkerboard, x with zeros at the transformed pixels. It returns the ``params`` of
+            ``flowkern.ops.affine_coupling``: 2 M channels for M transformed ones (2 C for a checkerboard).
+        split, scale, layout, shift_first: as in ``flowkern.ops.affine_coupling``.
+
+    Shapes: x and z (B, D) or (B, C, H, W), context (B, K), logabsdet (B,) in nats.
+    Raises ValueError for an unknown split or layout, and if the conditioner's output has a wrong shape.
+
+    Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017), eq. 7 and 8.
+    """
+
+    def __init__(
+        self,
+        conditioner: nn.Module,
+        *,
+        split: Split = "channel",
+        scale: ops.ScaleMap = _SIGMOID,
+        layout: str = "scale_shift",
+        shift_first: bool = False,
+    ):
+        super().__init__(conditioner, split)
+        self.scale = scale
+        self.layout = named_layout(layout).name
+        self.shift_first = shift_first
+
+    def _couple(self, x: torch.Tensor, context: torch.Tensor | None, inverse: bool) -> Pair:
+        params = self.condition(x, context)
+        return ops.affine_coupling(
+            x,
+            params,
+            split=self.split,
+            scale=self.scale,
+            layout=self.layout,
+            shift_first=self.shift_first,
+            inverse=inverse,
+        )
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self._couple(x, context, inverse=False)
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self._couple(z, context, inverse=True)
+
+    def extra_repr(self) -> str:
+        return f"split={self.split!r}, scale={self.scale}, layout={self.layout!r}, shift_first={self.shift_first}"
+
+
+class AdditiveCoupling(_Coupling):
+    """z = x + conditioner(kept) on the elements that ``split`` transforms, z = x on the others; logabsdet = 0.
+
+    The conditioner returns M channels for M transformed ones (C for a checkerboard). Shapes and errors as for
+    ``AffineCoupling``.
+
+    Source: Dinh, Krueger and Bengio, "NICE: Non-linear Independent Components Estimation" (2015), eq. 4.
+    """
+
+    def __init__(self, conditioner: nn.Module, *, split: Split = "channel"):
+        super().__init__(conditioner, split)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return ops.additive_coupling(x, self.condition(x, context), split=self.split)
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return ops.additive_coupling(z, self.condition(z, context), split=self.split, inverse=True)
+
+    def extra_repr(self) -> str:
+        return f"split={self.split!r}"

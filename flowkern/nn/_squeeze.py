@@ -1,0 +1,71 @@
+"""Shape changes with log-determinant zero: space to channels, and images to vectors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..ops._checks import accumulation_dtype
+from ._bijection import Bijection, Pair
+
+__all__ = ["Flatten", "Squeeze"]
+
+
+class Squeeze(Bijection):
+    """(B, C, H, W) -> (B, C f^2, H/f, W/f): each f x f block of pixels becomes channels; logabsdet = 0.
+
+    Channel c f^2 + i f + j of the output holds pixel (i, j) of the blocks of channel c, the order of
+    ``torch.nn.functional.pixel_unshuffle``. Raises ValueError for inputs that are not images or do not divide.
+
+    Source: Dinh et al., "Density estimation using Real NVP" (2017), section 3.6.
+    """
+
+    def __init__(self, factor: int = 2):
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"Squeeze: factor must be at least 1, got {factor}")
+        self.factor = factor
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        f = self.factor
+        if len(shape) != 3 or shape[1] % f or shape[2] % f:
+            raise ValueError(f"Squeeze: expected images (C, H, W) with H and W divisible by {f}, got {tuple(shape)}")
+        return shape[0] * f * f, shape[1] // f, shape[2] // f
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        self.output_shape(x.shape[1:])
+        return torch.nn.functional.pixel_unshuffle(x, self.factor), x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        if z.ndim != 4 or z.shape[1] % self.factor**2:
+            raise ValueError(f"Squeeze: expected (B, C, H, W) with C divisible by {self.factor**2}, got shape {tuple(z.shape)}")
+        return torch.nn.functional.pixel_shuffle(z, self.factor), z.new_zeros(z.shape[0], dtype=accumulation_dtype(z))
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
+class Flatten(Bijection):
+    """(B, *shape) -> (B, D), row by row; logabsdet = 0. Raises ValueError for another shape."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if tuple(shape) != self.shape:
+            raise ValueError(f"Flatten: expected shape {self.shape}, got {tuple(shape)}")
+        return (math.prod(self.shape),)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        self.output_shape(x.shape[1:])
+        return x.flatten(1), x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        if z.shape[1:] != (math.prod(self.shape),):
+            raise ValueError(f"Flatten: expected (B, {math.prod(self.shape)}), got shape {tuple(z.shape)}")
+        return z.unflatten(1, self.shape), z.new_zeros(z.shape[0], dtype=accumulation_dtype(z))
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}"
