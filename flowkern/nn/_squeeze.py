@@ -34,13 +34,17 @@ class Squeeze(Bijection):
         return shape[0] * f * f, shape[1] // f, shape[2] // f
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        self.output_shape(x.shape[1:])
-        return torch.nn.functional.pixel_unshuffle(x, self.factor), x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
+        # Not F.pixel_unshuffle, which returns an empty batch in its old shape.
+        (c, h, w), f = self.output_shape(x.shape[1:]), self.factor
+        blocks = x.reshape(x.shape[0], x.shape[1], h, f, w, f).permute(0, 1, 3, 5, 2, 4)
+        return blocks.reshape(x.shape[0], c, h, w), x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
 
     def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         if z.ndim != 4 or z.shape[1] % self.factor**2:
             raise ValueError(f"Squeeze: expected (B, C, H, W) with C divisible by {self.factor**2}, got shape {tuple(z.shape)}")
-        return torch.nn.functional.pixel_shuffle(z, self.factor), z.new_zeros(z.shape[0], dtype=accumulation_dtype(z))
+        (b, c, h, w), f = z.shape, self.factor
+        blocks = z.reshape(b, c // f**2, f, f, h, w).permute(0, 1, 4, 2, 5, 3)
+        return blocks.reshape(b, c // f**2, h * f, w * f), z.new_zeros(z.shape[0], dtype=accumulation_dtype(z))
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"

@@ -1,0 +1,302 @@
+"""NICE and RealNVP: exact densities, structure as published, and checkpoints that are whole or refused."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import math
+import os
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from flowkern import models, nn, ops
+from flowkern._version import __version__
+
+# name -> (model, configuration)
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nice-vector": ("nice", {"shape": 5, "hidden": 8}),
+    "nice-image": ("nice", {"shape": (1, 4, 4), "hidden": 4, "depth": 1, "levels": 2, "couplings": 2}),
+    "nice-context": ("nice", {"shape": 4, "hidden": 8, "context": 2, "permutation": "random", "seed": 3}),
+    "realnvp-vector": ("realnvp", {"shape": 5, "hidden": 8, "couplings": 3}),
+    "realnvp-context": ("realnvp", {"shape": 4, "hidden": 8, "couplings": 3, "context": 2, "separate": True}),
+    "realnvp-image": ("realnvp", {"shape": (1, 4, 4), "hidden": 4, "depth": 1, "levels": 2, "couplings": 2}),
+    "realnvp-image-context": (
+        "realnvp",
+        {"shape": (2, 4, 2), "hidden": 4, "depth": 1, "levels": 2, "couplings": 1, "context": 3, "activation": "silu"},
+    ),
+    "realnvp-logit": (
+        "realnvp",
+        {"shape": (1, 2, 3), "hidden": 8, "couplings": 2, "flatten": True, "preprocess": {"logit": 0.05}},
+    ),
+    "realnvp-recipe": (
+        "realnvp",
+        {**models.PRESETS["realnvp", "digits-recipe"], "shape": (1, 2, 4), "hidden": 8, "couplings": 2},
+    ),
+}
+
+
+def built(name: str, batch: int = 3) -> tuple[models.FlowModel, torch.Tensor, torch.Tensor | None]:
+    """The model in float64 with random parameters (layers at zero would hide mistakes), an input in (0, 1), a context."""
+    model = models.build(*CONFIGS[name]).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    x = torch.rand(batch, *model.shape, generator=generator, dtype=torch.float64)
+    return (
+        model,
+        x,
+        None if model.context is None else torch.randn(batch, model.context, generator=generator, dtype=torch.float64),
+    )
+
+
+def log_volume(function, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    volumes = []
+    for i in range(len(x)):
+        row = None if context is None else context[i : i + 1]
+        jacobian = torch.autograd.functional.jacobian(lambda sample, row=row: function(sample, row)[0], x[i : i + 1])
+        volumes.append(torch.linalg.slogdet(jacobian.reshape(x[i].numel(), x[i].numel())).logabsdet)
+    return torch.stack(volumes)
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """In float64: some 1e4 roundings of 1e-16, amplified by condition numbers below 1e4, stay under 1e-8."""
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_inverse_and_log_determinants(name: str) -> None:
+    model, x, context = built(name)
+    z, logabsdet = model.bijection(x, context)
+    assert z.shape == (len(x), x[0].numel())
+    back, logabsdet_back = model.bijection.inverse(z, context)
+    assert_near(back, x)
+    assert_near(logabsdet_back, -logabsdet)
+    assert_near(logabsdet, log_volume(model.bijection.forward, x, context))
+    assert_near(logabsdet_back, log_volume(model.bijection.inverse, z.detach(), context))
+    assert_near(model.log_prob(x, context), nn.StandardNormal(x[0].numel()).log_prob(z) + logabsdet)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rebuilt_from_its_configuration(name: str) -> None:
+    model, x, context = built(name)
+    twin = models.build(CONFIGS[name][0], json.loads(json.dumps(model.config))).double()
+    assert twin.config == model.config
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin.log_prob(x, context), model.log_prob(x, context))
+    assert torch.equal(copy.deepcopy(model).log_prob(x, context), model.log_prob(x, context))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_and_loaded(name: str, tmp_path) -> None:
+    model, x, context = built(name)
+    path = tmp_path / "model.ckpt"
+    models.save(model, path)
+    loaded = models.load(path)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert torch.equal(loaded.log_prob(x, context), model.log_prob(x, context))
+    torch.manual_seed(0)
+    expected = model.eval().sample(3, context, temperature=0.7)
+    torch.manual_seed(0)
+    assert torch.equal(loaded.sample(3, context, temperature=0.7), expected)
+    assert expected.shape == x.shape
+    assert os.listdir(tmp_path) == ["model.ckpt"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_names_every_argument(name: str) -> None:
+    model = models.build(*CONFIGS[name])
+    arguments = set(type(model).__init__.__kwdefaults__) | {"shape"}
+    assert set(model.config) == arguments
+
+
+def test_density_of_realnvp_integrates_to_one() -> None:
+    torch.manual_seed(0)
+    model = models.RealNVP(2, couplings=4, hidden=16, activation="tanh", zero_init=False).double()
+    grid = torch.linspace(-10.0, 10.0, 301, dtype=torch.float64)
+    x = torch.cartesian_prod(grid, grid)
+    with torch.no_grad():
+        total = model.log_prob(x).exp().sum() * (grid[1] - grid[0]) ** 2
+    # The rectangle rule on a smooth density that vanishes at the edges converges faster than any power of the step.
+    assert total.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_compiles_in_one_graph() -> None:
+    model, x, context = built("realnvp-image-context")
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+    x.requires_grad_()
+    expected = torch.autograd.grad(model.log_prob(x, context).sum(), [x, *model.parameters()])
+    actual = torch.autograd.grad(compiled(x, context).sum(), [x, *model.parameters()])
+    for a, e in zip(actual, expected, strict=True):
+        assert_near(a, e)
+
+
+def test_training_lowers_the_loss() -> None:
+    torch.manual_seed(0)
+    model = models.RealNVP((1, 8, 8), hidden=8, depth=1, couplings=1)
+    x = torch.rand(16, 1, 8, 8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = -model(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 5.0
+
+
+def test_multiscale_structure_is_that_of_dinh_et_al() -> None:
+    model = models.RealNVP((3, 32, 32), hidden=4, depth=1)
+    multiscale = model.bijection.bijections[0]
+    assert isinstance(multiscale, nn.MultiScale)
+    splits = [[layer.split for layer in level.bijections if hasattr(layer, "split")] for level in multiscale.levels]
+    checkerboards = ["checkerboard", "checkerboard_swap", "checkerboard"]
+    assert splits == [[*checkerboards, "channel", "channel_swap", "channel"]] * 3 + [[*checkerboards, "checkerboard_swap"]]
+    assert multiscale.latent_shapes == [(6, 16, 16), (12, 8, 8), (24, 4, 4), (24, 4, 4)]
+
+
+def test_digits_recipe_is_the_published_one() -> None:
+    """Against the recipe written out: z = ((xb - t) exp(-s)), flip; s and t of its sign are the networks' own."""
+    torch.manual_seed(0)
+    model = models.RealNVP(64, **models.PRESETS["realnvp", "digits-recipe"])
+    image = models.RealNVP((1, 8, 8), **models.PRESETS["realnvp", "digits-recipe"])
+    x = torch.rand(4, 64)
+
+    def net() -> torch.nn.Sequential:
+        linear, act = torch.nn.Linear, torch.nn.LeakyReLU
+        return torch.nn.Sequential(linear(32, 256), act(), linear(256, 256), act(), linear(256, 32))
+
+    couplings = [layer for layer in model.bijection.bijections if isinstance(layer, nn.AffineCoupling)]
+    assert len(couplings) == 8
+    z, log_prob = 17.0 * x, 64 * math.log(17.0)
+    for coupling in couplings:
+        pair = []
+        for mine in coupling.conditioner.networks:
+            theirs = net()
+            theirs.load_state_dict(dict(zip(theirs.state_dict(), mine.state_dict().values(), strict=True)))
+            pair.append(theirs)
+        xa, xb = z.chunk(2, 1)
+        s, t = -pair[0](xa).tanh(), -pair[1](xa)
+        z = torch.cat([xa, (xb - t) * torch.exp(-s)], 1).flip(1)
+        log_prob = log_prob - s.sum(1)
+    log_prob = log_prob + torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+    torch.testing.assert_close(model.log_prob(x), log_prob, rtol=1e-4, atol=1e-2)
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(model.parameters()), image.parameters())
+    assert torch.equal(image.log_prob(x.view(4, 1, 8, 8)), model.log_prob(x))
+
+
+def test_errors_of_models() -> None:
+    with pytest.raises(ValueError, match="model: unknown name 'glow2'"):
+        models.build("glow2", {"shape": 4})
+    with pytest.raises(TypeError, match="widht"):
+        models.build("nice", {"shape": 4, "widht": 3})
+    with pytest.raises(ValueError, match=r"or \(C, H, W\) for images"):
+        models.RealNVP((4, 4))
+    with pytest.raises(ValueError, match="permutation: unknown"):
+        models.RealNVP(4, permutation="shuffle")
+    with pytest.raises(ValueError, match="at least 2 features"):
+        models.RealNVP(1)
+    with pytest.raises(ValueError, match="levels"):
+        models.RealNVP((1, 8, 8), levels=0)
+    with pytest.raises(ValueError, match="divisible by 2"):
+        models.RealNVP((1, 7, 8), levels=2)
+    with pytest.raises(ValueError, match="activation"):
+        models.NICE(4, activation="sin")
+    with pytest.raises(ValueError, match="ScaleMap: unknown kind"):
+        models.RealNVP(4, scale={"kind": "cosine"})
+    for option in ({"logits": 0.05}, {"logit": 0.05, "rescale": 2.0}, {}):
+        with pytest.raises(ValueError, match="preprocess: expected"):
+            models.NICE(4, preprocess=option)
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, 1, 8, 8\), got \(2, 64\)"):
+        models.RealNVP((1, 8, 8), hidden=4).log_prob(torch.rand(2, 64))
+    with pytest.raises(ValueError, match="built without"):
+        models.NICE(4).log_prob(torch.rand(2, 4), torch.rand(2, 3))
+    with pytest.raises(ValueError, match=r"context: expected shape \(2, 3\), got none"):
+        models.NICE(4, context=3).log_prob(torch.rand(2, 4))
+
+
+def test_nan_in_the_data_is_counted() -> None:
+    x = torch.rand(5, 4)
+    x[2, 3] = math.nan
+    with pytest.raises(ValueError, match="1 of 5 log-probabilities are NaN"):
+        models.RealNVP(4, hidden=8).bits_per_dim(x, 256)
+
+
+def test_scale_map_survives_the_configuration() -> None:
+    for scale in (ops.ScaleMap.soft_clip(1e-3), ops.ScaleMap.sigmoid(1.5, 1e-3), ops.ScaleMap.exp()):
+        model = models.RealNVP(4, hidden=8, scale=scale)
+        twin = models.build("realnvp", json.loads(json.dumps(model.config)))
+        assert twin.bijection.bijections[0].scale == scale
+
+
+def refused(path) -> str:
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        models.load(path)
+    return str(caught.value)
+
+
+def test_damaged_foreign_and_newer_files_are_refused(tmp_path) -> None:
+    path, model = tmp_path / "model.ckpt", models.NICE(4, hidden=8)
+    models.save(model, path)
+    whole, good = path.read_bytes(), torch.load(path, weights_only=True)
+    for size in (10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert "truncated" in refused(path)
+    path.write_bytes(b"")
+    assert "not written by flowkern" in refused(path)
+    path.write_bytes(b"x = 1\n" * 100)
+    assert "not written by flowkern" in refused(path)
+    torch.save({"state_dict": {}}, path)
+    assert "not written by flowkern" in refused(path)
+    torch.save([1, 2], path)
+    assert "not written by flowkern" in refused(path)
+    torch.save(model, path)
+    assert "damaged or foreign" in refused(path)
+    torch.save({**good, "flowkern": "999.0.1"}, path)
+    assert f"written by flowkern 999.0.1, newer than this one ({__version__})" in refused(path)
+    torch.save({**good, "model": {"name": "nice"}}, path)
+    assert "missing" in refused(path)
+    torch.save({**good, "model": {"name": "glow2", "config": {}}}, path)
+    assert "unknown name 'glow2'" in refused(path)
+    torch.save({**good, "model": {"name": "nice", "config": {"shape": 4, "hidden": 9}}}, path)
+    assert "size mismatch" in refused(path)
+    torch.save({**good, "model": {"name": "nice", "config": {"shape": 4, "width": 9}}}, path)
+    assert "width" in refused(path)
+    with pytest.raises(FileNotFoundError):
+        models.load(tmp_path / "none.ckpt")
+
+
+def test_extra_keys_are_kept_for_the_trainer(tmp_path) -> None:
+    path, model = tmp_path / "model.ckpt", models.NICE(4, hidden=8)
+    models.save(model, path)
+    models.write_atomically({**models.read_checkpoint(path), "epoch": 7}, path)
+    assert models.read_checkpoint(path)["epoch"] == 7
+    assert models.load(path).config == model.config
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    path, model = tmp_path / "model.ckpt", models.NICE(4, hidden=8)
+    models.save(model, path)
+    before = path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        models.save(models.NICE(4, hidden=16), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.ckpt"]
+
+
+def test_only_known_models_are_saved(tmp_path) -> None:
+    with pytest.raises(TypeError, match=r"expected one of flowkern\.models"):
+        models.save(nn.Flow(nn.Compose(), nn.StandardNormal(2)), tmp_path / "model.ckpt")
+    with pytest.raises(FileNotFoundError):
+        models.save(models.NICE(4), tmp_path / "none" / "model.ckpt")
