@@ -28,6 +28,8 @@ FLAGS = [
     # Arithmetic stays as written: no -ffast-math. These two only say that nobody reads errno or the exception flags.
     "-fno-math-errno",
     "-fno-trapping-math",
+    # Copy loops stay loops (csrc/cpu/coupling.h says why).
+    "-fno-tree-loop-distribute-patterns",
 ]
 ISAS = {
     "baseline": [],

@@ -4,5 +4,4 @@ from . import ops as ops
 from ._backend import backend as backend
 from ._registry import OPS as OPS
 from ._registry import explain as explain
-
 from ._version import __version__ as __version__

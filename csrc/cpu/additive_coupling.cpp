@@ -24,7 +24,7 @@ void forward(const Coupling& c, const Tensor& x, const Tensor& shift, const Tens
                 for (int64_t i = 0; i < n; ++i) p[2][i] = p[0][i] + sign * p[1][i];
               });
       walk<A>(kept[k], 1, sample, segment_begin(kept[k], s, segments), segment_begin(kept[k], s + 1, segments),
-              [](A* const* p, int64_t n) { std::memcpy(p[1], p[0], size_t(n) * sizeof(A)); });
+              [](A* const* p, int64_t n) { copy_run(p[0], p[1], n); });
     }
   });
 }

@@ -196,11 +196,6 @@ Halves halves(const Tensor& p, const Affine& c) {
 }
 
 template <class A>
-void copy(A* const* p, int64_t n) {
-  std::memcpy(p[1], p[0], size_t(n) * sizeof(A));
-}
-
-template <class A>
 void forward(const Affine& c, const Tensor& x, const Tensor& params, const Tensor& y, A* logabsdet, double* partial) {
   const Halves h = halves(params, c);
   const Operand moved_operands[] = {operand(x, true), h.raw, h.shift, operand(y, true)};
@@ -222,7 +217,8 @@ void forward(const Affine& c, const Tensor& x, const Tensor& params, const Tenso
                                                               : transform<A, false, false, decltype(map)>);
                   total += double(run(map, p[0], p[1], p[2], p[3], n));
                 });
-        walk<A>(kept[k], 1, sample, segment_begin(kept[k], s, segments), segment_begin(kept[k], s + 1, segments), copy<A>);
+        walk<A>(kept[k], 1, sample, segment_begin(kept[k], s, segments), segment_begin(kept[k], s + 1, segments),
+                [](A* const* p, int64_t n) { copy_run(p[0], p[1], n); });
       }
       partial[task] = total;
     });
@@ -262,7 +258,7 @@ void backward(const Affine& c, const Tensor& grad, const Tensor& grad_logabsdet,
                 });
         walk<A>(kept[k], 1, sample, segment_begin(kept[k], s, segments), segment_begin(kept[k], s + 1, segments),
                 [&](A* const* p, int64_t n) {
-                  copy(p, n);
+                  copy_run(p[0], p[1], n);
                   for (int z = 2; z < kept[k].operands; ++z) std::memset(p[z], 0, size_t(n) * sizeof(A));
                 });
       }

@@ -201,6 +201,13 @@ void walk(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t e
 // Segment s of S of a nest's pieces.
 inline int64_t segment_begin(const Nest& nest, int64_t s, int64_t segments) { return nest.pieces() * s / segments; }
 
+// A plain loop on purpose: the C library's memcpy turns to string instructions at these sizes, which stream worse.
+template <class A>
+FLOWKERN_INLINE void copy_run(const A* from, A* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
 inline int64_t segments_of(const Coupling& c) {
   const int64_t sample = c.channels * c.height * c.width;
   return sample > segment ? (sample + segment - 1) / segment : 1;

@@ -13,14 +13,15 @@ import torch
 
 from .. import _backend
 from .._registry import Op, Sample, define, reference_runs, register
-from ._checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch
-from ._split import FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
+from ._checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch, outside_autocast
+from ._split import SPLITS, FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
 __all__ = ["additive_coupling"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
+@outside_autocast
 def reference(x: torch.Tensor, shift: torch.Tensor, *, split: Split = "channel", inverse: bool = False) -> Pair:
     """The definition in plain torch, for x of shape (B, C) or (B, C, H, W)."""
     accumulate = accumulation_dtype(x, shift)
@@ -83,20 +84,20 @@ _forward = define(
 
 
 class _AdditiveCoupling(torch.autograd.Function):
-    """Saves no tensor but a mask's ranks. Its backward needs no kernel: both gradients are (parts of) the given one."""
+    """Saves no tensor but a mask's indices. Its backward needs no kernel: both gradients are (parts of) the given one."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, shift: torch.Tensor, rank: torch.Tensor | None, split: int, inverse: bool
-    ) -> torch.Tensor:
-        ctx.save_for_backward(rank)
+    def forward(ctx: Any, x: torch.Tensor, shift: torch.Tensor, rank: torch.Tensor | None, *configuration: Any) -> torch.Tensor:
+        split, inverse, moved = configuration
+        ctx.save_for_backward(moved)
         ctx.split, ctx.inverse, ctx.dtype = split, inverse, shift.dtype
         return _forward(x, shift, rank, split, inverse)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
-        dshift = take(grad, from_code(ctx.split, *ctx.saved_tensors)).to(ctx.dtype)
-        return grad, -dshift if ctx.inverse else dshift, None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (moved,) = ctx.saved_tensors
+        dshift = (take(grad, SPLITS[ctx.split]) if moved is None else grad.index_select(1, moved)).to(ctx.dtype)
+        return grad, -dshift if ctx.inverse else dshift, None, None, None, None
 
 
 def additive_coupling(x: torch.Tensor, shift: torch.Tensor, *, split: Split = "channel", inverse: bool = False) -> Pair:
@@ -132,13 +133,16 @@ def additive_coupling(x: torch.Tensor, shift: torch.Tensor, *, split: Split = "c
     expected = (x.shape[0], moved_channels(split, x.shape[1]), *x.shape[2:])
     if shift.shape != expected:
         raise ValueError(
-            f"shift: expected shape {tuple(expected)} for x of shape {tuple(x.shape)} and split {split!r}, got {tuple(shift.shape)}"
+            f"shift: expected shape {tuple(expected)} for x of shape {tuple(x.shape)} and split {split!r}, "
+            f"got {tuple(shift.shape)}"
         )
     if reference_runs(x):
         return reference(x, shift, split=split, inverse=inverse)
-    rank = split.rank if isinstance(split, FeatureMask) else None
-    recording = torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad)
-    y = (_AdditiveCoupling.apply if recording else _forward)(x, shift, rank, code, inverse)
+    rank, moved = (split.rank, split.moved) if isinstance(split, FeatureMask) else (None, None)
+    if torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad):
+        y = _AdditiveCoupling.apply(x, shift, rank, code, inverse, moved)
+    else:
+        y = _forward(x, shift, rank, code, inverse)
     return y, x.new_zeros(x.shape[0], dtype=accumulation_dtype(x, shift))
 
 

@@ -24,7 +24,15 @@ import torch
 
 from .. import _backend
 from .._registry import Op, Sample, define, reference_runs, register
-from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, flatten_batch
+from ._checks import (
+    accumulation_dtype,
+    check_floating,
+    check_same_device,
+    differentiate,
+    empty_as,
+    flatten_batch,
+    outside_autocast,
+)
 from ._parametrization import LAYOUTS, ScaleMap, named_layout
 from ._split import FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
@@ -60,6 +68,7 @@ _SCHEMA = "Tensor? rank, int split, int scale, float a, float b, int layout, boo
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
+@outside_autocast
 def reference(
     x: torch.Tensor,
     params: torch.Tensor,
@@ -206,7 +215,7 @@ class _AffineCoupling(torch.autograd.Function):
         return _forward(x, params, *configuration)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
         x, params, rank = ctx.saved_tensors
         configuration = _Configuration(rank, *ctx.configuration)
         if grad is None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["accumulation_dtype", "check_floating", "check_same_device", "differentiate", "empty_as", "flatten_batch"]
+__all__ = [
+    "accumulation_dtype",
+    "check_floating",
+    "check_same_device",
+    "differentiate",
+    "empty_as",
+    "flatten_batch",
+    "outside_autocast",
+]
+
+Reference = TypeVar("Reference", bound=Callable[..., Any])
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -54,6 +65,19 @@ def flatten_batch(x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Size, to
     if params.shape[: len(leading)] != leading:
         raise ValueError(f"params: expected leading dimensions {tuple(leading)} as x has, got shape {tuple(params.shape)}")
     return leading, x.flatten(0, len(leading) - 1), params.flatten(0, len(leading) - 1)
+
+
+def outside_autocast(reference: Reference) -> Reference:
+    """A reference that autocast leaves alone: it upcasts explicitly, and its log-determinant stays in full precision."""
+
+    @functools.wraps(reference)
+    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return reference(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return reference(x, *args, **kwargs)
+
+    return cast(Reference, run)
 
 
 def differentiate(

@@ -1,0 +1,59 @@
+"""The one comparison helper of the suite, and how an op's outputs and gradients are collected for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from flowkern._registry import Sample
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, same_dtype: torch.Tensor | None = None, ulps: float = 4) -> None:
+    """The error of ``actual`` against float64 is at most twice that of plain torch code in the same dtype.
+
+    ``ulps`` units in the last place of the largest value are granted on top: a max over few values is a lottery.
+    NaN and infinity must stand where they stand in ``exact``.
+    """
+    assert actual.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    actual_64, exact = actual.detach().double(), exact.detach().double()
+    finite = exact.isfinite()
+    assert torch.equal(actual_64.isnan(), exact.isnan())
+    assert torch.equal(actual_64.isinf(), exact.isinf())
+    if not finite.any():
+        return
+    granted = ulps * torch.finfo(actual.dtype).eps * exact[finite].abs().max()
+    if same_dtype is not None:
+        granted = granted + 2 * (same_dtype.detach().double() - exact)[finite].abs().max()
+    error = (actual_64 - exact)[finite].abs().max()
+    assert error <= granted, f"error {error:.3e} > {granted:.3e}"
+
+
+def arguments(sample: Sample, dtype: torch.dtype | None = None) -> Tensors:
+    """The sample's tensors as leaves that record gradients, their strides kept, cast to ``dtype`` if given."""
+    tensors = (a.detach() if dtype is None else a.detach().to(dtype) for a in sample.args)
+    return tuple(a.requires_grad_() for a in tensors)
+
+
+def output_gradients(outputs: Sequence[torch.Tensor], seed: int = 0) -> Tensors:
+    """Fixed random gradients in float64, for outputs of these shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs)
+
+
+def outputs_and_gradients(function: Callable[..., Any], args: Tensors, kwargs: dict[str, Any]) -> tuple[Tensors, Tensors]:
+    """What the function returns, and the gradients of its arguments for the fixed output gradients."""
+    outputs = function(*args, **kwargs)
+    return outputs, gradients(outputs, args)
+
+
+def gradients(outputs: Sequence[torch.Tensor], args: Sequence[torch.Tensor], create_graph: bool = False) -> Tensors:
+    """The gradients of ``args`` for the fixed output gradients; outputs without a graph are left out."""
+    recorded = [(y, g.to(y.dtype)) for y, g in zip(outputs, output_gradients(outputs), strict=True) if y.requires_grad]
+    ys, gs = zip(*recorded, strict=True)
+    return torch.autograd.grad(ys, args, gs, create_graph=create_graph, allow_unused=True, materialize_grads=True)

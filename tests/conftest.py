@@ -1,0 +1,57 @@
+"""Fixtures for all tests: fixed seeds, and outputs that start as NaN between canaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import flowkern._backend as _backend
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=_backend.native.isas() if _backend.native else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine runs, one after the other."""
+    assert _backend.native is not None
+    before = _backend.native.isa()
+    _backend.native.use_isa(request.param)
+    yield request.param
+    _backend.native.use_isa(before)
+
+
+class Canaries:
+    """Stands in for ``torch.empty`` and ``Tensor.new_empty``: NaN inside, a known pattern on both sides."""
+
+    margin = 32
+    pattern = 77.0
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[torch.Tensor, int]] = []
+
+    def allocate(self, like: torch.Tensor) -> torch.Tensor:
+        n = like.numel()
+        buffer = torch.full((n + 2 * self.margin,), self.pattern, dtype=like.dtype, device=like.device)
+        buffer[self.margin : self.margin + n] = float("nan")
+        self.buffers.append((buffer, n))
+        return buffer.as_strided(like.shape, like.stride(), self.margin)
+
+    def assert_alive(self) -> None:
+        assert self.buffers, "nothing was allocated through the patched functions"
+        for buffer, n in self.buffers:
+            assert (buffer[: self.margin] == self.pattern).all(), "written before the start of an output"
+            assert (buffer[self.margin + n :] == self.pattern).all(), "written past the end of an output"
+
+
+@pytest.fixture
+def canaries(monkeypatch: pytest.MonkeyPatch) -> Canaries:
+    """Poisons every allocation of an op's outputs; ``assert_alive`` checks what lies around them."""
+    watch, empty, new_empty = Canaries(), torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: watch.allocate(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: watch.allocate(new_empty(self, *a, **k)))
+    return watch
