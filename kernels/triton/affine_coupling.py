@@ -1,0 +1,243 @@
+"""Affine coupling, forward and backward, in one pass each. The formulas are at the top of flowkern/ops/_affine_coupling.py.
+
+The forward reads x, the raw scale and the shift once and writes all of y. Each program sums the log-scales of its tile;
+where a sample has several tiles, a second, fixed-order sum over them makes logabsdet. The backward recomputes the
+scale, reads of x what the split transforms, and writes both gradients.
+"""
+
+# mypy: allow-untyped-defs
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+import triton
+import triton.language as tl
+from flowkern.ops._affine_coupling import _Configuration, _gradients, _outputs
+from flowkern.ops._checks import accumulation_dtype
+from flowkern.ops._parametrization import _KINDS, LAYOUTS, ScaleMap, named_layout
+from flowkern.ops._split import SPLITS
+
+from ._coupling import (
+    DTYPES,
+    FORMS,
+    Launch,
+    Plan,
+    Strides,
+    example,
+    example_split,
+    keeps,
+    load_pair,
+    load_samples,
+    locate,
+    param_strides,
+    plan,
+    sample_strides,
+    store_pair,
+    tile,
+)
+from .lang import narrow, scale_map
+
+__all__ = ["backward", "forward"]
+
+
+@triton.jit
+def forward_kernel(
+    p_x, p_params, p_rank, p_y, p_logabsdet,
+    B, N, C, H, W, kept, n_tiles,
+    x_b, x_c, x_h, x_w, u_b, u_c, u_h, u_w, u_distance,
+    SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, LINEAR: tl.constexpr, SKIP: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, ELEMENTS: tl.constexpr,
+    KIND: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr, ADJACENT: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    CHECKERBOARD: tl.constexpr = SPLIT == "checkerboard" or SPLIT == "checkerboard_swap"
+    UNIT: tl.constexpr = 2 if ADJACENT else 1
+    i_b, m_b, n, m_n, i_tile = tile(B, N, n_tiles, ROWS, ELEMENTS, WIDE)
+    c, h, w, m_moved_n, rank = locate(n, m_n, C, H, W, kept, p_rank, SPLIT, CHANNELS_LAST)
+    m_inside, m_moved = m_b & m_n, m_b & m_moved_n  # [ROWS, ELEMENTS]
+
+    o_x = n if LINEAR else c * x_c + h * x_h + w * x_w
+    b_x = tl.load(p_x + i_b * x_b + o_x, mask=m_inside, other=0.0)
+    if SKIP and keeps(i_tile, N, H, W, kept, SPLIT, ELEMENTS, WIDE):
+        tl.store(p_y + i_b * N + n, b_x, mask=m_inside)
+        tl.store(p_logabsdet + i_b * n_tiles + i_tile, tl.zeros((ROWS, 1), ACC), mask=m_b)
+        return
+    # A checkerboard's params are read whole, kept places too: in wide accesses, of lines that are touched anyway.
+    m_params = m_inside if CHECKERBOARD else m_moved
+    o_params = n * u_w if CHECKERBOARD and LINEAR else rank * u_c + h * u_h + w * u_w
+    raw, shift = load_pair(p_params + i_b * u_b + o_params * UNIT, u_distance, m_params, ADJACENT, SCALE_FIRST, ACC)
+    s, log_s, _ = scale_map(tl.where(m_moved, raw, 0.0), KIND, SCALE_A, SCALE_B)
+
+    out = b_x.to(ACC)
+    if INVERSE:
+        out = out / s - shift if SHIFT_FIRST else (out - shift) / s
+        log_s = -log_s
+    else:
+        out = (out + shift) * s if SHIFT_FIRST else out * s + shift
+    tl.store(p_y + i_b * N + n, tl.where(m_moved, narrow(out, b_x.dtype), b_x), mask=m_inside)
+    total = tl.sum(tl.where(m_moved, log_s, 0.0), 1, keep_dims=True)
+    tl.store(p_logabsdet + i_b * n_tiles + i_tile, total, mask=m_b)
+
+
+@triton.jit
+def backward_kernel(
+    p_grad, p_grad_logabsdet, p_x, p_params, p_rank, p_dx, p_dparams, grad_logabsdet_b,
+    B, N, C, H, W, kept, n_tiles,
+    g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w, u_b, u_c, u_h, u_w, u_distance, d_b, d_c, d_h, d_w, d_distance,
+    SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, LINEAR: tl.constexpr, SKIP: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, ELEMENTS: tl.constexpr,
+    KIND: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr, ADJACENT: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    CHECKERBOARD: tl.constexpr = SPLIT == "checkerboard" or SPLIT == "checkerboard_swap"
+    UNIT: tl.constexpr = 2 if ADJACENT else 1
+    i_b, m_b, n, m_n, i_tile = tile(B, N, n_tiles, ROWS, ELEMENTS, WIDE)
+    c, h, w, m_moved_n, rank = locate(n, m_n, C, H, W, kept, p_rank, SPLIT, CHANNELS_LAST)
+    m_inside, m_moved = m_b & m_n, m_b & m_moved_n  # [ROWS, ELEMENTS]
+    m_params = m_inside if CHECKERBOARD else m_moved
+
+    o_grad = n if LINEAR else c * g_c + h * g_h + w * g_w
+    o_x = n if LINEAR else c * x_c + h * x_h + w * x_w
+    o_params = n * u_w if CHECKERBOARD and LINEAR else rank * u_c + h * u_h + w * u_w
+    o_dparams = n * d_w if CHECKERBOARD and LINEAR else rank * d_c + h * d_h + w * d_w
+    b_grad = tl.load(p_grad + i_b * g_b + o_grad, mask=m_inside, other=0.0)
+    if SKIP and keeps(i_tile, N, H, W, kept, SPLIT, ELEMENTS, WIDE):
+        tl.store(p_dx + i_b * N + n, b_grad, mask=m_inside)
+        return
+    z = tl.load(p_x + i_b * x_b + o_x, mask=m_params, other=0.0).to(ACC)
+    raw, shift = load_pair(p_params + i_b * u_b + o_params * UNIT, u_distance, m_params, ADJACENT, SCALE_FIRST, ACC)
+    s, _, slope = scale_map(tl.where(m_moved, raw, 0.0), KIND, SCALE_A, SCALE_B)
+
+    grad = b_grad.to(ACC)
+    if INVERSE:
+        dx = grad / s
+        z = z if SHIFT_FIRST else z - shift
+    else:
+        dx = grad * s
+        z = z + shift if SHIFT_FIRST else z
+    dlog_s = dx * z
+    if p_grad_logabsdet is not None:
+        dlog_s += load_samples(p_grad_logabsdet, grad_logabsdet_b, B, n_tiles, ROWS)
+    draw = dlog_s * slope
+    dshift = dx if SHIFT_FIRST != INVERSE else grad
+    if INVERSE:
+        draw, dshift = -draw, -dshift
+    tl.store(p_dx + i_b * N + n, tl.where(m_moved, narrow(dx, b_grad.dtype), b_grad), mask=m_inside)
+    draw = narrow(tl.where(m_moved, draw, 0.0), p_dparams.dtype.element_ty)
+    dshift = narrow(tl.where(m_moved, dshift, 0.0), p_dparams.dtype.element_ty)
+    store_pair(p_dparams + i_b * d_b + o_dparams * UNIT, d_distance, draw, dshift, m_params, ADJACENT, SCALE_FIRST)
+
+
+def _paired(parts: Sequence[Strides]) -> tuple[bool, tuple[Strides, ...]]:
+    """Whether scale and shift are neighbours in all of these tensors; if so, with their strides counted in pairs."""
+    if any(distance != 1 or any(s % 2 for s in steps) for _, *steps, distance in parts):
+        return False, tuple(parts)
+    return True, tuple((batch, *(s // 2 for s in steps), 1) for batch, *steps, _ in parts)
+
+
+def _plan(
+    output: torch.Tensor,
+    params: torch.Tensor,
+    configuration: _Configuration,
+    whole: Sequence[torch.Tensor],
+    parts: Sequence[torch.Tensor],
+) -> tuple[Plan, dict[str, Any]]:
+    """How to launch a kernel that reads or writes ``whole`` and ``parts``, and its constants."""
+    _, split, scale, a, b, layout, shift_first, inverse = configuration
+    moved = params.shape[1] if LAYOUTS[layout].startswith("pair") else params.shape[1] // 2
+    adjacent, part_strides = _paired([param_strides(t, layout) for t in parts])
+    accumulate = accumulation_dtype(output, params)
+    whole_strides = tuple(sample_strides(t) for t in whole)
+    how = plan(output.shape, not output.is_contiguous(), split, moved, whole_strides, part_strides, accumulate)
+    return how, {
+        "KIND": _KINDS[scale],
+        "SCALE_A": a,
+        "SCALE_B": b,
+        "ADJACENT": adjacent,
+        "SCALE_FIRST": LAYOUTS[layout].endswith("scale_shift"),
+        "SHIFT_FIRST": shift_first,
+        "INVERSE": inverse,
+        "ACC": tl.float64 if accumulate is torch.float64 else tl.float32,
+    }
+
+
+def _forward_launch(
+    x: torch.Tensor, params: torch.Tensor, configuration: _Configuration, y: torch.Tensor, logabsdet: torch.Tensor
+) -> Launch:
+    how, constants = _plan(y, params, configuration, (x,), (params,))
+    sums = logabsdet if how.tiles == 1 else logabsdet.new_empty((len(x), how.tiles))
+    return Launch(forward_kernel, (x, params, configuration.rank, y, sums), how, constants)
+
+
+def _backward_launch(
+    grad: torch.Tensor,
+    grad_logabsdet: torch.Tensor | None,
+    x: torch.Tensor,
+    params: torch.Tensor,
+    configuration: _Configuration,
+    dx: torch.Tensor,
+    dparams: torch.Tensor,
+) -> Launch:
+    how, constants = _plan(dx, params, configuration, (grad, x), (params, dparams))
+    step = 0 if grad_logabsdet is None else grad_logabsdet.stride(0)
+    how = how._replace(integers=(step, *how.integers))
+    return Launch(backward_kernel, (grad, grad_logabsdet, x, params, configuration.rank, dx, dparams), how, constants)
+
+
+def forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, logabsdet): ``flowkern::affine_coupling``."""
+    y, logabsdet = _outputs(x, params)
+    if x.numel() == 0:
+        return y, logabsdet.zero_()
+    launch = _forward_launch(x, params, _Configuration(*configuration), y, logabsdet)
+    launch.run()
+    if launch.plan.tiles > 1:
+        torch.sum(launch.tensors[-1], 1, out=logabsdet)
+    return y, logabsdet
+
+
+def backward(
+    grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, x: torch.Tensor, params: torch.Tensor, *configuration: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, dparams): ``flowkern::affine_coupling_backward``."""
+    dx, dparams = _gradients(grad, grad_logabsdet, x, params)
+    if x.numel() > 0:
+        _backward_launch(grad, grad_logabsdet, x, params, _Configuration(*configuration), dx, dparams).run()
+    return dx, dparams
+
+
+_SCALES = {
+    "sigmoid": ScaleMap.sigmoid(),
+    "sigmoid-eps": ScaleMap.sigmoid(eps=1e-3),
+    "exp": ScaleMap.exp(),
+    "softplus": ScaleMap.softplus(),
+    "tanh": ScaleMap.tanh(1.9),
+    "atan": ScaleMap.atan(1.9),
+    "soft-clip": ScaleMap.soft_clip(),
+}
+
+FACTORS = {
+    "split": (*SPLITS, "mask"),
+    "scale": tuple(_SCALES),
+    "layout": LAYOUTS,
+    "shift_first": (False, True),
+    "inverse": (False, True),
+    "dtypes": tuple(DTYPES),
+    "form": tuple(FORMS),
+}
+
+
+def compile_cases(
+    split: str, scale: str, layout: str, shift_first: bool, inverse: bool, dtypes: str, form: str
+) -> Iterator[tuple[str, Launch]]:
+    """The launches (named) of one choice from FACTORS."""
+    shape, code, rank, moved = example_split(split, form)
+    x = example(shape, DTYPES[dtypes][0], form)
+    params = example(named_layout(layout).shape(shape, moved), DTYPES[dtypes][1], form)
+    s = _SCALES[scale]
+    configuration = _Configuration(rank, code, s.code, s.a, s.b, LAYOUTS.index(layout), shift_first, inverse)
+    outputs = _outputs(x, params)
+    yield "forward", _forward_launch(x, params, configuration, *outputs)
+    gradients = _gradients(outputs[0], outputs[1], x, params)
+    yield "backward", _backward_launch(*outputs, x, params, configuration, *gradients)
