@@ -91,7 +91,7 @@ def reference_runs(x: torch.Tensor) -> bool:
     """Whether an op must run its reference: no kernel for the device, or inside ``torch.func`` or forward-mode AD."""
     return (
         _backend.only_torch(x.device.type)
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
 
