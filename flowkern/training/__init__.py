@@ -1,0 +1,63 @@
+"""Training on Lightning, evaluation, and the figures and pictures that both leave.
+
+Needs the extra: ``pip install "flowkern[train]"``. Lightning itself is only imported by ``train``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ._compare import compare as compare
+from ._evaluate import Diverged as Diverged
+from ._evaluate import Score as Score
+from ._evaluate import context_of as context_of
+from ._evaluate import evaluate as evaluate
+from ._evaluate import negative_log_likelihood as negative_log_likelihood
+from ._pictures import save_grid as save_grid
+from ._pictures import to_pixels as to_pixels
+from ._plan import OPTIMIZERS as OPTIMIZERS
+from ._plan import PRESETS as PRESETS
+from ._plan import Plan as Plan
+from ._plan import make_plan as make_plan
+from ._plan import resumed_plan as resumed_plan
+from ._sample import save_samples as save_samples
+
+
+def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | None:
+    """Train as ``plan`` says, and write to the folder ``out``.
+
+    ========================== ==========================================================================
+    file                       what
+    ========================== ==========================================================================
+    ``best.ckpt``              the epoch with the lowest validation NLL; ``flowkern.load`` reads it
+    ``last.ckpt``              where to resume
+    ``log/version_*/``         the CSV log, one for each time the run was started or resumed
+    ``curve.png``              training and validation NLL
+    ``samples.png``            64 samples, for images; of a conditional model one class after the other
+    ``result.json``            the test NLL of ``best.ckpt`` with its standard error, and the plan
+    ========================== ==========================================================================
+
+    Options:
+        resume: continue from ``last.ckpt``. On the CPU the weights are bit for bit those of a run that was not
+            interrupted; without a ``last.ckpt`` the run starts anew.
+        overwrite: start anew where ``out`` holds a run.
+        max_minutes: stop after so much training, counted over all resumed runs.
+        precision, devices, strategy, accelerator: as Lightning's ``Trainer`` takes them. The global batches do not
+            depend on the number of devices.
+        workers: processes that prepare batches.
+        checkpoint_steps: write ``last.ckpt`` every so many steps and every epoch, instead of every ten seconds or so.
+        draws: of dequantization noise for the test NLL.
+
+    Returns the test score, on the first rank; None on the others.
+
+    Raises:
+        ValueError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given; data or a model that do not
+            fit; a checkpoint that is not whole.
+        flowkern.training.Diverged: the loss is not finite; the message names the step.
+        OSError: a file cannot be written. The checkpoint before it is untouched.
+    """
+    from ._run import run
+
+    return run(plan, Path(out), **options)

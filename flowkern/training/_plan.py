@@ -1,0 +1,133 @@
+"""What a training run does: ``Plan``, and the presets that fill one in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import models
+from ..data import Dataset
+
+__all__ = ["OPTIMIZERS", "PRESETS", "Plan", "make_plan", "resumed_plan"]
+
+OPTIMIZERS = ("adam", "adamw", "adamax")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the weights that a run ends with. JSON-able; every checkpoint holds it.
+
+    Args:
+        model: a name in ``flowkern.models.MODELS``.
+        data: a source of ``flowkern.data.load``, and ``size`` for it.
+        config: keyword arguments of the model's constructor, besides shape and context.
+        conditional: give the model the labels, one-hot, as its context.
+        seed: of the weights, the order of the samples and all noise.
+        epochs: at most so many; fewer if the validation NLL has not improved for ``patience`` of them (0: never stop).
+        batch_size: over all devices together.
+        lr, optimizer, weight_decay: of Adam, AdamW or Adamax.
+        warmup: steps over which the learning rate rises linearly to ``lr``.
+        clip: the gradient's largest norm; 0 for no limit.
+        ema: decay of the exponential moving average of the weights, which is then what is evaluated; 0 for none.
+    """
+
+    model: str
+    data: str
+    size: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    conditional: bool = False
+    seed: int = 0
+    epochs: int = 100
+    batch_size: int = 64
+    lr: float = 1e-3
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    warmup: int = 0
+    clip: float = 0.0
+    ema: float = 0.0
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        limits = {"epochs": 0, "batch_size": 1, "weight_decay": 0, "warmup": 0, "clip": 0, "ema": 0, "patience": 0, "seed": 0}
+        for name, least in limits.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not self.lr > 0.0:
+            raise ValueError(f"lr: expected more than 0, got {self.lr}")
+        if not self.ema < 1.0:
+            raise ValueError(f"ema: expected a decay below 1, got {self.ema}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: expected less than 2^63, got {self.seed}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer: unknown name {self.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
+
+    def build(self, data: Dataset) -> models.FlowModel:
+        """A new model for the data. Raises ValueError for a configuration that the model refuses."""
+        if self.conditional and not data.classes:
+            raise ValueError(f"conditional: {data.name} has no labels")
+        context = len(data.classes) if self.conditional else None
+        try:
+            return models.build(self.model, {"shape": list(data.shape), "context": context, **self.config})
+        except TypeError as error:
+            raise ValueError(f"{self.model}: a setting has the wrong type: {error}") from error
+
+
+#: (model, data, preset) -> fields of ``Plan``. A "default" of model and data is laid over the one of ("*", "*").
+PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
+    ("*", "*", "default"): {"warmup": 100, "clip": 100.0, "ema": 0.999, "patience": 20},
+    # The published RealNVP on digits: no averaging, no warm-up, no clipping.
+    ("realnvp", "digits", "recipe"): {
+        "config": models.PRESETS["realnvp", "digits-recipe"],
+        "epochs": 1000,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "optimizer": "adamax",
+        "patience": 20,
+    },
+}
+
+
+def make_plan(model: str, data: str, *, preset: str = "default", **given: Any) -> Plan:
+    """The plan of a preset with some fields given; ``config`` is laid over the preset's, key by key.
+
+    Raises ValueError for an unknown model, preset, field or setting of the model, and for values out of range.
+    """
+    if model not in models.MODELS:
+        raise ValueError(f"model: unknown name {model!r}; expected one of {', '.join(models.MODELS)}")
+    kind = data.partition(":")[0]
+    known = [name for m, d, name in PRESETS if m in (model, "*") and d in (kind, "*")]
+    if preset not in known:
+        raise ValueError(f"preset: {model} on {kind} has no {preset!r}; expected one of {', '.join(dict.fromkeys(known))}")
+    fields = dict(PRESETS["*", "*", "default"]) if preset == "default" else {}
+    fields |= PRESETS.get((model, kind, preset), {})
+    config = {**fields.pop("config", {}), **given.pop("config", {})}
+    check_config(model, config)
+    return Plan(**(fields | {"model": model, "data": data, "config": config} | given))
+
+
+def check_config(model: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key that the model's constructor does not take."""
+    known = [name for name in inspect.signature(models.MODELS[model]).parameters if name not in ("shape", "context")]
+    for key in config:
+        if key not in known:
+            raise ValueError(f"{model} has no setting {key!r}; expected one of {', '.join(known)}")
+
+
+def resumed_plan(out: Path, given: Mapping[str, Any]) -> Plan:
+    """The plan of the run in ``out``. ``given`` may repeat its fields; only ``epochs`` may differ, the others are fixed.
+
+    Raises ValueError with every field that differs, and for a checkpoint that is not whole.
+    """
+    content = models.read_checkpoint(out / "last.ckpt")
+    if "plan" not in content:
+        raise ValueError(f"{out / 'last.ckpt'} is not the checkpoint of a training run")
+    stored = content["plan"]
+    fixed = {**{name: value for name, value in given.items() if name != "epochs"}, "config": given.get("config", {})}
+    known = {**stored, "config": {key: stored["config"].get(key) for key in fixed["config"]}}
+    changed = [f"{name} {value!r} (the run has {known.get(name)!r})" for name, value in fixed.items() if value != known.get(name)]
+    if changed:
+        raise ValueError(f"{out} cannot resume with {', '.join(changed)}")
+    return Plan(**(stored | ({"epochs": given["epochs"]} if "epochs" in given else {})))

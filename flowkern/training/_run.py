@@ -1,0 +1,142 @@
+"""``train``: one run, from a plan to pictures and a test score."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.loggers import CSVLogger
+
+from .. import models
+from ..data import Dataset, load
+from ._evaluate import Score, context_of, evaluate
+from ._pictures import atomic, draw_curve, is_image, read_log, save_grid, to_pixels
+from ._plan import Plan
+from ._task import AtomicCheckpointIO, Checkpoints, ExponentialAverage, FlowData, FlowTask, Progress
+
+__all__ = ["run"]
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    max_minutes: float | None = None,
+    precision: str = "32-true",
+    devices: str | int = 1,
+    strategy: str = "auto",
+    accelerator: str = "auto",
+    workers: int = 0,
+    checkpoint_steps: int | None = None,
+    draws: int = 20,
+) -> Score | None:
+    """See ``flowkern.training.train``."""
+    last = out / "last.ckpt"
+    first_rank = os.environ.get("LOCAL_RANK", "0") == "0"
+    if last.exists() and not resume and not overwrite and first_rank:
+        raise ValueError(f"{out} holds a run already; --resume continues it, --overwrite starts anew")
+    data = load(plan.data, size=plan.size, report=None if first_rank else lambda line: None)
+    torch.manual_seed(plan.seed)
+    model = plan.build(data)
+    out.mkdir(parents=True, exist_ok=True)
+    if first_rank:
+        _clean(out, resume)
+        if resume and not last.exists():
+            print(f"{out} holds nothing to resume: starting anew")
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{plan.model} with {parameters:,} parameters on {plan.data}: {len(data.train)} training samples of {data.shape}")
+
+    io = AtomicCheckpointIO()
+    checkpoints = Checkpoints(out, io, checkpoint_steps)
+    with warnings.catch_warnings():
+        _quiet()
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            precision=precision,  # type: ignore[arg-type]
+            max_epochs=plan.epochs,
+            gradient_clip_val=plan.clip or None,
+            callbacks=_callbacks(plan, max_minutes, checkpoints),
+            plugins=[io],
+            logger=CSVLogger(out, name="log", flush_logs_every_n_steps=1),
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+            default_root_dir=out,
+        )
+        task = FlowTask(model, plan, data)
+        if not (resume and last.exists() and _stopped(last, plan)):
+            trainer.fit(task, datamodule=FlowData(data, plan, workers), ckpt_path=last if resume and last.exists() else None)
+    if not trainer.is_global_zero:
+        return None
+    return _finish(plan, data, out, draws, str(trainer.strategy.root_device))
+
+
+def _clean(out: Path, resume: bool) -> None:
+    """Remove what a killed run left half written and, for a new run, what an earlier one left."""
+    old = list(out.glob(".*.tmp"))
+    if not resume:
+        old += [out / "last.ckpt", out / "best.ckpt", *out.glob("log/version_*/metrics.csv")]
+    for path in old:
+        path.unlink(missing_ok=True)
+
+
+def _quiet() -> None:
+    """Silence what Lightning says about matters that are settled here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # The data is in memory: workers cannot make it faster.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
+
+
+def _callbacks(plan: Plan, max_minutes: float | None, checkpoints: Checkpoints) -> list[Any]:
+    callbacks: list[Any] = [Progress(sys.stdout.isatty())]
+    # Always there: Lightning wants the callbacks that a checkpoint knows when it resumes from it.
+    callbacks.append(Timer(None if max_minutes is None else timedelta(minutes=max_minutes), verbose=False))
+    if plan.patience:
+        callbacks.append(EarlyStopping("val_nll", patience=plan.patience, check_finite=False))
+    if plan.ema:
+        callbacks.append(ExponentialAverage(plan.ema))
+    return [*callbacks, checkpoints]
+
+
+def _stopped(last: Path, plan: Plan) -> bool:
+    """Whether the run that wrote this checkpoint had ended for want of patience."""
+    states = models.read_checkpoint(last)["callbacks"]
+    return any(key.startswith("EarlyStopping") and state["wait_count"] >= plan.patience for key, state in states.items())
+
+
+def _finish(plan: Plan, data: Dataset, out: Path, draws: int, device: str) -> Score:
+    """Pictures and the test score of the best checkpoint, on disk and in print."""
+    model = models.load(out / "best.ckpt").to(device)
+    print(f"best validation NLL in {out / 'best.ckpt'}")
+    log = read_log(out / "log")
+    draw_curve(log, out / "curve.png", f"{plan.model} on {plan.data}")
+    print(f"learning curve in {out / 'curve.png'}, its figures in {out / 'log'}")
+    if is_image(data.shape) and data.levels is not None:
+        torch.manual_seed(plan.seed)
+        context = context_of(model, torch.arange(64, device=device) % max(1, len(data.classes)))
+        save_grid(to_pixels(model.sample(64, context), data.levels), out / "samples.png")
+        print(f"samples in {out / 'samples.png'}")
+    score = evaluate(model, data, "test", draws=draws, device=device)
+    result = {"test": dataclasses.asdict(score), "plan": dataclasses.asdict(plan), "epochs": len(log.get("val_nll", []))}
+    with atomic(out / "result.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"test NLL: {score}")
+    return score

@@ -1,0 +1,304 @@
+"""The Lightning side of training: the task, its data, and its callbacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.precision import MixedPrecision
+from rich.progress import BarColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from torch.utils._pytree import tree_map_only
+
+from .. import models
+from .._version import __version__
+from ..data import Batch, Dataset, KeyedLoader, loader
+from ..models._registry import name_of
+from ._evaluate import Diverged, context_of, negative_log_likelihood
+from ._plan import Plan
+
+__all__ = ["AtomicCheckpointIO", "Checkpoints", "ExponentialAverage", "FlowData", "FlowTask", "Progress"]
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adamax": torch.optim.Adamax,
+}
+
+
+ADVICE = (
+    "Try a lower learning rate (--lr), a longer warm-up (--warmup) or gradient clipping (--clip), or look for extreme values "
+    "in the data"
+)
+
+
+class FlowData(LightningDataModule):
+    """Batches that depend on the plan alone, whatever the number of ranks and workers."""
+
+    trainer: Trainer
+
+    def __init__(self, data: Dataset, plan: Plan, workers: int = 0):
+        super().__init__()
+        self.data, self.plan, self.workers = data, plan, workers
+
+    def _loader(self, part: str) -> KeyedLoader:
+        return loader(
+            self.data,
+            part,
+            self.plan.batch_size if part == "train" else max(256, self.plan.batch_size),
+            seed=self.plan.seed,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            workers=self.workers,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def train_dataloader(self) -> KeyedLoader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> KeyedLoader:
+        return self._loader("val")
+
+
+class FlowTask(LightningModule):
+    """Maximum likelihood: the loss is the mean NLL of the global batch in nats, with the dequantization counted."""
+
+    trainer: Trainer  # type: ignore[override]
+    model: models.FlowModel
+
+    def __init__(self, model: models.FlowModel, plan: Plan, data: Dataset):
+        super().__init__()
+        self.model, self.plan = model, plan
+        # All that is kept of the data: Lightning's weight averaging copies the whole task.
+        self.levels, self.classes = data.levels, data.classes
+        # The first step whose loss was not finite, or -1. It stays on the device: reading it waits for the device.
+        self._bad_step = torch.tensor(-1)
+        self.loss = torch.tensor(math.nan)
+        self._sum, self._count = torch.zeros((), dtype=torch.float64), 0
+
+    def configure_optimizers(self) -> Any:
+        options: dict[str, Any] = {"lr": self.plan.lr, "weight_decay": self.plan.weight_decay}
+        if self.plan.optimizer != "adamax" and self.device.type in ("cpu", "cuda"):
+            # One kernel for all weights. It unscales gradients itself, and Lightning then refuses to clip them under autocast.
+            options["fused"] = not isinstance(self.trainer.precision_plugin, MixedPrecision)
+        optimizer = _OPTIMIZERS[self.plan.optimizer](self.model.parameters(), **options)
+        warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, self.plan.warmup)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
+
+    def _nll(self, batch: Batch) -> torch.Tensor:
+        log_prob = self.model(batch.x, context_of(self.model, batch.labels))
+        return negative_log_likelihood(log_prob, batch.x.shape[1:].numel(), self.levels)
+
+    def _log(self, part: str, nll: torch.Tensor, count: int) -> None:
+        mean = nll / max(1, count)
+        bits = mean / (math.prod(self.model.shape) * math.log(2.0))
+        values = {f"{part}_nll": mean, f"{part}_bits_per_dim": bits}
+        self.log_dict(values, batch_size=count, on_step=False, on_epoch=True, sync_dist=True)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # What is random inside the model depends on the step alone, so that a resumed run repeats it.
+        key = np.random.SeedSequence([self.plan.seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        nll = self._nll(batch)
+        # Several ranks: gradients are averaged over them, but their slices may differ in size.
+        loss = nll.sum() * (self.trainer.world_size / batch.total)
+        finite = loss.detach().isfinite()
+        self._bad_step = torch.where(finite | (self._bad_step >= 0), self._bad_step, self.global_step)
+        if loss.device.type == "cpu" or self.global_step % 50 == 0:
+            self.require_finite()
+        # Lightning's log takes longer than a step of a small model: one call an epoch.
+        self.loss = nll.detach().mean()
+        self._sum, self._count = self._sum + nll.detach().double().sum(), self._count + len(nll)
+        return loss
+
+    @property
+    def epoch_loss(self) -> torch.Tensor:
+        """The mean loss of the epoch so far, in nats."""
+        return self._sum / max(1, self._count)
+
+    def on_train_epoch_end(self) -> None:
+        self._log("train", self._sum, self._count)
+        self._sum, self._count = torch.zeros((), dtype=torch.float64), 0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        nll = self._nll(batch)
+        self._log("val", nll.double().sum(), len(nll))
+
+    def require_finite(self) -> None:
+        """Raise Diverged, naming the step, if a loss of this run was not finite."""
+        step = int(self._bad_step)
+        if step >= 0:
+            raise Diverged(f"the loss is not finite at step {step} (epoch {self.current_epoch}). {ADVICE}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the checkpoint the form of ``flowkern.models.save``: the state of the bare model, its name and configuration."""
+        checkpoint["flowkern"] = __version__
+        checkpoint["model"] = {"name": name_of(self.model), "config": self.model.config}
+        checkpoint["data"] = {"levels": self.levels, "classes": list(self.classes)}
+        checkpoint["plan"] = dataclasses.asdict(self.plan)
+        checkpoint["state_dict"] = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"model.{k}": v for k, v in checkpoint["state_dict"].items()}
+
+
+class ExponentialAverage(WeightAveraging):
+    """Lightning's weight averaging with decay min(``decay``, (1 + t) / (10 + t)) at step t, which soon forgets the start."""
+
+    def __init__(self, decay: float):
+        # Buffers are copied: an average of integer buffers would be rounded down.
+        super().__init__(use_buffers=False, multi_avg_fn=self._update)
+        self.decay = decay
+        self._step = 0
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        self._step = step_idx or 0
+        return step_idx is not None
+
+    def _update(self, average: Any, current: Any, count: Any) -> None:
+        weight = 1.0 - min(self.decay, (1.0 + self._step) / (10.0 + self._step))
+        torch._foreach_lerp_(average, current, weight)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Checkpoints that are never half written, that can wait in memory, and that are refused if they are not whole."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, dict[str, Any]] = {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint, or with ``storage_options="later"`` keep a copy for ``flush``."""
+        if storage_options == "later":
+            self._waiting[str(path)] = _copy(checkpoint)
+            return
+        self._waiting.pop(str(path), None)
+        models.write_atomically(checkpoint, path)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        while self._waiting:
+            path, checkpoint = self._waiting.popitem()
+            models.write_atomically(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return models.read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def _copy(tree: Any) -> Any:
+    """The same dicts, lists and tuples with copies of the tensors on the CPU."""
+    return tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), tree)
+
+
+class Checkpoints(Checkpoint):
+    """``best.ckpt``, the epoch with the lowest validation NLL, and ``last.ckpt``, to resume from.
+
+    Lightning's ModelCheckpoint records absolute paths, so that a run that was moved forgets its best score, and where
+    it saves after an epoch's last batch, a resumed run leaves out that epoch's validation.
+
+    Writing happens at the end of an epoch or, every ``steps`` steps (None: when it is due), within one. It is due after
+    ``seconds``, or later if writing would take more than a twentieth of the time; till then the best state waits in memory.
+    """
+
+    def __init__(self, folder: Path, io: AtomicCheckpointIO, steps: int | None = None, seconds: float = 10.0):
+        self.folder, self.io, self.steps, self.seconds = folder, io, steps, seconds
+        self.best = math.inf
+        self._cost = 0.0
+        self._written = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def _due(self, trainer: Trainer) -> bool:
+        due = time.monotonic() - self._written >= max(self.seconds, 20.0 * self._cost)
+        return trainer.strategy.broadcast(due)
+
+    def _write(self, trainer: Trainer) -> None:
+        start = time.monotonic()
+        self.io.flush()
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._written = time.monotonic()
+        self._cost = self._written - start
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: FlowTask, *args: Any) -> None:  # type: ignore[override]
+        # After the last batch follows the validation, and then the checkpoint of the epoch.
+        if trainer.is_last_batch:
+            return
+        # Whether the time has come takes the ranks some talk, which few steps can bear.
+        due = trainer.global_step % self.steps == 0 if self.steps else trainer.global_step % 50 == 0 and self._due(trainer)
+        if due:
+            pl_module.require_finite()
+            self._write(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: FlowTask) -> None:  # type: ignore[override]
+        pl_module.require_finite()
+        score = float(trainer.callback_metrics["val_nll"])
+        if not math.isfinite(score):
+            raise Diverged(f"the validation NLL is {score} after epoch {trainer.current_epoch}. {ADVICE}")
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        due = ends or self.steps is not None or self._due(trainer)
+        if score < self.best:
+            self.best = score
+            trainer.save_checkpoint(self.folder / "best.ckpt", storage_options=None if due else "later")
+        if due:
+            self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: FlowTask, exception: BaseException) -> None:  # type: ignore[override]
+        if not isinstance(exception, OSError):
+            self.io.flush()
+
+
+class Progress(Callback):
+    """One bar over all epochs, with the loss of the last step; lines of text where the output is not a terminal."""
+
+    def __init__(self, terminal: bool, seconds: float = 10.0):
+        self.terminal, self.seconds = terminal, seconds
+        self._shown = -math.inf
+        self._val = ""
+
+    def _text(self, nll: torch.Tensor | float, task: FlowTask) -> str:
+        return f"{float(nll):.2f} nats, {float(nll) / (math.prod(task.model.shape) * math.log(2.0)):.3f} bits/dim"
+
+    def on_train_start(self, trainer: Trainer, pl_module: FlowTask) -> None:  # type: ignore[override]
+        columns = "epoch {task.fields[epoch]}", BarColumn(), TimeRemainingColumn(), "{task.fields[text]}"
+        self._bar = RichProgress(*columns, disable=not (self.terminal and trainer.is_global_zero))
+        total = (trainer.max_epochs or 0) * int(trainer.num_training_batches)
+        self._id = self._bar.add_task("", total=total, completed=trainer.global_step, epoch="", text="")
+        self._bar.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: FlowTask, *args: Any) -> None:  # type: ignore[override]
+        # Reading the loss waits for the device.
+        if self.terminal and time.monotonic() - self._shown >= 0.2:
+            self._shown = time.monotonic()
+            text = f"loss {self._text(pl_module.loss, pl_module)}{self._val}"
+            epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self._bar.update(self._id, completed=trainer.global_step, epoch=epoch, text=text)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: FlowTask) -> None:  # type: ignore[override]
+        self._val = f", validation {self._text(trainer.callback_metrics['val_nll'], pl_module)}"
+        if not self.terminal and trainer.is_global_zero and time.monotonic() - self._shown >= self.seconds:
+            self._shown = time.monotonic()
+            text = f"loss {self._text(pl_module.epoch_loss, pl_module)}{self._val}"
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}: {text}", flush=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: FlowTask) -> None:  # type: ignore[override]
+        self._bar.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: FlowTask, exception: BaseException) -> None:  # type: ignore[override]
+        if hasattr(self, "_bar"):
+            self._bar.stop()
