@@ -96,8 +96,18 @@ def _train_parser(commands: Any) -> None:
 
 
 # Of ``train``: what is not part of the plan.
-_OPTIONS = ("resume", "overwrite", "max_minutes", "precision", "accelerator", "devices", "strategy", "workers")
-_OPTIONS += ("checkpoint_steps", "draws")
+_OPTIONS = (
+    "resume",
+    "overwrite",
+    "max_minutes",
+    "precision",
+    "accelerator",
+    "devices",
+    "strategy",
+    "workers",
+    "checkpoint_steps",
+    "draws",
+)
 
 
 def _train(arguments: argparse.Namespace) -> None:

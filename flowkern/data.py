@@ -243,7 +243,7 @@ def _idx(path: Path, rank: int) -> np.ndarray:
     magic = int.from_bytes(raw[:4], "big")
     if len(raw) < 4 + 4 * rank or magic != 0x800 + rank:
         raise ValueError(
-            f"data: {path} starts with 0x{magic:08x} ({len(raw)} bytes); expected the idx header 0x{0x800 + rank:08x}"
+            f"data: {path} starts with 0x{magic:08x} ({len(raw)} bytes); expected the magic number 0x{0x800 + rank:08x}"
         )
     sizes = tuple(int(n) for n in np.frombuffer(raw, ">u4", rank, 4))
     expected = 4 + 4 * rank + int(np.prod(sizes, dtype=np.int64))
@@ -289,7 +289,8 @@ def _npy(path: Path) -> Dataset:
     if images:
         values = values if values.ndim == 4 else values[:, None]
     else:
-        values = values.astype(np.float32)
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
         bad = np.flatnonzero(~np.isfinite(values).all(1))
         if bad.size:
             rows = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")

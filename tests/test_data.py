@@ -1,0 +1,387 @@
+"""Data sources, and the keyed order and noise of training."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("PIL")
+pytest.importorskip("sklearn")
+
+from PIL import Image  # noqa: E402
+
+from flowkern import data  # noqa: E402
+from flowkern.training import negative_log_likelihood  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bundled data
+
+
+def test_digits_are_split_in_file_order():
+    from sklearn.datasets import load_digits
+
+    digits = data.load("digits")
+    assert (digits.levels, digits.shape, len(digits.classes)) == (17, (1, 8, 8), 10)
+    assert [len(s) for s in (digits.train, digits.val, digits.test)] == [1000, 350, 447]
+    values = np.concatenate([s.values for s in (digits.train, digits.val, digits.test)])
+    assert values.dtype == np.uint8
+    assert (values.reshape(-1, 64) == load_digits().data).all()
+    assert digits.test.labels.tolist() == load_digits().target[1350:].tolist()
+
+
+def test_photos_have_disjoint_regions(monkeypatch):
+    class Bunch:
+        filenames = ("china.jpg", "flower.jpg")
+        # A pixel's value is the number of its group of four columns; both photographs are 427 x 640.
+        images = tuple(np.broadcast_to((np.arange(640) // 4).astype(np.uint8)[None, :, None], (427, 640, 3)) for _ in range(2))
+
+    real = data.load("photos")
+    assert (real.levels, real.shape, real.classes) == (256, (3, 32, 32), ("china", "flower"))
+    assert (real.train.values[0] == _photograph(0)[:, :32, :32]).all(), "the crop is not a piece of the picture"
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", Bunch)
+    photos = data.load("photos")
+    columns = [set(np.unique(split.values)) for split in (photos.train, photos.val, photos.test)]
+    assert len(set.union(*columns)) == sum(map(len, columns)) == 160, "a column is in two splits, or in none"
+    for split in (photos.train, photos.val, photos.test):
+        assert np.bincount(split.labels).tolist() == [len(split) // 2] * 2
+
+
+def _photograph(i: int):
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images[i].transpose(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def _write_images(root: Path, names: list[str], mode: str = "RGB") -> None:
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (20 + i, 30), i if mode == "L" else (i, 100, 200)).save(root / name)
+
+
+def test_folder_reads_what_it_can_and_reports_the_rest(tmp_path):
+    _write_images(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(10)])
+    (tmp_path / "cat" / "text.png").write_text("no image")
+    whole = (tmp_path / "dog" / "0.png").read_bytes()
+    (tmp_path / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.full((9, 9), 70_000 % 65536, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "readme.txt").write_text("not looked at")
+    (tmp_path / "dog" / "._0.png").write_bytes(b"left by a file system")
+    lines: list[str] = []
+    folder = data.load(f"folder:{tmp_path}", size=16, report=lines.append)
+    assert (folder.shape, folder.levels, folder.classes) == ((3, 16, 16), 256, ("cat", "dog"))
+    assert [len(s) for s in (folder.train, folder.val, folder.test)] == [16, 2, 2]
+    assert len(lines) == 4
+    for name in ("cat/text.png", "dog/cut.png", "deep.png"):
+        assert sum(name in line for line in lines) == 1, name
+    assert "more than 8 bits" in next(line for line in lines if "deep.png" in line)
+    assert "skipped 3 of 23" in lines[-1]
+    # The colour of an image tells its class: i < 10 are cats.
+    for split in (folder.train, folder.val, folder.test):
+        assert ((split.values[:, 0, 0, 0] >= 10) == split.labels).all()
+
+
+def test_folder_split_depends_on_the_names_alone(tmp_path):
+    names = [f"{i}.png" for i in range(50)]
+    _write_images(tmp_path / "a", names)
+    _write_images(tmp_path / "b", names[::-1])
+    first, second = (data.load(f"folder:{tmp_path / name}", size=4) for name in "ab")
+    assert first.classes == ()
+    assert first.train.labels is None
+    colour = lambda split: split.values[:, 0, 0, 0].tolist()  # noqa: E731
+    assert colour(first.test) == [49 - c for c in colour(second.test)]
+    members = [*colour(first.train), *colour(first.val), *colour(first.test)]
+    assert sorted(members) == list(range(50))
+    _write_images(tmp_path / "a", [*names, "another.png"])
+    moved = set(colour(data.load(f"folder:{tmp_path / 'a'}", size=4).test)) ^ set(colour(first.test))
+    assert len(moved) <= 2, "one more image may push one other across each border"
+
+
+def test_folder_of_gray_images_has_one_channel(tmp_path):
+    _write_images(tmp_path, [f"{i}.png" for i in range(5)], mode="L")
+    assert data.load(f"folder:{tmp_path}").shape == (1, 32, 32)
+    _write_images(tmp_path, ["colour.png"])
+    assert data.load(f"folder:{tmp_path}").shape == (3, 32, 32)
+
+
+def test_folder_without_readable_images(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"holds 0 readable images \(of 1\)"):
+        data.load(f"folder:{tmp_path}", report=lambda line: None)
+    with pytest.raises(ValueError, match="is not a folder"):
+        data.load(f"folder:{tmp_path / 'a.png'}")
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        data.load(f"folder:{tmp_path}", size=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Binary formats
+
+
+def _write_cifar10(root: Path, records: int) -> None:
+    root.mkdir(parents=True)
+    for k, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        rows = np.full((records, 3073), k, np.uint8)
+        rows[:, 1:1025] = 10 * np.arange(records)[:, None]
+        (root / f"{name}.bin").write_bytes(rows.tobytes())
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_CIFAR10_RECORDS", 20)
+    _write_cifar10(tmp_path / "cifar-10-batches-bin", 20)
+    for root in (tmp_path, tmp_path / "cifar-10-batches-bin"):
+        cifar = data.load(f"cifar10:{root}")
+        assert (cifar.shape, cifar.levels) == ((3, 32, 32), 256)
+        assert [len(s) for s in (cifar.train, cifar.val, cifar.test)] == [90, 10, 20]
+        assert cifar.train.labels[[0, 20, 40, 60, 80]].tolist() == [0, 1, 2, 3, 4]
+        assert cifar.test.values[3, :, 5, 6].tolist() == [30, 5, 5], "the first plane is red"
+
+
+def test_cifar10_refuses_what_is_not_whole(tmp_path):
+    _write_cifar10(tmp_path / "a", 20)
+    with pytest.raises(ValueError, match=r"data_batch_1.bin has 61460 bytes; expected 10000 records of 3073 bytes"):
+        data.load(f"cifar10:{tmp_path / 'a'}")
+    with pytest.raises(FileNotFoundError, match=r"data_batch_1.bin does not exist"):
+        data.load(f"cifar10:{tmp_path}")
+
+
+def test_cifar10_refuses_unknown_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_CIFAR10_RECORDS", 20)
+    _write_cifar10(tmp_path / "a", 20)
+    (tmp_path / "a" / "data_batch_3.bin").write_bytes(b"\x0b" * 20 * 3073)
+    with pytest.raises(ValueError, match=r"data_batch_3.bin has label 11; expected 0 to 9"):
+        data.load(f"cifar10:{tmp_path / 'a'}")
+
+
+def _idx(values) -> bytes:
+    return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+
+
+def _write_mnist(root: Path, packed: bool) -> None:
+    root.mkdir()
+    for part, n in (("train", 40), ("t10k", 7)):
+        images = np.arange(n, dtype=np.uint8)[:, None, None] * np.ones((1, 28, 28), np.uint8)
+        for stem, values in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", images[:, 0, 0] % 10)):
+            raw = _idx(values)
+            (root / (f"{stem}.gz" if packed else stem)).write_bytes(gzip.compress(raw) if packed else raw)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mnist(tmp_path, packed):
+    _write_mnist(tmp_path / "m", packed)
+    mnist = data.load(f"mnist:{tmp_path / 'm'}")
+    assert (mnist.shape, mnist.levels) == ((1, 28, 28), 256)
+    assert [len(s) for s in (mnist.train, mnist.val, mnist.test)] == [36, 4, 7]
+    assert mnist.val.values[:, 0, 0, 0].tolist() == [36, 37, 38, 39]
+    assert mnist.val.labels.tolist() == [6, 7, 8, 9]
+
+
+def test_mnist_refuses_what_is_not_whole(tmp_path):
+    root = tmp_path / "m"
+    _write_mnist(root, packed=False)
+    source, images, labels = f"mnist:{root}", root / "train-images-idx3-ubyte", root / "train-labels-idx1-ubyte"
+    whole = images.read_bytes()
+    images.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"images-idx3-ubyte has 31375 bytes; expected 31376 for sizes \(40, 28, 28\)"):
+        data.load(source)
+    images.write_bytes(labels.read_bytes())
+    with pytest.raises(ValueError, match=r"starts with 0x00000801 .* expected the magic number 0x00000803"):
+        data.load(source)
+    images.write_bytes(b"\0")
+    with pytest.raises(ValueError, match=r"\(1 bytes\)"):
+        data.load(source)
+    images.write_bytes(_idx(np.zeros((39, 28, 28), np.uint8)))
+    with pytest.raises(ValueError, match=r"images \(39, 28, 28\) and 40 labels"):
+        data.load(source)
+    images.unlink()
+    with pytest.raises(FileNotFoundError, match="holds none of train-images-idx3-ubyte"):
+        data.load(source)
+    (root / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(whole)[:-20])
+    with pytest.raises(ValueError, match="is not a whole gzip file"):
+        data.load(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+@pytest.mark.parametrize("shape", [(20, 6, 5), (20, 3, 6, 5)])
+def test_npy_images(tmp_path, shape):
+    values = np.arange(math.prod(shape), dtype=np.int64).astype(np.uint8).reshape(shape)
+    np.save(tmp_path / "x.npy", values)
+    loaded = data.load(f"npy:{tmp_path / 'x.npy'}")
+    assert (loaded.levels, loaded.shape) == (256, shape[1:] if len(shape) == 4 else (1, *shape[1:]))
+    assert [len(s) for s in (loaded.train, loaded.val, loaded.test)] == [16, 2, 2]
+    rows = {row.tobytes() for s in (loaded.train, loaded.val, loaded.test) for row in s.values}
+    assert rows == {row.tobytes() for row in values}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_npy_vectors_are_continuous(tmp_path, dtype):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(30, 4)).astype(dtype))
+    loaded = data.load(f"npy:{tmp_path / 'x.npy'}")
+    assert (loaded.levels, loaded.shape, loaded.train.values.dtype) == (None, (4,), np.float32)
+    batch = data.batch_of(loaded, "train", np.array([3, 0]), seed=0, epoch=0)
+    assert (batch.x.numpy() == loaded.train.values[[3, 0]]).all(), "continuous data gets no noise"
+
+
+def test_npy_refuses_bad_rows_and_foreign_files(tmp_path):
+    path = tmp_path / "x.npy"
+    values = np.zeros((30, 4))
+    values[7, 1], values[29, 0] = np.nan, 1e300
+    np.save(path, values)
+    with pytest.raises(ValueError, match=r"2 rows are not finite in float32: 7, 29"):
+        data.load(f"npy:{path}")
+    np.save(path, np.zeros((5, 4), np.int32))
+    with pytest.raises(ValueError, match=r"holds int32 of shape \(5, 4\); expected uint8"):
+        data.load(f"npy:{path}")
+    np.save(path, np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="at least 3 samples"):
+        data.load(f"npy:{path}")
+    np.save(path, np.zeros((30, 4)))
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"is not a whole .npy file"):
+        data.load(f"npy:{path}")
+    np.save(path, np.array([{}]), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"is not a whole .npy file"):
+        data.load(f"npy:{path}")
+    np.savez(tmp_path / "x.npz", a=values)
+    with pytest.raises(ValueError, match="not an archive"):
+        data.load(f"npy:{tmp_path / 'x.npz'}")
+
+
+@pytest.mark.parametrize("source", ["", "nope", "digits:x", "folder", "folder:", "mnist"])
+def test_unknown_sources(source):
+    with pytest.raises(ValueError, match="unknown source"):
+        data.load(source)
+
+
+def test_sources_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        data.load(f"folder:{tmp_path / 'no'}")
+    with pytest.raises(ValueError, match="only folder:PATH is resized"):
+        data.load("digits", size=16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dequantization
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_dequantized_values_stay_in_their_bins(levels):
+    v = np.arange(levels, dtype=np.uint8)
+    for u in (0.0, 0.5, 65535 / 65536):
+        x = data.dequantize(v, levels, np.full(levels, u, np.float32))
+        assert x.dtype == torch.float32
+        assert float(x.min()) >= 0.0
+        assert float(x.max()) < 1.0
+        # Division rounds once: floor is exact again half a unit in the last place further up.
+        assert (torch.floor(x.double() * levels + 1e-5).numpy() == v).all()
+
+
+def test_discrete_nll_of_a_histogram_density():
+    """With p(x) = levels^D P(v) on the bin of v, the bound is -log P(v) itself, whatever the noise."""
+    digits = data.load("digits")
+    counts = np.bincount(digits.train.values.ravel(), minlength=17) + 1.0
+    log_p = torch.from_numpy(np.log(counts / counts.sum()))
+    batch = data.batch_of(digits, "val", np.arange(50), seed=3, epoch=1)
+    v = torch.floor(batch.x.double() * 17 + 1e-5).long()
+    log_density = (log_p[v] + math.log(17)).flatten(1).sum(1)
+    expected = -log_p[torch.from_numpy(digits.val.values[:50]).long()].flatten(1).sum(1)
+    torch.testing.assert_close(negative_log_likelihood(log_density, 64, 17), expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(negative_log_likelihood(log_density, 64, None), -log_density, rtol=0.0, atol=0.0)
+
+
+def test_noise_is_uniform_and_independent():
+    digits = data.load("digits")
+    samples = np.arange(1000)
+    noise = {
+        (seed, epoch): data.batch_of(digits, "train", samples, seed=seed, epoch=epoch).x.double().numpy().reshape(1000, -1) * 17
+        - digits.train.values.reshape(1000, -1)
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    }
+    n = 64_000
+    for u in noise.values():
+        # Five standard errors of the mean and of the variance of U[0, 1), whose fourth central moment is 1/80.
+        assert abs(u.mean() - 0.5) < 5 * math.sqrt(1 / 12 / n)
+        assert abs(u.var() - 1 / 12) < 5 * math.sqrt((1 / 80 - 1 / 144) / n)
+        # Neighbouring pixels and samples: correlation 0 with standard error 1 / sqrt(n).
+        for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):
+            assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / math.sqrt(a.size)
+    for a, b in (((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 0))):
+        assert abs(np.corrcoef(noise[a].ravel(), noise[b].ravel())[0, 1]) < 5 / math.sqrt(n)
+
+
+def test_keyed_streams_are_fixed():
+    """Checkpoints of one version resume in another: these figures may never change."""
+    assert data._order(7, 3, 8).tolist() == [2, 4, 0, 6, 7, 5, 1, 3]
+    assert (data._uniform(7, "train", 3, np.array([5]), 4)[0] * 65536).astype(int).tolist() == [33052, 45757, 62050, 58747]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+def _stack(batches) -> torch.Tensor:
+    return torch.cat([b.x for b in batches])
+
+
+def test_batches_do_not_depend_on_workers():
+    digits = data.load("digits")
+    alone, helped = (list(data.loader(digits, "train", 64, seed=1, epoch=2, workers=n)) for n in (0, 2))
+    assert [b.total for b in alone] == [64] * 15 + [40]
+    assert torch.equal(_stack(alone), _stack(helped))
+    assert torch.equal(torch.cat([b.labels for b in alone]), torch.cat([b.labels for b in helped]))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_global_batches(world):
+    digits = data.load("digits")
+    whole = list(data.loader(digits, "train", 63, seed=1, epoch=2))
+    slices = zip(*(data.loader(digits, "train", 63, seed=1, epoch=2, rank=r, world=world) for r in range(world)), strict=True)
+    for batch, parts in zip(whole, slices, strict=True):
+        assert sum(len(p.x) for p in parts) == len(batch.x) == parts[0].total
+        for rank, part in enumerate(parts):
+            assert torch.equal(part.x, batch.x[rank::world])
+            assert torch.equal(part.labels, batch.labels[rank::world])
+
+
+def test_a_rank_may_get_nothing():
+    digits = data.load("digits")
+    *_, last = data.loader(digits, "train", 999, seed=0, rank=1, world=2)
+    assert last.x.shape == (0, 1, 8, 8)
+    assert last.total == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_resumes_in_mid_epoch(workers):
+    digits = data.load("digits")
+    whole = list(data.loader(digits, "train", 100, seed=4, epoch=1))
+    loader = data.loader(digits, "train", 100, seed=4, epoch=1, workers=workers)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    state = loader.state_dict()
+    resumed = data.loader(digits, "train", 100, seed=4, epoch=1, workers=workers)
+    resumed.load_state_dict(state)
+    assert torch.equal(_stack(resumed), _stack(whole[3:]))
+    resumed.sampler.set_epoch(2)
+    assert len(list(resumed)) == 10, "the next epoch is whole again"
+
+
+def test_epochs_differ_and_validation_does_not():
+    digits = data.load("digits")
+    first, second = (_stack(data.loader(digits, "train", 100, seed=0, epoch=e)) for e in (0, 1))
+    assert not torch.equal(first, second)
+    assert sorted(data._order(0, 1, 1000).tolist()) == list(range(1000))
+    one, other = (_stack(data.loader(digits, "val", 100, seed=0, epoch=e)) for e in (0, 1))
+    assert torch.equal(one, other)
+    assert (torch.floor(one.double() * 17 + 1e-5).numpy() == digits.val.values).all(), "validation is in file order"
