@@ -248,6 +248,9 @@ def test_damaged_foreign_and_newer_files_are_refused(tmp_path) -> None:
     for size in (10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         assert "truncated" in refused(path)
+    for place in (200, len(whole) // 3, len(whole) // 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert "checksum" in refused(path)
     path.write_bytes(b"")
     assert "not written by flowkern" in refused(path)
     path.write_bytes(b"x = 1\n" * 100)

@@ -87,6 +87,14 @@ def _reason_against(content: Any) -> str | None:
     return None
 
 
+def _unpack(path: StrPath) -> Any:
+    """The content of a zip file of torch's, after a look at its checksums, which torch.load leaves out."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(path: StrPath) -> dict[str, Any]:
     """The content of a checkpoint as a dict with ``"flowkern"``, ``"model"``, ``"state_dict"`` and whatever else it holds.
 
@@ -100,8 +108,8 @@ def read_checkpoint(path: StrPath) -> dict[str, Any]:
             f"{path}: not a checkpoint: " + ("the file is truncated" if magic == b"PK" else "it was not written by flowkern")
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        content = _unpack(path)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a checkpoint: the file is damaged or foreign: {str(error).splitlines()[0]}") from error
     if reason := _reason_against(content):
         raise ValueError(f"{path}: not a readable checkpoint: {reason}")
