@@ -191,6 +191,13 @@ def test_digits_recipe_is_the_published_one() -> None:
     assert torch.equal(image.log_prob(x.view(4, 1, 8, 8)), model.log_prob(x))
 
 
+@pytest.mark.parametrize("preset", models.PRESETS)
+def test_presets_build(preset: tuple[str, str]) -> None:
+    model = models.build(preset[0], {**models.PRESETS[preset], "shape": (1, 8, 8)})
+    assert model.log_prob(torch.rand(2, 1, 8, 8)).isfinite().all()
+    assert model.sample(2).shape == (2, 1, 8, 8)
+
+
 def test_errors_of_models() -> None:
     with pytest.raises(ValueError, match="model: unknown name 'glow2'"):
         models.build("glow2", {"shape": 4})
