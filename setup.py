@@ -28,8 +28,6 @@ FLAGS = [
     # Arithmetic stays as written: no -ffast-math. These two only say that nobody reads errno or the exception flags.
     "-fno-math-errno",
     "-fno-trapping-math",
-    # Copy loops stay loops (csrc/cpu/coupling.h says why).
-    "-fno-tree-loop-distribute-patterns",
 ]
 ISAS = {
     "baseline": [],
@@ -65,15 +63,16 @@ def ninja_file(cxx: str, folder: Path, output: Path) -> str:
     """The text of build.ninja: every kernel source once per instruction set, the bindings, and the link."""
     import pybind11
 
+    # Copy loops stay loops (csrc/cpu/coupling.h says why); only gcc would turn them into calls.
+    optional = [f for f in ["-fno-tree-loop-distribute-patterns"] if accepts(cxx, folder, "-Werror", f)]
     threads = ["-fopenmp"] if accepts(cxx, folder, "-fopenmp", source="#include <omp.h>\nint main() {}") else ["-fopenmp-simd"]
     threads = [flag for flag in threads if accepts(cxx, folder, flag)]
     x86 = platform.machine() in ("x86_64", "AMD64")
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", *(["-DFLOWKERN_X86"] if x86 else [])]
     link = ["-undefined", "dynamic_lookup", "-bundle"] if sys.platform == "darwin" else ["-shared"]
-    # One rpath for all platforms would be wrong: torch has loaded its own OpenMP before this library is opened.
     rules = [
         f"cxx = {cxx}",
-        f"flags = {' '.join([*FLAGS, *threads, *os.environ.get('CXXFLAGS', '').split()])}",
+        f"flags = {' '.join([*FLAGS, *optional, *threads, *os.environ.get('CXXFLAGS', '').split()])}",
         "rule compile\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = $cxx {' '.join([*link, *threads])} $in -o $out",
     ]
@@ -99,9 +98,11 @@ class BuildWithNinja(build_ext):
     """Compiles flowkern._native with ninja: parallel, and only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            self._build(Path(self.get_ext_fullpath(ext.name)).resolve())
+            self._build(output)
         except (RuntimeError, OSError, subprocess.CalledProcessError, ImportError) as error:
+            output.unlink(missing_ok=True)  # of an earlier build: it does not belong to these sources
             if mode() == "1":
                 raise RuntimeError(f"FLOWKERN_EXT=1, but the CPU extension could not be built: {error}") from error
             message = f"flowkern is installed without its CPU kernels and runs in pure torch: {error}"

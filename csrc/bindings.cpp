@@ -3,9 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <cstdlib>
-#include <cstring>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -197,8 +194,7 @@ void additive_coupling_forward(const Tensor& x, const Tensor& shift, const Tenso
 
 PYBIND11_MODULE(_native, m) {
   using namespace flowkern;
-  const char* wanted = std::getenv("FLOWKERN_ISA");
-  use_isa(wanted && *wanted ? wanted : runnable().front()->isa);
+  in_use = runnable().front();
 #ifndef _WIN32
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
@@ -209,7 +205,7 @@ PYBIND11_MODULE(_native, m) {
     for (const Kernels* k : runnable()) names.append(k->isa);
     return names;
   }, "The instruction sets that this processor runs, the best one first.");
-  m.def("use_isa", use_isa, "Switch to another of isas(); FLOWKERN_ISA does the same at import.");
+  m.def("use_isa", use_isa, "Switch to another of isas().");
   m.def("openmp", [] {
 #ifdef _OPENMP
     return true;

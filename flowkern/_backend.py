@@ -25,13 +25,19 @@ _AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
-    """The compiled extension, or None and the reason. torch is imported first: both share its OpenMP."""
+    """The compiled extension, or None and the reason. torch is imported first: both share its OpenMP.
+
+    Raises ValueError if ``FLOWKERN_ISA`` names an instruction set that this machine does not run.
+    """
     try:
-        return importlib.import_module("flowkern._native"), ""
+        module = importlib.import_module("flowkern._native")
     except ImportError as error:
         missing = importlib.util.find_spec("flowkern._native") is None
         why = "the CPU extension was not built (no compiler at install time, or FLOWKERN_EXT=0)"
         return None, why if missing else f"the CPU extension does not load: {error}"
+    if isa := os.environ.get("FLOWKERN_ISA"):
+        module.use_isa(isa)
+    return module, ""
 
 
 native, _native_reason = _load_native()

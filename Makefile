@@ -1,0 +1,39 @@
+# Every target makes the environment .venv first, if it is missing or older than its requirements.
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?= python3
+READY := $(VENV)/.ready
+OUT ?= runs/demo
+
+.PHONY: help demo test lint bench gpu-check clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch goes first: with it in place no other requirement brings a different build.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## train a flow on real images for about a minute, and show what the fused kernels bought
+	$(VENV)/bin/flowkern train realnvp --data digits --preset demo --out $(OUT)
+	$(VENV)/bin/flowkern compare realnvp --data digits
+
+test: $(READY)  ## the whole suite
+	$(PY) -m pytest
+
+lint: $(READY)  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(READY)  ## time, memory and the ratios to eager and torch.compile of every op
+	$(PY) -m bench
+
+gpu-check:  ## build, test and time on a CUDA GPU, in the current python; ARGS=--dry-run without one
+	$(PYTHON) -m bench.gpu_check $(ARGS)
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info flowkern/_native*.so

@@ -1,0 +1,66 @@
+"""Which backend runs, what is said when one cannot, and bad names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flowkern
+from flowkern import OPS, _backend, ops
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ValueError, match="backend: unknown name 'cudnn'"), flowkern.backend("cudnn"):
+        pass
+    env = {**os.environ, "FLOWKERN_BACKEND": "cudnn"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import flowkern"], env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "backend: unknown name 'cudnn'" in done.stderr
+
+
+@pytest.mark.skipif(_backend.interpreting(), reason="Triton's interpreter serves CPU tensors")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_an_explicit_backend_that_cannot_serve_raises_with_the_reason(name: str) -> None:
+    with flowkern.backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' was asked for but cannot serve: ."):
+        ops.affine_coupling(torch.randn(2, 4), torch.randn(2, 4))
+
+
+def test_the_context_restores_what_was_asked_for() -> None:
+    before = _backend.requested()
+    with flowkern.backend("torch"):
+        assert _backend.requested() == "torch"
+        with pytest.raises(KeyError), flowkern.backend("auto"):
+            raise KeyError
+        assert _backend.requested() == "torch"
+    assert _backend.requested() == before
+
+
+def test_the_environment_chooses_the_backend() -> None:
+    script = "import flowkern; print(flowkern.explain('affine_coupling'))"
+    env = {**os.environ, "FLOWKERN_BACKEND": "torch"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True)
+    assert "asked for 'torch'" in done.stdout
+    assert "torch  serves" in done.stdout
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_explain_lists_every_backend(op: flowkern._registry.Op) -> None:
+    sample = next(iter(op.samples("cpu", torch.float32)))
+    for text in (flowkern.explain(op.name), flowkern.explain(op.function, *sample.args, **sample.kwargs)):
+        assert all(name in text for name in _backend.BACKENDS)
+        assert text.count("serves\n") + text.endswith("serves") == 1
+    with pytest.raises(ValueError, match="explain: unknown op 'coupling'"):
+        flowkern.explain("coupling")
+
+
+def test_without_the_extension_the_reference_runs_under_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "native", None)
+    x, params = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    y, _ = ops.affine_coupling(x, params)
+    assert "Coupling" not in type(y.grad_fn).__name__
+    with flowkern.backend("cpp"), pytest.raises(RuntimeError, match="cannot serve"):
+        ops.affine_coupling(x.detach(), params.detach())

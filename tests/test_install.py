@@ -1,0 +1,141 @@
+"""The package really installed: wheel, sdist, editable, without a compiler, and what a failed build does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+IMPORT_EVERYTHING = """
+import importlib, os, pkgutil, sys
+os.chdir(os.path.dirname(sys.executable))
+import flowkern
+assert os.environ["EXPECT_UNDER"] in flowkern.__file__, flowkern.__file__
+for module in pkgutil.walk_packages(flowkern.__path__, "flowkern."):
+    if not module.name.startswith(("flowkern.bench", "flowkern.training", "flowkern.cli", "flowkern.data", "flowkern.kernels")):
+        importlib.import_module(module.name)
+import flowkern.kernels, flowkern.bench
+for package in (flowkern, flowkern.ops, flowkern.nn, flowkern.models):
+    for name in getattr(package, "__all__", [n for n in vars(package) if not n.startswith("_")]):
+        getattr(package, name)
+import torch
+from flowkern import _backend
+y, logabsdet = flowkern.ops.affine_coupling(torch.randn(3, 4), torch.randn(3, 4))
+assert y.shape == (3, 4) and logabsdet.shape == (3,)
+print("isa:", _backend.native.isa() if _backend.native else None)
+"""
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FLOWKERN_BACKEND", "FLOWKERN_EXT")}
+    return subprocess.run(command, capture_output=True, text=True, env={**clean, **env})
+
+
+class Environment:
+    """A fresh virtual environment. torch, which is large, is seen where this suite found it; flowkern is not."""
+
+    def __init__(self, folder: Path):
+        venv.create(folder, with_pip=True)
+        self.python = str(folder / "bin" / "python")
+        self.folder = folder
+        site = run([self.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).stdout.strip()
+        # A path in a .pth file is searched last, and the .pth files inside it (the editable flowkern) are not read.
+        (Path(site) / "torch.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+    def pip(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return run([self.python, "-m", "pip", "--disable-pip-version-check", *args], **env)
+
+    def isa(self, under: str | None = None) -> str:
+        """Imports everything; the instruction set in use, or "None" without the extension."""
+        done = run([self.python, "-W", "ignore", "-c", IMPORT_EVERYTHING], EXPECT_UNDER=under or str(self.folder))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split("isa:")[1].strip()
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Environment:
+    return Environment(tmp_path / "env")
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tracked files: building must not need or leave anything in the checkout."""
+    folder = tmp_path_factory.mktemp("source")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in filter(None, files.decode().split("\0")):
+        if (ROOT / name).exists():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def test_sdist_and_wheel(fresh: Environment, source: Path, tmp_path: Path) -> None:
+    """The sdist, and a wheel built from it in pip's isolated build, where there is no torch."""
+    script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    built = subprocess.run([sys.executable, "-c", script], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    done = fresh.pip("wheel", "--no-deps", "-w", str(tmp_path), str(archive), FLOWKERN_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert fresh.pip("install", "--no-deps", str(wheel)).returncode == 0
+    assert fresh.isa() in ("avx512", "avx2", "baseline")
+
+
+def test_install_from_source_in_time(fresh: Environment, source: Path) -> None:
+    """Under 60 s of processor time, whatever else the machine does: less than that on the clock with two cores."""
+    before = os.times()
+    done = fresh.pip("install", "--no-deps", str(source), FLOWKERN_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 60
+    assert fresh.isa() in ("avx512", "avx2", "baseline")
+
+
+def test_editable_install(fresh: Environment, source: Path) -> None:
+    done = fresh.pip("install", "--no-deps", "-e", str(source), FLOWKERN_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        assert fresh.isa(under=str(source)) in ("avx512", "avx2", "baseline")
+    finally:
+        for built in (source / "flowkern").glob("_native*"):
+            built.unlink()
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"FLOWKERN_EXT": "0"}, "FLOWKERN_EXT=0: flowkern is installed without its CPU kernels"),
+        ({"PATH": "/nowhere", "CXX": ""}, "no C++ compiler was found"),
+        ({"CXX": "false"}, "flowkern is installed without its CPU kernels and runs in pure torch"),
+    ],
+    ids=["not-wanted", "no-compiler", "broken-compiler"],
+)
+def test_pure_python_install_with_one_warning(fresh: Environment, source: Path, env: dict[str, str], said: str) -> None:
+    done = fresh.pip("install", "-v", "--no-deps", str(source), **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    building = (done.stdout + done.stderr).split("Building wheel for flowkern")[-1]
+    assert building.count("flowkern is installed without its CPU kernels") == 1
+    assert said in building
+    assert fresh.isa() == "None"
+
+
+def test_a_failed_build_is_an_error_where_the_extension_is_required(fresh: Environment, source: Path) -> None:
+    done = fresh.pip("install", "--no-deps", str(source), FLOWKERN_EXT="1", CXX="false")
+    assert done.returncode != 0
+    assert "FLOWKERN_EXT=1, but the CPU extension could not be built" in done.stdout + done.stderr
+
+
+def test_an_unknown_mode_is_named(fresh: Environment, source: Path) -> None:
+    done = fresh.pip("install", "--no-deps", str(source), FLOWKERN_EXT="yes")
+    assert done.returncode != 0
+    assert "FLOWKERN_EXT: unknown value 'yes'" in done.stdout + done.stderr
