@@ -64,7 +64,7 @@ def ninja_file(cxx: str, folder: Path, output: Path) -> str:
     import pybind11
 
     # Copy loops stay loops (csrc/cpu/coupling.h says why); only gcc would turn them into calls.
-    optional = [f for f in ["-fno-tree-loop-distribute-patterns"] if accepts(cxx, folder, "-Werror", f)]
+    gcc_only = [f for f in ["-fno-tree-loop-distribute-patterns"] if accepts(cxx, folder, "-Werror", f)]
     threads = ["-fopenmp"] if accepts(cxx, folder, "-fopenmp", source="#include <omp.h>\nint main() {}") else ["-fopenmp-simd"]
     threads = [flag for flag in threads if accepts(cxx, folder, flag)]
     x86 = platform.machine() in ("x86_64", "AMD64")
@@ -72,7 +72,7 @@ def ninja_file(cxx: str, folder: Path, output: Path) -> str:
     link = ["-undefined", "dynamic_lookup", "-bundle"] if sys.platform == "darwin" else ["-shared"]
     rules = [
         f"cxx = {cxx}",
-        f"flags = {' '.join([*FLAGS, *optional, *threads, *os.environ.get('CXXFLAGS', '').split()])}",
+        f"flags = {' '.join([*FLAGS, *gcc_only, *threads, *os.environ.get('CXXFLAGS', '').split()])}",
         "rule compile\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = $cxx {' '.join([*link, *threads])} $in -o $out",
     ]
