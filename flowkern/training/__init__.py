@@ -15,6 +15,8 @@ from ._evaluate import Score as Score
 from ._evaluate import context_of as context_of
 from ._evaluate import evaluate as evaluate
 from ._evaluate import negative_log_likelihood as negative_log_likelihood
+from ._pictures import atomic as atomic
+from ._pictures import read_log as read_log
 from ._pictures import save_grid as save_grid
 from ._pictures import to_pixels as to_pixels
 from ._plan import OPTIMIZERS as OPTIMIZERS

@@ -45,7 +45,7 @@ def compare(
     model = models.load(source) if Path(source).exists() else make_plan(source, data).build(values)
     if model.shape != values.shape:
         raise ValueError(f"{source} is for samples of shape {model.shape}, and {values.name} has {values.shape}")
-    model = model.to(device).train()
+    model = model.to(device, torch.float32).train()
     batch = next(iter(loader(values, "train", batch_size, seed=0)))
     x, context = batch.x.to(device), context_of(model, batch.labels)
     context = None if context is None else context.to(device)

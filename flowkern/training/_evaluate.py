@@ -37,7 +37,7 @@ class Score:
 
 
 def context_of(model: FlowModel, labels: torch.Tensor | None) -> torch.Tensor | None:
-    """The labels (B,) one-hot as (B, K) float32, or None for a model without context.
+    """The labels (B,) one-hot as (B, K) in the model's dtype, or None for a model without context.
 
     Raises ValueError if the model needs labels and there are none.
     """
@@ -45,7 +45,11 @@ def context_of(model: FlowModel, labels: torch.Tensor | None) -> torch.Tensor | 
         return None
     if labels is None:
         raise ValueError("the model is conditional, and the data has no labels")
-    return torch.nn.functional.one_hot(labels, model.context).to(torch.float32)
+    return torch.nn.functional.one_hot(labels, model.context).to(_dtype(model))
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters()), torch.float32)
 
 
 def negative_log_likelihood(log_prob: torch.Tensor, dims: int, levels: int | None) -> torch.Tensor:
@@ -97,7 +101,7 @@ def evaluate(
 
 
 def _nll(model: FlowModel, batch: Batch, levels: int | None, device: str) -> torch.Tensor:
-    x = batch.x.to(device)
+    x = batch.x.to(device, _dtype(model))
     labels = None if batch.labels is None else batch.labels.to(device)
     log_prob = model.log_prob(x, context_of(model, labels))
-    return negative_log_likelihood(log_prob, x[0].numel(), levels).double().cpu()
+    return negative_log_likelihood(log_prob.cpu().double(), x[0].numel(), levels)

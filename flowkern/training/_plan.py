@@ -51,7 +51,7 @@ class Plan:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        limits = {"epochs": 0, "batch_size": 1, "weight_decay": 0, "warmup": 0, "clip": 0, "ema": 0, "patience": 0, "seed": 0}
+        limits = {"epochs": 1, "batch_size": 1, "weight_decay": 0, "warmup": 0, "clip": 0, "ema": 0, "patience": 0, "seed": 0}
         for name, least in limits.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 import warnings
 from datetime import timedelta
@@ -16,6 +15,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .. import models
 from ..data import Dataset, load
@@ -25,6 +26,9 @@ from ._plan import Plan
 from ._task import AtomicCheckpointIO, Checkpoints, ExponentialAverage, FlowData, FlowTask, Progress
 
 __all__ = ["run"]
+
+# Weights in half precision, which Lightning also offers, would round the data to fewer levels than it has.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 
 def run(
@@ -43,33 +47,49 @@ def run(
     draws: int = 20,
 ) -> Score | None:
     """See ``flowkern.training.train``."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: unknown name {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    for name, value, least in (("workers", workers, 0), ("checkpoint_steps", checkpoint_steps or 1, 1), ("draws", draws, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    first_rank = not getattr(rank_zero_only, "rank", 0)
     last = out / "last.ckpt"
-    first_rank = os.environ.get("LOCAL_RANK", "0") == "0"
     if last.exists() and not resume and not overwrite and first_rank:
         raise ValueError(f"{out} holds a run already; --resume continues it, --overwrite starts anew")
+    start = last if resume and last.exists() else None
     data = load(plan.data, size=plan.size, report=None if first_rank else lambda line: None)
+    if min(len(data.train), len(data.val), len(data.test)) < 2:
+        raise ValueError(
+            f"{data.name}: expected 2 samples in each split, got {len(data.train)}, {len(data.val)}, {len(data.test)}"
+        )
     torch.manual_seed(plan.seed)
     model = plan.build(data)
-    out.mkdir(parents=True, exist_ok=True)
-    if first_rank:
-        _clean(out, resume)
-        if resume and not last.exists():
-            print(f"{out} holds nothing to resume: starting anew")
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{plan.model} with {parameters:,} parameters on {plan.data}: {len(data.train)} training samples of {data.shape}")
-
     io = AtomicCheckpointIO()
-    checkpoints = Checkpoints(out, io, checkpoint_steps)
+    hardware = {"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision}
     with warnings.catch_warnings():
         _quiet()
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            strategy=strategy,
-            precision=precision,  # type: ignore[arg-type]
+        trainer = _trainer(plan, out, hardware, io, _callbacks(plan, max_minutes, Checkpoints(out, io, checkpoint_steps)))
+        if first_rank:
+            _prepare(out, start)
+            if resume and start is None:
+                print(f"{out} holds nothing to resume: starting anew")
+            parameters = sum(p.numel() for p in model.parameters())
+            print(f"{plan.model} ({parameters:,} parameters) on {plan.data} ({len(data.train)} training samples of {data.shape})")
+        if start is None or not _stopped(start, plan):
+            trainer.fit(FlowTask(model, plan, data), datamodule=FlowData(data, plan, workers), ckpt_path=start)
+    if not trainer.is_global_zero:
+        return None
+    return _finish(plan, data, out, draws, str(trainer.strategy.root_device))
+
+
+def _trainer(plan: Plan, out: Path, hardware: dict[str, Any], io: AtomicCheckpointIO, callbacks: list[Any]) -> Trainer:
+    """Raises ValueError for hardware that is not there, or that cannot do what is asked for."""
+    try:
+        return Trainer(
+            **hardware,
             max_epochs=plan.epochs,
             gradient_clip_val=plan.clip or None,
-            callbacks=_callbacks(plan, max_minutes, checkpoints),
+            callbacks=callbacks,
             plugins=[io],
             logger=CSVLogger(out, name="log", flush_logs_every_n_steps=1),
             enable_model_summary=False,
@@ -79,18 +99,15 @@ def run(
             use_distributed_sampler=False,
             default_root_dir=out,
         )
-        task = FlowTask(model, plan, data)
-        if not (resume and last.exists() and _stopped(last, plan)):
-            trainer.fit(task, datamodule=FlowData(data, plan, workers), ckpt_path=last if resume and last.exists() else None)
-    if not trainer.is_global_zero:
-        return None
-    return _finish(plan, data, out, draws, str(trainer.strategy.root_device))
+    except (MisconfigurationException, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
-def _clean(out: Path, resume: bool) -> None:
+def _prepare(out: Path, start: Path | None) -> None:
     """Remove what a killed run left half written and, for a new run, what an earlier one left."""
+    out.mkdir(parents=True, exist_ok=True)
     old = list(out.glob(".*.tmp"))
-    if not resume:
+    if start is None:
         old += [out / "last.ckpt", out / "best.ckpt", *out.glob("log/version_*/metrics.csv")]
     for path in old:
         path.unlink(missing_ok=True)
@@ -134,7 +151,7 @@ def _finish(plan: Plan, data: Dataset, out: Path, draws: int, device: str) -> Sc
         context = context_of(model, torch.arange(64, device=device) % max(1, len(data.classes)))
         save_grid(to_pixels(model.sample(64, context), data.levels), out / "samples.png")
         print(f"samples in {out / 'samples.png'}")
-    score = evaluate(model, data, "test", draws=draws, device=device)
+    score = evaluate(model, data, "test", draws=draws, batch_size=2 * plan.batch_size, device=device)
     result = {"test": dataclasses.asdict(score), "plan": dataclasses.asdict(plan), "epochs": len(log.get("val_nll", []))}
     with atomic(out / "result.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")

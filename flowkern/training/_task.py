@@ -53,7 +53,7 @@ class FlowData(LightningDataModule):
         return loader(
             self.data,
             part,
-            self.plan.batch_size if part == "train" else max(256, self.plan.batch_size),
+            self.plan.batch_size * (1 if part == "train" else 2),
             seed=self.plan.seed,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
@@ -82,7 +82,7 @@ class FlowTask(LightningModule):
         # The first step whose loss was not finite, or -1. It stays on the device: reading it waits for the device.
         self._bad_step = torch.tensor(-1)
         self.loss = torch.tensor(math.nan)
-        self._sum, self._count = torch.zeros((), dtype=torch.float64), 0
+        self._sum, self._count = torch.tensor(0.0), 0
 
     def configure_optimizers(self) -> Any:
         options: dict[str, Any] = {"lr": self.plan.lr, "weight_decay": self.plan.weight_decay}
@@ -103,6 +103,9 @@ class FlowTask(LightningModule):
         values = {f"{part}_nll": mean, f"{part}_bits_per_dim": bits}
         self.log_dict(values, batch_size=count, on_step=False, on_epoch=True, sync_dist=True)
 
+    def on_train_start(self) -> None:
+        self._bad_step, self._sum = self._bad_step.to(self.device), self._sum.to(self.device)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # What is random inside the model depends on the step alone, so that a resumed run repeats it.
         key = np.random.SeedSequence([self.plan.seed, self.global_step, self.global_rank])
@@ -118,7 +121,7 @@ class FlowTask(LightningModule):
             self.require_finite()
         # Lightning's log takes longer than a step of a small model: one call an epoch.
         self.loss = nll.detach().mean()
-        self._sum, self._count = self._sum + nll.detach().double().sum(), self._count + len(nll)
+        self._sum, self._count = self._sum + nll.detach().sum(), self._count + len(nll)
         return loss
 
     @property
@@ -128,11 +131,11 @@ class FlowTask(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._log("train", self._sum, self._count)
-        self._sum, self._count = torch.zeros((), dtype=torch.float64), 0
+        self._sum, self._count = torch.zeros_like(self._sum), 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         nll = self._nll(batch)
-        self._log("val", nll.double().sum(), len(nll))
+        self._log("val", nll.sum(), len(nll))
 
     def require_finite(self) -> None:
         """Raise Diverged, naming the step, if a loss of this run was not finite."""
@@ -146,9 +149,12 @@ class FlowTask(LightningModule):
         checkpoint["model"] = {"name": name_of(self.model), "config": self.model.config}
         checkpoint["data"] = {"levels": self.levels, "classes": list(self.classes)}
         checkpoint["plan"] = dataclasses.asdict(self.plan)
+        checkpoint["epoch_nll"] = [float(self._sum), self._count]
         checkpoint["state_dict"] = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        total, self._count = checkpoint["epoch_nll"]
+        self._sum = torch.tensor(total)
         checkpoint["state_dict"] = {f"model.{k}": v for k, v in checkpoint["state_dict"].items()}
 
 
@@ -160,6 +166,12 @@ class ExponentialAverage(WeightAveraging):
         super().__init__(use_buffers=False, multi_avg_fn=self._update)
         self.decay = decay
         self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Lightning converts the model to the precision of the run only after it was copied.
+        if self._average_model is not None:
+            trainer.precision_plugin.convert_module(self._average_model)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         self._step = step_idx or 0
@@ -261,6 +273,8 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: FlowTask, exception: BaseException) -> None:  # type: ignore[override]
         if not isinstance(exception, OSError):
             self.io.flush()
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            print(f"\ninterrupted at step {trainer.global_step}; --resume continues from {self.folder / 'last.ckpt'}")
 
 
 class Progress(Callback):

@@ -1,0 +1,252 @@
+"""The command line: what it prints, and one clear line for what it cannot do."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowkern
+from flowkern import _backend, cli
+
+EXTRA = ("lightning", "numpy", "matplotlib", "PIL", "rich", "sklearn")
+needs_extra = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in EXTRA), reason="needs the extra flowkern[train]"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without the extra
+
+#: Runs the command line in a process in which the packages of the extra cannot be imported.
+BARE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {extra!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from flowkern.cli import main
+for arguments in {commands!r}:
+    try:
+        print("exit", main(arguments))
+    except SystemExit as end:
+        print("exit", end.code)
+"""
+
+
+def test_doctor_and_help_need_no_extra():
+    commands = [["--help"], ["doctor"], ["train", "nice", "--data=digits", "--out=x"], ["eval", "x.ckpt", "--data=digits"]]
+    script = BARE.format(extra=EXTRA, commands=commands)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == ["exit 0", "exit 0", "exit 2", "exit 2"]
+    assert "usage: flowkern" in done.stdout
+    assert f"torch      {torch.__version__}" in done.stdout
+    errors = done.stderr.splitlines()
+    assert len(errors) == 2, done.stderr
+    assert all(line.endswith('is not installed; this command needs: pip install "flowkern[train]"') for line in errors)
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"flowkern   {flowkern.__version__}" in printed
+    assert f"{torch.get_num_threads()} threads" in printed
+    assert (_backend.native.isa() if _backend.native else "none: ") in printed
+    for op in flowkern.OPS:
+        assert flowkern.explain(op) in printed
+
+
+def test_no_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    assert end.value.code == 2
+    assert "usage: flowkern" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With it
+
+SMALL = ["--set=flatten=true", "--set=couplings=2", "--set=hidden=8", "--batch-size=250", "--epochs=1", "--draws=1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "deep" / "run"
+    assert cli.main(["train", "realnvp", "--data=digits", f"--out={out}", *SMALL]) == 0
+    return out
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """The one line that a command prints as it fails with code 2."""
+    capsys.readouterr()
+    assert cli.main(list(map(str, arguments))) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("flowkern: error: ")
+    return lines[0]
+
+
+@needs_extra
+def test_train_prints_where_things_are(tmp_path, capsys):
+    assert cli.main(["train", "nice", "--data=digits", f"--out={tmp_path}", *SMALL]) == 0
+    printed = capsys.readouterr().out
+    for name in ("best.ckpt", "curve.png", "samples.png"):
+        assert f"{tmp_path / name}" in printed
+        assert (tmp_path / name).exists()
+    assert printed.splitlines()[-1].startswith("test NLL: ")
+    assert "nats" in printed
+    assert "bits/dim (447 samples, 1 noise draw)" in printed
+
+
+@needs_extra
+def test_eval(run, capsys):
+    from flowkern import data, models, training
+
+    assert cli.main(["eval", f"{run / 'best.ckpt'}", "--data=digits", "--split=val", "--draws=2"]) == 0
+    expected = training.evaluate(models.load(run / "best.ckpt"), data.load("digits"), "val", draws=2)
+    assert capsys.readouterr().out == f"val NLL: {expected}\n"
+
+
+@needs_extra
+def test_sample(run, tmp_path, capsys):
+    from PIL import Image
+
+    pictures = []
+    for name, seed, temperature in (("a", 0, 1.0), ("b", 0, 1.0), ("c", 1, 1.0), ("d", 0, 0.5)):
+        out = tmp_path / "new" / f"{name}.png"
+        arguments = ["-n", "5", "-o", f"{out}", f"--seed={seed}", f"--temperature={temperature}"]
+        assert cli.main(["sample", f"{run / 'best.ckpt'}", *arguments]) == 0
+        with Image.open(out) as picture:
+            # Two rows of three tiles, 8 x 8 with one pixel between them, eight times as large.
+            assert picture.size == (8 * 28, 8 * 19)
+            pictures.append(picture.tobytes())
+    assert pictures[0] == pictures[1]
+    assert len(set(pictures)) == 3
+    assert "5 samples in" in capsys.readouterr().out
+
+
+@needs_extra
+def test_sample_of_a_saved_model(tmp_path):
+    """A checkpoint of ``flowkern.models.save`` says nothing of the data: 256 levels are assumed."""
+    import numpy as np
+
+    from flowkern import models
+
+    models.save(models.RealNVP((3, 4, 4), couplings=1, hidden=4, depth=1), tmp_path / "m.ckpt")
+    for name in ("x.png", "x.npy"):
+        assert cli.main(["sample", f"{tmp_path / 'm.ckpt'}", "-n", "3", "-o", f"{tmp_path / name}"]) == 0
+    assert np.load(tmp_path / "x.npy").shape == (3, 3, 4, 4)
+
+
+@needs_extra
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data=nope"], "data: unknown source 'nope'; expected one of digits, photos, folder:PATH"),
+        (["--data=mnist:/no/such/place"], "/no/such/place does not exist"),
+        (["--data=digits", "--set=foo=1"], "realnvp has no setting 'foo'; expected one of couplings"),
+        (["--data=digits", "--set=foo"], "--set expects KEY=VALUE, got 'foo'"),
+        (["--data=digits", "--set=hidden=wide"], "realnvp: a setting has the wrong type"),
+        (["--data=digits", "--preset=x"], "has no 'x'; expected one of default, recipe"),
+        (["--data=digits", "--optimizer=sgd"], "optimizer: unknown name 'sgd'; expected one of adam, adamw, adamax"),
+        (["--data=digits", "--size=16"], "only folder:PATH is resized"),
+        (["--data=digits", "--precision=8"], "precision: unknown name '8'"),
+        (["--data=digits", "--devices=x"], "should be an int"),
+        (["--data=digits", "--strategy=x"], "invalid strategy name"),
+        (["--data=digits", "--draws=0"], "draws: expected at least 1"),
+    ],
+)
+def test_train_refuses(tmp_path, capsys, arguments, message):
+    assert message in refusal(capsys, "train", "realnvp", f"--out={tmp_path / 'run'}", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@needs_extra
+def test_train_refuses_unknown_models_and_used_folders(run, tmp_path, capsys):
+    assert "unknown name 'x'; expected one of nice, realnvp" in refusal(
+        capsys, "train", "x", "--data=digits", f"--out={tmp_path}"
+    )
+    arguments = ["train", "realnvp", "--data=digits", f"--out={run}"]
+    assert "holds a run already; --resume continues it" in refusal(capsys, *arguments)
+    assert "cannot resume with lr 0.5 (the run has" in refusal(capsys, *arguments, "--resume", "--lr=0.5")
+    assert "cannot resume with model 'nice'" in refusal(capsys, "train", "nice", *arguments[2:], "--resume")
+    assert (run / "last.ckpt").exists()
+
+
+@needs_extra
+def test_resume_takes_the_settings_of_the_run(run, tmp_path, capsys):
+    from flowkern import models
+
+    out = tmp_path / "run"
+    resume = ["train", "realnvp", "--data=digits", f"--out={out}", "--resume", "--draws=1"]
+    assert cli.main([*resume, *SMALL]) == 0
+    assert "holds nothing to resume: starting anew" in capsys.readouterr().out
+    assert cli.main([*resume, "--epochs=2"]) == 0
+    content = models.read_checkpoint(out / "last.ckpt")
+    assert (content["epoch"], content["plan"]["batch_size"]) == (1, 250)
+
+
+@needs_extra
+def test_commands_refuse_foreign_checkpoints(run, tmp_path, capsys):
+    (tmp_path / "cut.ckpt").write_bytes((run / "best.ckpt").read_bytes()[:1000])
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    for name, reason in (("cut", "truncated"), ("text", "not written by flowkern"), ("foreign", "not written by flowkern")):
+        path = tmp_path / f"{name}.ckpt"
+        for arguments in (["eval", path, "--data=digits"], ["sample", path, "-o", tmp_path / "x.png"]):
+            line = refusal(capsys, *arguments)
+            assert f"{path}: " in line
+            assert reason in line
+    assert "No such file" in refusal(capsys, "eval", tmp_path / "none.ckpt", "--data=digits")
+    assert "shape (1, 8, 8), and photos has (3, 32, 32)" in refusal(capsys, "eval", run / "best.ckpt", "--data=photos")
+    assert "unknown file extension" in refusal(capsys, "sample", run / "best.ckpt", "-o", tmp_path / "x.foo")
+    assert "label: the model takes none" in refusal(capsys, "sample", run / "best.ckpt", "-o", tmp_path / "x.png", "--label=3")
+    assert "expected at least 1 sample" in refusal(capsys, "sample", run / "best.ckpt", "-o", tmp_path / "x.png", "-n", "0")
+    assert not list(tmp_path.glob("*.png"))
+
+
+@needs_extra
+def test_failure_on_the_way(run, capsys, monkeypatch):
+    from flowkern import training
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise training.Diverged("the loss is not finite at step 3")
+
+    monkeypatch.setattr(training, "train", fail)
+    arguments = ["train", "realnvp", "--data=digits", f"--out={run}", "--overwrite"]
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err.startswith("flowkern: error: the loss is not finite at step 3")
+    with pytest.raises(training.Diverged):
+        cli.main(["--debug", *arguments])
+
+
+@needs_extra
+def test_compare(run, capsys, monkeypatch):
+    from flowkern import training
+
+    compare = training.compare
+    monkeypatch.setattr(training, "compare", lambda *a, **k: compare(*a, **k, rounds=1, seconds=0.01))
+    assert cli.main(["compare", f"{run / 'best.ckpt'}", "--data=digits", "--batch-size=16"]) == 0
+    assert "batch 16" in capsys.readouterr().out
+    assert "unknown name 'x'" in refusal(capsys, "compare", "x", "--data=digits")
+
+
+@needs_extra
+def test_demo_trains_and_compares(run, tmp_path, capsys, monkeypatch):
+    from flowkern import training
+
+    calls = []
+    monkeypatch.setattr(training, "train", lambda plan, out, **options: calls.append((plan, out, options)))
+    monkeypatch.setattr(training, "compare", lambda source, data: f"table of {source}")
+    assert cli.main(["demo", f"--out={tmp_path}", "--minutes=0.5"]) == 0
+    plan, out, options = calls[0]
+    assert (plan.model, plan.data, out, options) == ("realnvp", "digits", tmp_path, {"overwrite": True, "max_minutes": 0.5})
+    assert f"table of {tmp_path / 'best.ckpt'}" in capsys.readouterr().out
