@@ -26,7 +26,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 class Canaries:
-    """Stands in for ``torch.empty`` and ``Tensor.new_empty``: NaN inside, a known pattern on both sides."""
+    """Stands in for ``torch.empty_like`` and ``Tensor.new_empty``: NaN inside, a known pattern on both sides."""
 
     margin = 32
     pattern = 77.0
@@ -51,7 +51,7 @@ class Canaries:
 @pytest.fixture
 def canaries(monkeypatch: pytest.MonkeyPatch) -> Canaries:
     """Poisons every allocation of an op's outputs; ``assert_alive`` checks what lies around them."""
-    watch, empty, new_empty = Canaries(), torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: watch.allocate(empty(*a, **k)))
+    watch, empty_like, new_empty = Canaries(), torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: watch.allocate(empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: watch.allocate(new_empty(self, *a, **k)))
     return watch

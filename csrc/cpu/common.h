@@ -202,7 +202,7 @@ FLOWKERN_INLINE float atan_(float x) {
 template <class F>
 void parallel_for(int64_t tasks, int64_t elements, int threads, F&& f) {
 #ifdef _OPENMP
-  constexpr int64_t worth_a_thread = 8192;
+  constexpr int64_t worth_a_thread = 32768;  // starting one takes some microseconds
   const int64_t useful = elements / worth_a_thread;
   const int64_t wanted = useful < threads ? useful : threads;
   if (wanted > 1 && tasks > 1 && !in_forked_child()) {

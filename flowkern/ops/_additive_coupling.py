@@ -88,16 +88,17 @@ class _AdditiveCoupling(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, shift: torch.Tensor, rank: torch.Tensor | None, *configuration: Any) -> torch.Tensor:
-        split, inverse, moved = configuration
-        ctx.save_for_backward(moved)
-        ctx.split, ctx.inverse, ctx.dtype = split, inverse, shift.dtype
-        return _forward(x, shift, rank, split, inverse)
+        ctx.split, ctx.inverse, moved = configuration
+        ctx.dtype = shift.dtype
+        if moved is not None:
+            ctx.save_for_backward(moved)
+        return _forward(x, shift, rank, ctx.split, ctx.inverse)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (moved,) = ctx.saved_tensors
-        dshift = (take(grad, SPLITS[ctx.split]) if moved is None else grad.index_select(1, moved)).to(ctx.dtype)
-        return grad, -dshift if ctx.inverse else dshift, None, None, None, None
+        named = ctx.split < len(SPLITS)
+        dshift = take(grad, SPLITS[ctx.split]) if named else grad.index_select(1, *ctx.saved_tensors)
+        return grad, (-dshift if ctx.inverse else dshift).to(ctx.dtype), None, None, None, None
 
 
 def additive_coupling(x: torch.Tensor, shift: torch.Tensor, *, split: Split = "channel", inverse: bool = False) -> Pair:

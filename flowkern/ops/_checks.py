@@ -45,12 +45,11 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
 def empty_as(x: torch.Tensor) -> torch.Tensor:
     """An uninitialized tensor of x's shape and dtype: channels_last if x is (and not contiguous), else contiguous.
 
-    Fakes and kernels allocate with this one expression, so that their strides agree. ``empty_like`` would copy
-    any permutation of strides.
+    Fakes and kernels allocate with this one expression, so that their strides agree: the memory format is always given,
+    because ``empty_like`` alone would copy any permutation of strides.
     """
-    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return x.new_empty(x.shape)
+    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def flatten_batch(x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Size, torch.Tensor, torch.Tensor]:
