@@ -1,0 +1,45 @@
+"""Peak bytes of a call above its inputs and outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .calls import Call
+
+__all__ = ["peak_extra_bytes"]
+
+
+def peak_extra_bytes(call: Call, device: torch.device) -> int:
+    """The most memory that the call holds at a time, above what it returns: what torch's allocators hand out."""
+    return _on_gpu(call) if device.type == "cuda" else _on_cpu(call)
+
+
+def _on_gpu(call: Call) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    results = call()
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+    del results
+    return extra
+
+
+def _on_cpu(call: Call) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces every profile on stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        results = call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    del results
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak - held

@@ -1,0 +1,116 @@
+"""Rows as a table for people, and as CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from .cases import CASES, Target
+from .files import slug, write_atomically
+from .measure import Row, missed
+
+__all__ = ["COLUMNS", "HEADER", "describe", "line", "write_csv"]
+
+COLUMNS = tuple(field.name for field in fields(Row))
+_PAGES = {
+    "fresh": "pages fresh: what is freed goes back to the system, and comes new and zeroed (the default)",
+    "retained": "pages retained: what is freed stays with the process (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ raised)",
+    "cold": "cache cold: inputs lie in device memory",
+    "hot": "cache hot: the same inputs again and again",
+    "launched": "launched: the same inputs again and again, without a CUDA graph, by the host's clock",
+}
+_LAYOUT = "{:<31}{:<17}{:>10}  {:<20}{:>7}{:>8}{:>9}{:>10}  {}"
+HEADER = _LAYOUT.format("case", "direction", "median", "quartiles", "% copy", "eager", "compile", "extra", "target")
+
+
+def describe(row: Row) -> str:
+    """The line above a table: what, on what, and in which state."""
+    versions = f"torch {row.torch}, triton {row.triton or 'none'}, flowkern {row.flowkern}, commit {row.commit}"
+    threads = f", {row.threads} threads" if row.pages in ("fresh", "retained") else ""
+    return f"{row.op} on {row.device}{threads}; {versions}\n{_PAGES[row.pages]}"
+
+
+def line(row: Row) -> str:
+    """A row of the fused op; without figures if its result was wrong."""
+    start = f"{row.case:<31}{row.direction:<17}"
+    if row.median_us is None or row.q1 is None or row.q3 is None:
+        return f"{start}  FAILED ({row.variant}): {row.failure}"
+    return _LAYOUT.format(
+        row.case,
+        row.direction,
+        _duration(row.median_us),
+        f"{_duration(row.q1)} .. {_duration(row.q3)}",
+        "-" if row.percent_of_copy is None else f"{row.percent_of_copy:.0f}%",
+        _times(row.vs_eager),
+        _times(row.vs_compile),
+        "-" if row.peak_extra_bytes is None else _bytes(row.peak_extra_bytes),
+        _verdict(row),
+    ).rstrip()
+
+
+def _target(row: Row) -> Target:
+    return next(case for case in CASES[row.op] if case.name == row.case).target(row.direction, row.pages)
+
+
+def _verdict(row: Row) -> str:
+    target = _target(row)
+    parts = (
+        None if target.vs_eager is None else f"{target.vs_eager:g}x eager",
+        None if target.vs_compile is None else f"{target.vs_compile:g}x compile",
+        None if target.percent_of_copy is None else f"{target.percent_of_copy:g}% of copy",
+    )
+    wanted = ">= " + ", ".join(part for part in parts if part)
+    short = missed(row, target)
+    return f"{wanted}: {'MISSED ' + ', '.join(short) if short else 'reached'}"
+
+
+def _duration(microseconds: float) -> str:
+    return f"{microseconds / 1000:.2f} ms" if microseconds >= 1000 else f"{microseconds:.2f} us"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("MB", 2**20), ("KB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def write_csv(folder: Path, rows: Iterable[Row]) -> list[Path]:
+    """One file per op and device. A file that is there keeps the rows that were not measured again."""
+    tables: dict[Path, dict[tuple[str, ...], dict[str, str]]] = {}
+    for row in rows:
+        path = folder / f"{row.op}-{slug(row.device)}.csv"
+        table = tables.setdefault(path, _read(path))
+        cells = {name: _cell(value) for name, value in asdict(row).items()}
+        table[_key(cells)] = cells
+    for path, table in tables.items():
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
+        write_atomically(path, text.getvalue())
+    return list(tables)
+
+
+def _key(cells: dict[str, str]) -> tuple[str, ...]:
+    return tuple(cells[name] for name in ("op", "case", "direction", "pages", "variant"))
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _read(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows of a file by what they measure; none if it is not there or has other columns."""
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        return {_key(cells): cells for cells in reader} if tuple(reader.fieldnames or ()) == COLUMNS else {}

@@ -1,0 +1,41 @@
+"""A few calls of every op, forward and backward, to be watched by ``compute-sanitizer``.
+
+``python -m flowkern.bench.smoke [--device cuda] [--every N]`` says when the device has answered, and what it did in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from flowkern import OPS
+
+from .gpu_check import FINISHED, STARTED
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run every N-th sample of every op."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.smoke", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th sample")
+    arguments = parser.parse_args(argv)
+    assert torch.ones(3, device=arguments.device).sum().item() == 3
+    print(STARTED, flush=True)
+    calls = 0
+    for op in OPS.values():
+        for sample in list(op.samples(arguments.device, torch.float32))[:: arguments.every]:
+            inputs = [a.detach().requires_grad_() for a in sample.args]
+            outputs = [y for y in op.function(*inputs, **sample.kwargs) if y.requires_grad]
+            torch.autograd.grad(outputs, inputs, [torch.ones_like(y) for y in outputs], allow_unused=True)
+            calls += 1
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{FINISHED} ({calls})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
