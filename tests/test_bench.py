@@ -1,0 +1,422 @@
+"""The bench prints no figure for a wrong result, and gpu-check loses no stage's findings to another's failure."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flowkern.bench import gpu_check, worker
+from flowkern.bench.__main__ import main
+from flowkern.bench.calls import Problem, WrongResult, check, poisoned, rounding_errors
+from flowkern.bench.cases import BOTH, CASES, FORWARD, NEVER_SLOWER, Case, Target, cases_of
+from flowkern.bench.files import slug, write_atomically
+from flowkern.bench.measure import DIRECTIONS, Options, Row, missed
+from flowkern.bench.memory import peak_extra_bytes
+from flowkern.bench.report import COLUMNS, write_csv
+from torch._subclasses import FakeTensorMode
+
+from flowkern import OPS
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+HERE = ["--here", "--quick", "--device", "cpu", "--case", "4x8", "--compile", "none"]
+every_op = pytest.mark.parametrize("name", OPS)
+
+
+@every_op
+def test_every_op_has_cases(name: str) -> None:
+    for device in ("cpu", "cuda"):
+        cases = list(cases_of(name, device))
+        assert len({case.name for case in cases}) == len(cases)
+        assert {case.small for case in cases} == {True, False}
+    assert CASES.keys() == OPS.keys()
+
+
+@every_op
+def test_cases_are_valid_calls(name: str) -> None:
+    op = OPS[name]
+    for case in CASES[name]:
+        with FakeTensorMode():
+            args = case.inputs(lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype))
+            y, logabsdet = op.reference(*args, **case.kwargs)
+        assert y.shape == args[0].shape
+        assert logabsdet.shape == args[0].shape[:1]
+        assert all(b >= 0 for b in case.traffic(*args))
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_what_a_coupling_must_move() -> None:
+    """Per transformed value of 4 bytes: 6 values forward, 8 backward; an additive one 5, and views as gradients."""
+    for name, forward, backward in (("affine_coupling", 6, 8), ("additive_coupling", 5, 0)):
+        case = next(iter(CASES[name]))
+        args = case.inputs(lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta"))
+        transformed = args[0].numel() // 2
+        assert case.traffic(*args) == (4 * forward * transformed, 4 * backward * transformed)
+
+
+@every_op
+def test_targets(name: str) -> None:
+    main_case, *_, last = cases_of(name, "cpu")
+    assert main_case.name == "32x96x64x64"
+    assert main_case.target(BOTH, "retained") == Target(3.5, 1.5, 100.0)
+    assert main_case.target(BOTH, "fresh") == NEVER_SLOWER
+    for direction in DIRECTIONS:
+        assert all(last.target(direction, pages) == NEVER_SLOWER for pages in ("fresh", "retained", "cold", "hot", "launched"))
+
+
+def example_row(**values: Any) -> Row:
+    figures: dict[str, Any] = {
+        "median_us": 2.0,
+        "q1": 1.0,
+        "q3": 3.0,
+        "percent_of_copy": 99.0,
+        "vs_eager": 3.6,
+        "vs_compile": None,
+        "peak_extra_bytes": 0,
+    }
+    where = {"op": "affine_coupling", "case": "32x96x64x64", "direction": BOTH, "pages": "retained", "variant": "flowkern"}
+    versions = {"device": "A CPU(R)", "torch": "1", "triton": "2", "flowkern": "3", "commit": "4"}
+    return Row(**{**where, **figures, "failure": "", "threads": 1, **versions, **values})
+
+
+def test_a_missed_target_is_named() -> None:
+    assert missed(example_row(), Target(3.5, 1.5, 100.0)) == ["100% of copy"]
+    assert missed(example_row(vs_eager=1.0), Target(3.5)) == ["3.5x eager"]
+    assert missed(example_row(), NEVER_SLOWER) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong results
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * (1 + 1e-5)
+
+
+def slightly_off(function: Callable[..., Any], x: torch.Tensor, *rest: torch.Tensor, **kwargs: Any) -> Any:
+    y, logabsdet = function(x, *rest, **kwargs)
+    return y * (1 + 1e-5), logabsdet
+
+
+def wrong_gradient(function: Callable[..., Any], x: torch.Tensor, *rest: torch.Tensor, **kwargs: Any) -> Any:
+    return function(WrongGradient.apply(x) if x.requires_grad else x, *rest, **kwargs)
+
+
+def one_value_unwritten(function: Callable[..., Any], x: torch.Tensor, *rest: torch.Tensor, **kwargs: Any) -> Any:
+    y, logabsdet = function(x, *rest, **kwargs)
+    whole = torch.empty_like(y)
+    whole[:-1] = y[:-1]
+    whole[-1, 1:] = y[-1, 1:]
+    return whole, logabsdet
+
+
+def other_shape(function: Callable[..., Any], x: torch.Tensor, *rest: torch.Tensor, **kwargs: Any) -> Any:
+    y, logabsdet = function(x, *rest, **kwargs)
+    return y, logabsdet[:, None]
+
+
+def raises(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    raise KeyError("something within")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "directions", "says"),
+    [
+        (slightly_off, DIRECTIONS, "result 0: error"),
+        (wrong_gradient, [BOTH], "result 2: error"),
+        (one_value_unwritten, DIRECTIONS, "result 0: error nan"),
+        (other_shape, [FORWARD], "shapes"),
+        (raises, DIRECTIONS, "KeyError: 'something within'"),
+    ],
+)
+def test_a_wrong_result_has_no_figure(
+    wrong: Any, directions: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    op = OPS["affine_coupling"]
+    monkeypatch.setitem(OPS, op.name, dataclasses.replace(op, function=functools.partial(wrong, op.function)))
+    assert main([op.name, *HERE, "--csv", str(tmp_path)]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("4x8")]
+    by_direction = {line.split()[1]: line for line in lines}
+    for direction in directions:
+        assert "FAILED (flowkern): " in by_direction[direction]
+        assert says in by_direction[direction]
+        assert " us" not in by_direction[direction]
+    (path,) = tmp_path.iterdir()
+    for cells in table(path):
+        failed = cells["variant"] == "flowkern" and cells["direction"] in by_direction and cells["failure"]
+        assert (cells["median_us"] == "") == bool(failed)
+        assert not (cells["vs_eager"] and failed)
+
+
+def test_a_wrong_reference_has_no_figures(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    op = OPS["additive_coupling"]
+
+    def reference(x: torch.Tensor, *rest: torch.Tensor, **kwargs: Any) -> Any:
+        y, logabsdet = op.reference(x, *rest, **kwargs)
+        return (y * (1 + 1e-5) if x.dtype is torch.float32 else y), logabsdet
+
+    monkeypatch.setitem(OPS, op.name, dataclasses.replace(op, reference=reference))
+    assert main([op.name, *HERE]) == 1
+    out = capsys.readouterr().out
+    assert out.count("FAILED (eager): result 0") == out.count("FAILED (flowkern): the plain code") == 2
+
+
+def test_poison_reaches_every_allocation() -> None:
+    with poisoned():
+        assert torch.empty(3).isnan().all()
+        assert torch.ones(2).new_empty(3).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_check_grants_rounding_alone() -> None:
+    exact = (torch.linspace(0, 1, 100, dtype=torch.float64) / 3,)
+    rounded = (exact[0].float(),)
+    allowed = rounding_errors(rounded, exact)
+    check(rounded, exact, allowed)
+    with pytest.raises(WrongResult, match="result 0: error"):
+        check((rounded[0] + 1e-6,), exact, allowed)
+    with pytest.raises(WrongResult, match="result 0: error nan"):
+        check((rounded[0].log() * 0,), exact, allowed)
+    with pytest.raises(WrongResult, match="shapes"):
+        check((rounded[0][:-1],), exact, allowed)
+    with pytest.raises(WrongResult, match="result 0: error"):
+        rounding_errors((rounded[0] + 1e-4,), exact)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Right ones
+
+
+@every_op
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_calls_return_outputs_and_gradients(name: str, direction: str) -> None:
+    op = OPS[name]
+    case = next(case for case in CASES[name] if case.small)
+    problem = Problem(case, direction, CPU, op.reference)
+    results, exact = problem.call(op.function)(), problem.exact(op.reference)
+    assert len(results) == len(exact) == 2 + (len(problem.args) if direction == BOTH else 0)
+    assert all(e.dtype is torch.float64 for e in exact)
+    assert any(r.requires_grad for r in results) == (direction == BOTH)
+    problem.poison(results)
+    assert all(a.isfinite().all() for a in (*problem.args, *problem.gradients))
+
+
+def test_peak_extra_bytes_counts_what_is_held_beside_the_results() -> None:
+    x = torch.ones(1000)
+    assert peak_extra_bytes(lambda: (x.neg(),), CPU) == 0
+    assert peak_extra_bytes(lambda: (x.neg().exp(),), CPU) == 4000
+    assert peak_extra_bytes(lambda: (x[:10],), CPU) == 0
+
+
+def test_compile_is_measured_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    arguments = ["additive_coupling", *HERE[:-2], "--compile", "all", "--csv", str(tmp_path)]
+    assert main(arguments) == 0
+    (path,) = tmp_path.iterdir()
+    rows = {(r["direction"], r["variant"]): r for r in table(path)}
+    assert {variant for _, variant in rows} == {"flowkern", "eager", "compile", "copy"}
+    for direction in DIRECTIONS:
+        eager, fused = rows[direction, "eager"], rows[direction, "flowkern"]
+        assert eager["vs_eager"] == rows[direction, "compile"]["vs_compile"] == "1"
+        assert float(fused["vs_eager"]) == pytest.approx(float(eager["median_us"]) / float(fused["median_us"]), rel=1e-2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the variables are those of the GNU C library")
+def test_both_states_of_pages_are_measured_and_recorded(capsys: Any, tmp_path: Path) -> None:
+    arguments = ["affine_coupling", "--quick", "--device", "cpu", "--case", "4x8", "--compile", "none", "--threads", "1"]
+    assert main([*arguments, "--pages", "both", "--csv", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.index("pages fresh") < out.index("pages retained")
+    assert out.count(">= 1x eager: ") == 4
+    (path,) = tmp_path.iterdir()
+    rows = table(path)
+    assert tuple(rows[0]) == COLUMNS
+    assert {row["pages"] for row in rows} == {"fresh", "retained"}
+    assert len(rows) == 2 * 2 * 3
+    for row in rows:
+        assert 0 < float(row["q1"]) <= float(row["median_us"]) <= float(row["q3"])
+        assert row["threads"] == "1"
+        assert row["torch"] == torch.__version__
+        assert row["device"]
+        assert row["commit"]
+
+
+def test_pages_other_than_asked_for_are_refused(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr(worker, "environment", lambda options: dict(os.environ))
+    for name in worker._MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        list(worker.rows_of_worker(Options(device="cpu", pages="retained", cases="4x8", compile="none")))
+    assert "asked for retained" in capfd.readouterr().err
+
+
+def test_csv_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
+    write_csv(tmp_path, [example_row(), example_row(pages="fresh")])
+    (path,) = write_csv(tmp_path, [example_row(median_us=None, failure='wrong, "very"')])
+    assert path.name == "affine_coupling-a-cpu.csv"
+    rows = table(path)
+    assert [(row["pages"], row["median_us"], row["failure"]) for row in rows] == [
+        ("retained", "", 'wrong, "very"'),
+        ("fresh", "2", ""),
+    ]
+
+
+def test_a_file_is_whole_or_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "file"
+    write_atomically(path, "before")
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, "after")
+    assert path.read_text() == "before"
+    assert list(path.parent.iterdir()) == [path]
+    assert slug("Intel(R) Xeon(R) Gold 6430") == "intel-xeon-gold-6430"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_op"], "unknown op no_such_op"),
+        (["--threads", "0"], "--threads: expected at least 1"),
+        (["--here", "--device", "cpu", "--case", "no such case"], "no case matches"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpu-check
+
+
+def test_gpu_check_dry_run() -> None:
+    results = ROOT / "bench" / "results"
+    before = sorted(results.glob("*")) if results.exists() else None
+    command = [sys.executable, "-m", "bench.gpu_check", "--dry-run"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert (sorted(results.glob("*")) if results.exists() else None) == before
+    document = json.loads((gpu_check.WORK / "dry-run.json").read_text())
+    assert {stage["status"] for stage in document["stages"].values()} == {"passed"}
+    assert list(document["stages"]) == ["build", "origin", "tests", "compile", "bench", "smoke"]
+    assert {row["op"] for row in document["rows"]} == OPS.keys()
+    assert document["torch"] == torch.__version__
+    assert str(ROOT) not in json.dumps(document)
+
+
+class Fragile(gpu_check.Check):
+    """Stages that go wrong in every way."""
+
+    def stages(self) -> Any:
+        def out_of_memory(seconds: float) -> gpu_check.Outcome:
+            raise OSError("cannot allocate memory")
+
+        def sleep(seconds: float) -> gpu_check.Outcome:
+            program = "import time; print('before', flush=True); time.sleep(60)"
+            ran = gpu_check.run([sys.executable, "-c", program], 2.0, gpu_check.WORK, "sleep")
+            return gpu_check.Outcome(ran.status(), ran.last_line(), log=ran.log())
+
+        def fine(seconds: float) -> gpu_check.Outcome:
+            self.rows = [{"op": "x"}]
+            return gpu_check.Outcome("passed", "1 row")
+
+        return [("raises", 10.0, out_of_memory), ("sleeps", 10.0, sleep), ("fine", 10.0, fine)]
+
+
+def test_a_stage_that_fails_does_not_lose_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    fragile = Fragile(dry=True)
+    gpu_check.perform(fragile)
+    document = gpu_check.document(fragile)
+    assert {name: stage["status"] for name, stage in document["stages"].items()} == {
+        "raises": "failed",
+        "sleeps": "timed out",
+        "fine": "passed",
+    }
+    assert document["stages"]["sleeps"]["log"] == "before\n"
+    assert document["rows"] == [{"op": "x"}]
+
+
+def test_stages_without_time_do_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    fragile = Fragile(dry=True)
+    gpu_check.perform(fragile, total=1.0)
+    assert {o.status for o in fragile.outcomes.values()} == {"did not run"}
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "status"),
+    [
+        (0, f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n========= ERROR SUMMARY: 0 errors\n", "passed"),
+        (
+            0,
+            f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n"
+            "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n",
+            "passed",
+        ),
+        (1, f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n========= ERROR SUMMARY: 2 errors\n", "failed"),
+        (0, f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n", "failed"),
+        (1, f"{gpu_check.STARTED}\nTraceback\n========= ERROR SUMMARY: 0 errors\n", "failed"),
+        (1, "========= Error: Device not supported\n========= ERROR SUMMARY: 1 error\n", "did not run"),
+        (0, "========= ERROR SUMMARY: 0 errors\n", "did not run"),
+        (None, f"{gpu_check.STARTED}\n", "timed out"),
+    ],
+)
+def test_a_sanitizer_that_saw_nothing_run_has_not_passed(code: int | None, output: str, status: str) -> None:
+    assert gpu_check._judge(gpu_check.Ran(code, output)).status == status
+
+
+def test_rows_survive_a_torn_line() -> None:
+    good = json.dumps({"op": "a", "case": "b"})
+    assert gpu_check._rows(f"a warning\n{good}\nnoise {good}\n{good[:7]}") == [json.loads(good)] * 2
+
+
+def test_counts_of_the_tests(tmp_path: Path) -> None:
+    (tmp_path / "test_three.py").write_text("def test_a(): pass\ndef test_b(): assert 0\ndef test_d(no): pass\n")
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "test_three.py"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True)
+    expected = {"tests": 3, "failures": 1, "errors": 1, "skipped": 0, "failed": ["test_b", "test_d"]}
+    assert gpu_check._tests(report) == expected
+    assert gpu_check._tests(tmp_path / "none.xml") == {}
+
+
+def test_small_cases_under_pytest_benchmark(tmp_path: Path) -> None:
+    quickly = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "--benchmark-warmup=off", "-k", "4x8"]
+    storage = f"--benchmark-storage=file://{tmp_path}"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench", "--benchmark-only", *quickly, storage]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"{4 * len(OPS)} passed" in ran.stdout
+
+
+def test_a_case_may_be_the_only_one_of_a_device() -> None:
+    case = Case("x", lambda draw: (draw(1, 2),), lambda x: (8.0, 0.0), devices=("cuda",))
+    assert case.target(FORWARD, "cold") == NEVER_SLOWER
+    assert all("cuda" in c.devices for name in OPS for c in cases_of(name, "cuda"))
