@@ -7,7 +7,6 @@ the kernel divides nothing and moves 16 bytes at a time.
 """
 
 # mypy: allow-untyped-defs
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ import torch
 
 import triton
 import triton.language as tl
-from flowkern.ops._parametrization import LAYOUTS
 from flowkern.ops._split import SPLITS, moved_channels
 
 __all__ = [
@@ -127,8 +125,7 @@ class Plan(NamedTuple):
     programs: int
     tiles: int  # per sample
     integers: tuple[int, ...]  # B, N, C, H, W, kept, tiles, then the strides of one tensor after the other
-    constants: dict[str, Any]
-    num_warps: int
+    keywords: dict[str, Any]  # the kernel's constants, and options of the compiler
 
 
 class Launch(NamedTuple):
@@ -137,35 +134,34 @@ class Launch(NamedTuple):
     kernel: Any
     tensors: tuple[Any, ...]  # or None
     plan: Plan
-    constants: dict[str, Any]
 
     def arguments(self) -> tuple[Any, ...]:
         """The kernel's positional arguments."""
         return *self.tensors, *self.plan.integers
 
     def keywords(self) -> dict[str, Any]:
-        """The kernel's constants and the compiler's options. Contraction to FMA is asked for: its default has changed."""
-        return {**self.plan.constants, **self.constants, "num_warps": self.plan.num_warps, "enable_fp_fusion": True}
+        """The kernel's constants, and options of the compiler."""
+        return self.plan.keywords
 
     def run(self) -> None:
         with torch.cuda.device_of(self.tensors[0]):
-            self.kernel[(self.plan.programs,)](*self.arguments(), **self.keywords())
+            self.kernel[(self.plan.programs,)](*self.arguments(), **self.plan.keywords)
 
 
-def sample_strides(x: torch.Tensor) -> Strides:
+def sample_strides(strides: Strides) -> Strides:
     """Strides of (sample, channel, line, column); a vector has one line of one column."""
-    return x.stride() if x.ndim == 4 else (*x.stride(), 0, 0)
+    return strides if len(strides) == 4 else (*strides, 0, 0)
 
 
-def param_strides(params: torch.Tensor, layout: int) -> Strides:
+def param_strides(strides: Strides, layout: str, moved: int) -> Strides:
     """Strides of (sample, transformed channel, line, column), and the distance from one of (scale, shift) to the other."""
-    batch, channel, *space = params.stride()
-    if LAYOUTS[layout].startswith("pair"):
+    batch, channel, *space = strides
+    if layout.startswith("pair"):
         *space, distance = space
-    elif LAYOUTS[layout].startswith("interleaved"):
+    elif layout.startswith("interleaved"):
         channel, distance = 2 * channel, channel
     else:
-        distance = params.shape[1] // 2 * channel
+        distance = moved * channel
     return (batch, channel, *(space or (0, 0)), distance)
 
 
@@ -181,14 +177,15 @@ def _joined(outer: Sequence[int], inner: Sequence[int], counts: Sequence[int], s
 
 def _spacing(sizes: Sequence[int], strides: Sequence[int]) -> int:
     """The distance of neighbours if a tensor's elements, in the order of these axes, lie equally spaced; else 0."""
-    first = run = 0
+    first: int | None = None
+    run = 0
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size > 1:
-            if first and stride != run:
+            if first is not None and stride != run:
                 return 0
-            first = first or stride
+            first = stride if first is None else first
             run = stride * size
-    return first or 1
+    return 1 if first is None else first
 
 
 def _tiling(samples: int, elements: int, per_thread: int) -> tuple[int, int, int]:
@@ -203,27 +200,24 @@ def _tiling(samples: int, elements: int, per_thread: int) -> tuple[int, int, int
     return rows, columns, max(rows * columns // warp, 1)
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(
     shape: tuple[int, ...],
     channels_last: bool,
+    double: bool,
     split: int,
     moved: int,
-    whole: tuple[Strides, ...],
-    parts: tuple[Strides, ...],
-    accumulate: torch.dtype,
+    whole: Sequence[Strides],
+    parts: Sequence[Strides],
 ) -> Plan:
     """The plan for x of this shape, ``moved`` transformed channels, and outputs in memory order (H, W, C) or (C, H, W).
 
     ``whole`` has the strides of the tensors of x's shape, ``parts`` those of the tensors that hold something for the
-    transformed channels alone (with the distance from scale to shift, where there are both).
+    transformed channels alone (with the distance from scale to shift, where there are both). ``double`` is for
+    arithmetic in float64.
     """
     name = SPLITS[split] if split < len(SPLITS) else "mask"
     samples, channels, height, width = (*shape, 1, 1)[:4]
     elements, kept = channels * height * width, channels - channels // 2
-    # A float64 takes two registers, and so do its intermediate results.
-    rows, columns, num_warps = _tiling(samples, elements, 4 if accumulate is torch.float64 else 8)
-    tiles = triton.cdiv(elements, columns)
     _, by_channel, by_line, by_column = (list(axis) for axis in zip(*(s[:4] for s in (*whole, *parts)), strict=True))
 
     pixels = _joined(by_line, by_column, [height] * len(by_line), width)
@@ -245,7 +239,10 @@ def plan(
     if name.startswith("checkerboard"):
         linear = linear and all(spacings)
         strides = [(spacing, spacing, spacing) for spacing in spacings] if linear else strides
-    constants = {
+    # As much as 16-byte accesses need; elsewhere an address each, or two registers for each value, would crowd a thread.
+    rows, columns, num_warps = _tiling(samples, elements, 2 if double else 8 if linear else 4)
+    tiles = triton.cdiv(elements, columns)
+    keywords = {
         "SPLIT": name,
         "CHANNELS_LAST": channels_last,
         "LINEAR": linear,
@@ -254,10 +251,13 @@ def plan(
         "WIDE": max(elements + columns, *reach) >= 2**31,
         "ROWS": rows,
         "ELEMENTS": columns,
+        "ACC": tl.float64 if double else tl.float32,
+        "num_warps": num_warps,
+        "enable_fp_fusion": True,  # the default differs between releases
     }
     flat = [x for s, steps in zip((*whole, *parts), strides, strict=True) for x in (s[0], *steps, *s[4:])]
     integers = (samples, elements, channels, height, width, kept, tiles, *flat)
-    return Plan(triton.cdiv(samples, rows) * tiles, tiles, integers, constants, num_warps)
+    return Plan(triton.cdiv(samples, rows) * tiles, tiles, integers, keywords)
 
 
 #: Shapes and memory formats of x to compile for; the first is the one that streams.

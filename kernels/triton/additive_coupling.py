@@ -1,6 +1,7 @@
 """Additive coupling in one pass: y = x + t (or - t) on the transformed elements, y = x on the others."""
 
 # mypy: allow-untyped-defs
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -8,10 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from flowkern.ops._additive_coupling import _output
-from flowkern.ops._checks import accumulation_dtype
 from flowkern.ops._split import SPLITS
 
-from ._coupling import DTYPES, FORMS, Launch, example, example_split, keeps, locate, plan, sample_strides, tile
+from ._coupling import DTYPES, FORMS, Launch, Plan, Strides, example, example_split, keeps, locate, plan, sample_strides, tile
 from .lang import narrow
 
 __all__ = ["forward"]
@@ -41,13 +41,20 @@ def forward_kernel(
     tl.store(p_y + i_b * N + n, tl.where(m_moved, narrow(out, b_x.dtype), b_x), mask=m_inside)
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: tuple[int, ...], channels_last: bool, double: bool, x: Strides, shift: Strides, moved: int, split: int, inverse: bool
+) -> Plan:
+    how = plan(shape, channels_last, double, split, moved, [sample_strides(x)], [sample_strides(shift)])
+    return how._replace(keywords={**how.keywords, "INVERSE": inverse})
+
+
 def _launch(
     x: torch.Tensor, shift: torch.Tensor, rank: torch.Tensor | None, split: int, inverse: bool, y: torch.Tensor
 ) -> Launch:
-    accumulate, strides = accumulation_dtype(x, shift), ((sample_strides(x),), (sample_strides(shift),))
-    how = plan(x.shape, not y.is_contiguous(), split, shift.shape[1], *strides, accumulate)
-    constants = {"INVERSE": inverse, "ACC": tl.float64 if accumulate is torch.float64 else tl.float32}
-    return Launch(forward_kernel, (x, shift, rank, y), how, constants)
+    double = torch.float64 in (x.dtype, shift.dtype)
+    how = _plan(x.shape, not y.is_contiguous(), double, x.stride(), shift.stride(), shift.shape[1], split, inverse)
+    return Launch(forward_kernel, (x, shift, rank, y), how)
 
 
 def forward(x: torch.Tensor, shift: torch.Tensor, rank: torch.Tensor | None, split: int, inverse: bool) -> torch.Tensor:

@@ -6,6 +6,7 @@ scale, reads of x what the split transforms, and writes both gradients.
 """
 
 # mypy: allow-untyped-defs
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from flowkern.ops._affine_coupling import _Configuration, _gradients, _outputs
-from flowkern.ops._checks import accumulation_dtype
 from flowkern.ops._parametrization import _KINDS, LAYOUTS, ScaleMap, named_layout
 from flowkern.ops._split import SPLITS
 
@@ -67,7 +67,7 @@ def forward_kernel(
     m_params = m_inside if CHECKERBOARD else m_moved
     o_params = n * u_w if CHECKERBOARD and LINEAR else rank * u_c + h * u_h + w * u_w
     raw, shift = load_pair(p_params + i_b * u_b + o_params * UNIT, u_distance, m_params, ADJACENT, SCALE_FIRST, ACC)
-    s, log_s, _ = scale_map(tl.where(m_moved, raw, 0.0), KIND, SCALE_A, SCALE_B)
+    s, log_s, _ = scale_map(raw, KIND, SCALE_A, SCALE_B)
 
     out = b_x.to(ACC)
     if INVERSE:
@@ -107,7 +107,7 @@ def backward_kernel(
         return
     z = tl.load(p_x + i_b * x_b + o_x, mask=m_params, other=0.0).to(ACC)
     raw, shift = load_pair(p_params + i_b * u_b + o_params * UNIT, u_distance, m_params, ADJACENT, SCALE_FIRST, ACC)
-    s, _, slope = scale_map(tl.where(m_moved, raw, 0.0), KIND, SCALE_A, SCALE_B)
+    s, _, slope = scale_map(raw, KIND, SCALE_A, SCALE_B)
 
     grad = b_grad.to(ACC)
     if INVERSE:
@@ -129,45 +129,54 @@ def backward_kernel(
     store_pair(p_dparams + i_b * d_b + o_dparams * UNIT, d_distance, draw, dshift, m_params, ADJACENT, SCALE_FIRST)
 
 
-def _paired(parts: Sequence[Strides]) -> tuple[bool, tuple[Strides, ...]]:
+def _paired(parts: Sequence[Strides]) -> tuple[bool, Sequence[Strides]]:
     """Whether scale and shift are neighbours in all of these tensors; if so, with their strides counted in pairs."""
     if any(distance != 1 or any(s % 2 for s in steps) for _, *steps, distance in parts):
-        return False, tuple(parts)
-    return True, tuple((batch, *(s // 2 for s in steps), 1) for batch, *steps, _ in parts)
+        return False, parts
+    return True, [(batch, *(s // 2 for s in steps), 1) for batch, *steps, _ in parts]
 
 
+@functools.lru_cache(maxsize=4096)
 def _plan(
-    output: torch.Tensor,
-    params: torch.Tensor,
-    configuration: _Configuration,
-    whole: Sequence[torch.Tensor],
-    parts: Sequence[torch.Tensor],
-) -> tuple[Plan, dict[str, Any]]:
-    """How to launch a kernel that reads or writes ``whole`` and ``parts``, and its constants."""
-    _, split, scale, a, b, layout, shift_first, inverse = configuration
-    moved = params.shape[1] if LAYOUTS[layout].startswith("pair") else params.shape[1] // 2
-    adjacent, part_strides = _paired([param_strides(t, layout) for t in parts])
-    accumulate = accumulation_dtype(output, params)
-    whole_strides = tuple(sample_strides(t) for t in whole)
-    how = plan(output.shape, not output.is_contiguous(), split, moved, whole_strides, part_strides, accumulate)
-    return how, {
+    shape: tuple[int, ...],
+    channels_last: bool,
+    double: bool,
+    whole: tuple[Strides, ...],
+    parts: tuple[Strides, ...],
+    width: int,
+    split: int,
+    scale: int,
+    a: float,
+    b: float,
+    layout: int,
+    shift_first: bool,
+    inverse: bool,
+) -> Plan:
+    """How to launch a kernel on tensors of x's shape and tensors of params' shape with ``width`` channels."""
+    name = LAYOUTS[layout]
+    moved = width if name.startswith("pair") else width // 2
+    adjacent, steps = _paired([param_strides(strides, name, moved) for strides in parts])
+    how = plan(shape, channels_last, double, split, moved, [sample_strides(strides) for strides in whole], steps)
+    constants = {
         "KIND": _KINDS[scale],
         "SCALE_A": a,
         "SCALE_B": b,
         "ADJACENT": adjacent,
-        "SCALE_FIRST": LAYOUTS[layout].endswith("scale_shift"),
+        "SCALE_FIRST": name.endswith("scale_shift"),
         "SHIFT_FIRST": shift_first,
         "INVERSE": inverse,
-        "ACC": tl.float64 if accumulate is torch.float64 else tl.float32,
     }
+    return how._replace(keywords={**how.keywords, **constants})
 
 
 def _forward_launch(
     x: torch.Tensor, params: torch.Tensor, configuration: _Configuration, y: torch.Tensor, logabsdet: torch.Tensor
 ) -> Launch:
-    how, constants = _plan(y, params, configuration, (x,), (params,))
+    rank, *settings = configuration
+    double = torch.float64 in (x.dtype, params.dtype)
+    how = _plan(x.shape, not y.is_contiguous(), double, (x.stride(),), (params.stride(),), params.shape[1], *settings)
     sums = logabsdet if how.tiles == 1 else logabsdet.new_empty((len(x), how.tiles))
-    return Launch(forward_kernel, (x, params, configuration.rank, y, sums), how, constants)
+    return Launch(forward_kernel, (x, params, rank, y, sums), how)
 
 
 def _backward_launch(
@@ -179,10 +188,13 @@ def _backward_launch(
     dx: torch.Tensor,
     dparams: torch.Tensor,
 ) -> Launch:
-    how, constants = _plan(dx, params, configuration, (grad, x), (params, dparams))
+    rank, *settings = configuration
+    double = torch.float64 in (x.dtype, params.dtype)
+    whole, parts = (grad.stride(), x.stride()), (params.stride(), dparams.stride())
+    how = _plan(x.shape, not dx.is_contiguous(), double, whole, parts, params.shape[1], *settings)
     step = 0 if grad_logabsdet is None else grad_logabsdet.stride(0)
     how = how._replace(integers=(step, *how.integers))
-    return Launch(backward_kernel, (grad, grad_logabsdet, x, params, configuration.rank, dx, dparams), how, constants)
+    return Launch(backward_kernel, (grad, grad_logabsdet, x, params, rank, dx, dparams), how)
 
 
 def forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ is ``dtypes``), and ``compile_cases(**choice)``, which yields (name, launch).
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import importlib
 import itertools
@@ -52,20 +53,26 @@ _POINTERS = {
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Choices of one value per factor such that every two values of two factors meet in one of them (greedy)."""
+    """Choices of one value per factor such that every two values of two factors meet in one of them.
+
+    Greedy: each choice starts from a pair still missing, and takes what adds most pairs, or else the value used least.
+    """
     names = list(factors)
     items = {name: [(name, i) for i in range(len(factors[name]))] for name in names}
     missing = {pair for a, b in itertools.combinations(names, 2) for pair in itertools.product(items[a], items[b])}
 
-    def gained(row: dict[str, tuple[str, int]], item: tuple[str, int]) -> int:
-        return sum((other, item) in missing or (item, other) in missing for other in row.values())
+    used: collections.Counter[tuple[str, int]] = collections.Counter()
+
+    def merit(row: dict[str, tuple[str, int]], item: tuple[str, int]) -> tuple[int, int]:
+        return sum((other, item) in missing or (item, other) in missing for other in row.values()), -used[item]
 
     while missing:
         row = {item[0]: item for item in min(missing)}
         for name in names:
             if name not in row:
-                row[name] = max(items[name], key=lambda item: gained(row, item))
+                row[name] = max(items[name], key=lambda item: merit(row, item))
         missing -= set(itertools.combinations([row[name] for name in names], 2))
+        used.update(row.values())
         yield {name: factors[name][row[name][1]] for name in names}
 
 

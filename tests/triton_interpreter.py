@@ -1,0 +1,293 @@
+"""The Triton kernels on CPU tensors, in Triton's interpreter.
+
+``test_triton.py`` runs this file in a process of its own with TRITON_INTERPRET=1, which has to be set before Triton is
+imported: ``TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+import triton
+import triton.language as tl
+from comparison import arguments, assert_accurate, outputs_and_gradients
+from flowkern.kernels import _coupling, lang
+from test_ops import DTYPES, check, samples_of, seeded_samples
+from test_ops import test_any_strides_of_the_gradients as test_any_strides_of_the_gradients
+from test_ops import test_nan_stays_in_its_sample as test_nan_stays_in_its_sample
+
+import flowkern
+from flowkern import OPS, _backend
+from flowkern._registry import Op, Sample
+from flowkern.ops import FeatureMask, ScaleMap, affine_coupling
+from flowkern.ops._split import moved_channels
+
+# NumPy, which the interpreter computes with, warns wherever IEEE arithmetic makes an infinity or a NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_coupling.Launch]]:
+    """Runs every op on the Triton backend, and lists the launches."""
+    assert _backend.interpreting()
+    seen: list[_coupling.Launch] = []
+    run = _coupling.Launch.run
+    monkeypatch.setattr(_coupling.Launch, "run", lambda self: (seen.append(self), run(self))[1])
+    with flowkern.backend("triton"):
+        yield seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_every_sample_is_accurate(op: Op, dtype: torch.dtype) -> None:
+    check(op, dtype)
+
+
+@pytest.mark.parametrize(("op", "sample"), samples_of(torch.float32))
+def test_one_launch_per_kernel_writes_outputs_whole_and_nothing_else(
+    op: Op, sample: Sample, launches: list[_coupling.Launch], canaries: Any
+) -> None:
+    allocate = canaries.allocate  # the interpreter makes integer tensors for itself
+    canaries.allocate = lambda like: allocate(like) if like.is_floating_point() else like
+    for value in sum(outputs_and_gradients(op.function, arguments(sample), sample.kwargs), ()):
+        assert not value.isnan().any()
+    canaries.assert_alive()
+    assert len(launches) == (len(op.kernels) if sample.args[0].numel() else 0)
+
+
+GRADCHECKED = {
+    "vector",
+    "swap-odd",
+    "checkerboard",
+    "checkerboard-swap-inverse",
+    "feature-mask",
+    "strided",
+    "exp-shift-first",
+    "sigmoid-eps-inverse",
+    "softplus-shift-first-inverse",
+    "tanh",
+    "atan-inverse",
+    "soft-clip-shift-first",
+}
+
+
+@pytest.mark.parametrize(("op", "sample"), [p for p in samples_of() if p.values[1].name in GRADCHECKED])
+def test_gradients(op: Op, sample: Sample, launches: list[_coupling.Launch]) -> None:
+    def function(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(y for y in op.function(*args, **sample.kwargs) if y.requires_grad)
+
+    assert torch.autograd.gradcheck(function, tuple(a.detach().requires_grad_() for a in sample.args), fast_mode=True)
+    assert len({launch.kernel for launch in launches}) == len(op.kernels)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def agrees(x: torch.Tensor, params: torch.Tensor, **kwargs: Any) -> None:
+    """Values and gradients of an affine coupling, as ``check`` holds them against the reference."""
+    sample, op = Sample("", (x, params), kwargs), OPS["affine_coupling"]
+    actual = outputs_and_gradients(op.function, arguments(sample), kwargs)
+    exact = outputs_and_gradients(op.reference, arguments(sample, torch.float64), kwargs)
+    plain = outputs_and_gradients(op.reference, arguments(sample), kwargs)
+    for values in zip(sum(actual, ()), sum(exact, ()), sum(plain, ()), strict=True):
+        assert_accurate(*values)
+
+
+MASK = FeatureMask(torch.tensor([True, False, True]))
+SEVERAL_TILES = {
+    "channel": ((2, 3, 37, 41), (2, 2, 37, 41), {}),
+    "channel-swap": ((2, 3, 37, 41), (2, 4, 37, 41), {"split": "channel_swap", "inverse": True}),
+    "interleaved": ((2, 4, 37, 41), (2, 4, 37, 41), {"layout": "interleaved_shift_scale"}),
+    "pair": ((2, 4, 37, 41), (2, 2, 37, 41, 2), {"layout": "pair_scale_shift"}),
+    "checkerboard": ((2, 3, 37, 41), (2, 6, 37, 41), {"split": "checkerboard"}),
+    "checkerboard-pair": ((2, 3, 37, 41), (2, 3, 37, 41, 2), {"split": "checkerboard_swap", "layout": "pair_shift_scale"}),
+    "mask": ((2, 3, 37, 41), (2, 4, 37, 41), {"split": MASK}),
+    "nothing-moved": ((2, 1, 65, 67), (2, 0, 65, 67), {}),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("name", SEVERAL_TILES)
+def test_samples_of_several_tiles(name: str, channels_last: bool, launches: list[_coupling.Launch]) -> None:
+    shape, params_shape, kwargs = SEVERAL_TILES[name]
+    x, params = randn(*shape), randn(*params_shape)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+        params = params.to(memory_format=torch.channels_last) if params.ndim == 4 else params
+    agrees(x, params, **kwargs)
+    assert launches[0].plan.tiles > 1
+    assert launches[0].plan.keywords["SKIP"] == (x.is_contiguous() and kwargs.get("split") in (None, "channel_swap"))
+
+
+# In the last four the kept features end with a tile, or one before or after it.
+@pytest.mark.parametrize(
+    ("features", "split"),
+    [
+        *((n, "channel") for n in (1, 2, 255, 256, 257, 4095, 4096, 4097, 8192, 8193)),
+        (8192, "channel_swap"),
+        (8193, "channel_swap"),
+    ],
+)
+def test_sizes_around_a_tile(features: int, split: str) -> None:
+    agrees(randn(2, features), randn(2, 2 * moved_channels(split, features)), split=split)
+
+
+@pytest.mark.parametrize("samples", [1, 63, 64, 65, 300])
+def test_many_samples_in_a_tile(samples: int, launches: list[_coupling.Launch]) -> None:
+    agrees(randn(samples, 4), randn(samples, 4), layout="interleaved_scale_shift")
+    assert launches[0].plan.programs == -(-samples // 64)
+
+
+def test_64_bit_offsets_are_used_where_32_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wide(shape: tuple[int, ...], *strides: int) -> bool:
+        return _coupling.plan(shape, False, False, 0, shape[1] // 2, [(0, *strides)], [(0, 1, 1, 1, 1)]).keywords["WIDE"]
+
+    assert not wide((2, 4), 2**29, 0, 0)
+    assert wide((2, 4), 2**30, 0, 0)
+    assert wide((2, 2, 2**15, 2**15), 2**30, 2**15, 1)
+    assert wide((2, 2, 2, 2), 1, 0, 2**31)
+    # Too large to try: the kernels that would be used there, on sizes that can be.
+    for name in OPS:
+        module = importlib.import_module(f"flowkern.kernels.{name}")
+        original = module._plan.__wrapped__
+
+        def forced(*args: Any, original: Any = original) -> _coupling.Plan:
+            how = original(*args)
+            return how._replace(keywords={**how.keywords, "WIDE": True})
+
+        monkeypatch.setattr(module, "_plan", forced)
+    check(OPS["additive_coupling"], torch.float32)
+    agrees(randn(2, 3, 37, 41), randn(2, 2, 37, 41))
+    agrees(randn(2, 3, 5, 6).to(memory_format=torch.channels_last), randn(2, 6, 5, 6), split="checkerboard")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_kept_places_keep_their_bits(op: Op, dtype: torch.dtype) -> None:
+    """Also those that arithmetic would change."""
+    special = torch.tensor([float("nan"), -0.0, float("inf"), -float("inf"), 1e-45], dtype=torch.float64).to(dtype)
+    bits = torch.int32 if dtype is torch.float32 else torch.int16
+    for sample in seeded_samples(op, dtype):
+        if not sample.args[0].numel():
+            continue
+        shape = sample.args[0].shape
+        x = special.repeat(-(-shape.numel() // 5))[: shape.numel()].view(shape)
+        # What is transformed, as the reference tells: places that a change of the other arguments reaches.
+        zeros = torch.zeros(shape, dtype=torch.float64)
+        rest = [torch.full_like(a, 3.0, dtype=torch.float64) for a in sample.args[1:]]
+        moved = op.reference(zeros, *rest, **sample.kwargs)[0] != 0
+        y, _ = op.function(x, *sample.args[1:], **sample.kwargs)
+        assert torch.equal(y.view(bits)[~moved], x.view(bits)[~moved]), sample.name
+
+
+@pytest.mark.parametrize("split", ["checkerboard", "checkerboard_swap"])
+@pytest.mark.parametrize("layout", ["scale_shift", "pair_shift_scale"])
+def test_params_at_kept_places_of_a_checkerboard_are_ignored(split: str, layout: str) -> None:
+    x = randn(2, 3, 4, 5)
+    params = randn(2, 6, 4, 5) if layout == "scale_shift" else randn(2, 3, 4, 5, 2)
+    kept = (torch.arange(4)[:, None] + torch.arange(5)) % 2 == (0 if split == "checkerboard" else 1)
+    kept = kept if layout == "scale_shift" else kept[..., None]
+    clean = Sample("", (x, params), {"split": split, "layout": layout})
+    for value in (float("nan"), float("inf")):
+        dirty = Sample("", (x, params.masked_fill(kept, value)), clean.kwargs)
+        expected = sum(outputs_and_gradients(affine_coupling, arguments(clean), clean.kwargs), ())
+        actual = sum(outputs_and_gradients(affine_coupling, arguments(dirty), dirty.kwargs), ())
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+        assert (actual[-1].masked_select(kept) == 0).all()
+
+
+@pytest.mark.parametrize("scale", [ScaleMap.exp(), ScaleMap.sigmoid(), ScaleMap.tanh(2.0), ScaleMap.soft_clip()], ids=str)
+def test_large_raw_scales(scale: ScaleMap) -> None:
+    """exp(u) stays accurate where u * log2(e) would lose digits, and log s where s itself underflows or rounds to 1."""
+    u = torch.tensor([-80.0, -40.5, -20.25, -1e-4, 1e-4, 5.0, 17.3, 40.25])
+    sample = Sample("", (randn(8, 2), torch.stack([u, randn(8)], 1)), {"scale": scale})
+    op = OPS["affine_coupling"]
+    for a, exact, plain in zip(
+        op.function(*sample.args, **sample.kwargs),
+        op.reference(*(a.double() for a in sample.args), **sample.kwargs),
+        op.reference(*sample.args, **sample.kwargs),
+        strict=True,
+    ):
+        for i in range(8):  # one by one: the largest value would hide the others
+            assert_accurate(a[i], exact[i], plain[i])
+
+
+@triton.jit
+def _apply(p_x, p_y, N, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    x = tl.load(p_x + o, mask=o < N, other=0.5)
+    if FUNCTION == "exp":
+        y = lang.exp(x)
+    elif FUNCTION == "log1p":
+        y = lang.log1p(x)
+    elif FUNCTION == "expm1":
+        y = lang.expm1(x)
+    elif FUNCTION == "tanh":
+        y = lang.tanh(x)
+    elif FUNCTION == "atan":
+        y = lang.atan(x)
+    else:
+        y = lang.reciprocal(x)
+    tl.store(p_y + o, y, mask=o < N)
+
+
+def evaluate(name: str, x: torch.Tensor) -> torch.Tensor:
+    y = torch.full_like(x, 77.0)
+    _apply[(1,)](x, y, len(x), FUNCTION=name, BLOCK=triton.next_power_of_2(len(x)))
+    return y
+
+
+def logarithmic(low: float, high: float) -> torch.Tensor:
+    return torch.logspace(low, high, 400, dtype=torch.float64)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
+    "exp": (mpmath.exp, torch.cat([torch.linspace(-87.0, 88.0, 900, dtype=torch.float64), -logarithmic(-9, 0)])),
+    "log1p": (mpmath.log1p, torch.cat([torch.linspace(0, 1, 500, dtype=torch.float64), logarithmic(-30, 0)])),
+    "expm1": (mpmath.expm1, torch.cat([torch.linspace(-30, 5, 500, dtype=torch.float64), -logarithmic(-30, 0)])),
+    "tanh": (mpmath.tanh, torch.cat([torch.linspace(-25, 25, 500, dtype=torch.float64), logarithmic(-30, 1)])),
+    "atan": (mpmath.atan, torch.cat([torch.linspace(-9, 9, 500, dtype=torch.float64), -logarithmic(-30, 30)])),
+    "reciprocal": (lambda x: 1 / x, logarithmic(0, 17)),
+}
+
+
+def assert_elementary(name: str, dtype: torch.dtype, device: str, units: float) -> None:
+    """The function is within so many units in the last place of its true value, at every argument of FUNCTIONS."""
+    exact, x = FUNCTIONS[name]
+    x = x.to(device, dtype)
+    for argument, value in zip(x.tolist(), evaluate(name, x).tolist(), strict=True):
+        with mpmath.workdps(40):
+            truth = exact(mpmath.mpf(argument))
+            assert abs(value - truth) <= units * torch.finfo(dtype).eps * abs(truth), f"{name}({argument}) = {value}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions(name: str, dtype: torch.dtype) -> None:
+    # expm1 carries the rounding of exp through one subtraction, and tanh that through a quotient.
+    assert_elementary(name, dtype, "cpu", units=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_elementary_functions_at_the_ends(dtype: torch.dtype) -> None:
+    infinity, nan = float("inf"), float("nan")
+    x = torch.tensor([nan, infinity, -infinity, 0.0, 1e4, -1e4], dtype=dtype)
+    for name, expected in {
+        "exp": [nan, infinity, 0.0, 1.0, infinity, 0.0],
+        "expm1": [nan, infinity, -1.0, 0.0, infinity, -1.0],
+        "tanh": [nan, 1.0, -1.0, 0.0, 1.0, -1.0],
+    }.items():
+        assert torch.equal(evaluate(name, x).nan_to_num(99.0, 98.0), torch.tensor(expected, dtype=dtype).nan_to_num(99.0, 98.0))
+    half = torch.tensor([nan, torch.pi / 2, -torch.pi / 2, 0.0], dtype=dtype)
+    torch.testing.assert_close(evaluate("atan", x[:4]), half, equal_nan=True)
+    assert evaluate("log1p", x[:1]).isnan().all()
+    # Between the last finite float32 and infinity, and down through the subnormal numbers.
+    ends = torch.tensor([88.72, 88.73, -87.5, -103.0, -104.5])
+    torch.testing.assert_close(evaluate("exp", ends), ends.exp(), rtol=1e-6, atol=2e-45)
