@@ -26,6 +26,7 @@ _EPILOG = """
 median and quartiles: of the fused op, of many samples; all variants are sampled in turn.
 % copy: the time of dst.copy_(src) of as many bytes as the op must move, over the op's.
 eager, compile: the time of plain torch code, and of torch.compile of it, over the op's.
+pages: on a CPU whether freed memory stays with the process, on a GPU where the inputs lie (each table says it).
 extra: the most memory the op holds at a time above its inputs and outputs.
 The exit code is 1 if a result was wrong (its row says FAILED); a missed target is no error.
 """
@@ -113,8 +114,8 @@ def _printed(rows: Iterator[Row]) -> Iterator[Row]:
     """The rows, those of the fused ops and the failed ones printed as they come."""
     table = None
     for row in rows:
-        if (row.op, row.pages) != table:
-            table = row.op, row.pages
+        if row.op != table:
+            table = row.op
             print(f"\n{describe(row)}\n{HEADER}")
         if row.variant == FUSED or row.failure:
             print(line(row), flush=True)

@@ -19,7 +19,7 @@ from .memory import peak_extra_bytes
 from .provenance import provenance
 from .timing import Graph, Samples, cpu_samples, gpu_samples, input_sets, pages_here
 
-__all__ = ["DIRECTIONS", "Options", "Row", "measure", "missed"]
+__all__ = ["DIRECTIONS", "Options", "Row", "measure", "verdict"]
 
 DIRECTIONS = (FORWARD, BOTH)
 FUSED, EAGER, COMPILED, COPY = "flowkern", "eager", "compile", "copy"
@@ -67,14 +67,19 @@ class Row:
     commit: str
 
 
-def missed(row: Row, target: Target) -> list[str]:
-    """The targets that a row of the fused op does not reach; what was not measured is not held against it."""
+def verdict(row: Row, target: Target) -> str:
+    """The target of a row of the fused op, and whether it is reached."""
     wanted = (
         (target.vs_eager, row.vs_eager, "{:g}x eager"),
         (target.vs_compile, row.vs_compile, "{:g}x compile"),
         (target.percent_of_copy, row.percent_of_copy, "{:g}% of copy"),
     )
-    return [text.format(least) for least, got, text in wanted if least is not None and got is not None and got < least]
+    parts = [(text.format(least), least, got) for least, got, text in wanted if least is not None]
+    missed = [text for text, least, got in parts if got is not None and got < least]
+    unknown = [text for text, _, got in parts if got is None]
+    found = [f"MISSED {', '.join(missed)}"] if missed else []
+    found += [f"not measured {', '.join(unknown)}"] if unknown else []
+    return f">= {', '.join(text for text, _, _ in parts)}: {'; '.join(found) or 'reached'}"
 
 
 def measure(options: Options) -> Iterator[Row]:

@@ -31,7 +31,8 @@ def _on_gpu(call: Call) -> int:
 
 def _on_cpu(call: Call) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces every profile on stderr
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         results = call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")

@@ -10,61 +10,51 @@ from pathlib import Path
 
 from .cases import CASES, Target
 from .files import slug, write_atomically
-from .measure import Row, missed
+from .measure import Row, verdict
+from .timing import GPU_STATES
 
 __all__ = ["COLUMNS", "HEADER", "describe", "line", "write_csv"]
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _PAGES = {
-    "fresh": "pages fresh: what is freed goes back to the system, and comes new and zeroed (the default)",
-    "retained": "pages retained: what is freed stays with the process (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ raised)",
-    "cold": "cache cold: inputs lie in device memory",
-    "hot": "cache hot: the same inputs again and again",
-    "launched": "launched: the same inputs again and again, without a CUDA graph, by the host's clock",
+    "fresh": "what is freed goes back to the system, and comes new and zeroed (the default)",
+    "retained": "what is freed stays with the process (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ raised)",
+    "cold": "inputs lie in device memory, the cache is cleared",
+    "hot": "the same inputs again and again",
+    "launched": "the same inputs again and again, without a CUDA graph, by the host's clock",
 }
-_LAYOUT = "{:<31}{:<17}{:>10}  {:<20}{:>7}{:>8}{:>9}{:>10}  {}"
-HEADER = _LAYOUT.format("case", "direction", "median", "quartiles", "% copy", "eager", "compile", "extra", "target")
+_LAYOUT = "{:<28}{:<18}{:<10}{:>10}  {:<24}{:>7}{:>9}{:>9}{:>10}  {}"
+HEADER = _LAYOUT.format("case", "direction", "pages", "median", "quartiles", "% copy", "eager", "compile", "extra", "target")
 
 
 def describe(row: Row) -> str:
-    """The line above a table: what, on what, and in which state."""
+    """The lines above a table: what, on what, and in which states."""
     versions = f"torch {row.torch}, triton {row.triton or 'none'}, flowkern {row.flowkern}, commit {row.commit}"
-    threads = f", {row.threads} threads" if row.pages in ("fresh", "retained") else ""
-    return f"{row.op} on {row.device}{threads}; {versions}\n{_PAGES[row.pages]}"
+    gpu = row.pages in GPU_STATES
+    states = "\n".join(f"{state}: {_PAGES[state]}" for state in (GPU_STATES if gpu else (row.pages,)))
+    return f"{row.op} on {row.device}{'' if gpu else f', {row.threads} threads'}; {versions}\n{states}"
 
 
 def line(row: Row) -> str:
     """A row of the fused op; without figures if its result was wrong."""
-    start = f"{row.case:<31}{row.direction:<17}"
     if row.median_us is None or row.q1 is None or row.q3 is None:
-        return f"{start}  FAILED ({row.variant}): {row.failure}"
+        return f"{row.case:<28}{row.direction:<18}{row.pages:<10}  FAILED ({row.variant}): {row.failure}"
     return _LAYOUT.format(
         row.case,
         row.direction,
+        row.pages,
         _duration(row.median_us),
         f"{_duration(row.q1)} .. {_duration(row.q3)}",
         "-" if row.percent_of_copy is None else f"{row.percent_of_copy:.0f}%",
         _times(row.vs_eager),
         _times(row.vs_compile),
         "-" if row.peak_extra_bytes is None else _bytes(row.peak_extra_bytes),
-        _verdict(row),
-    ).rstrip()
+        verdict(row, _target(row)),
+    )
 
 
 def _target(row: Row) -> Target:
     return next(case for case in CASES[row.op] if case.name == row.case).target(row.direction, row.pages)
-
-
-def _verdict(row: Row) -> str:
-    target = _target(row)
-    parts = (
-        None if target.vs_eager is None else f"{target.vs_eager:g}x eager",
-        None if target.vs_compile is None else f"{target.vs_compile:g}x compile",
-        None if target.percent_of_copy is None else f"{target.percent_of_copy:g}% of copy",
-    )
-    wanted = ">= " + ", ".join(part for part in parts if part)
-    short = missed(row, target)
-    return f"{wanted}: {'MISSED ' + ', '.join(short) if short else 'reached'}"
 
 
 def _duration(microseconds: float) -> str:

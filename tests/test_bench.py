@@ -20,9 +20,9 @@ from flowkern.bench.__main__ import main
 from flowkern.bench.calls import Problem, WrongResult, check, poisoned, rounding_errors
 from flowkern.bench.cases import BOTH, CASES, FORWARD, NEVER_SLOWER, Case, Target, cases_of
 from flowkern.bench.files import slug, write_atomically
-from flowkern.bench.measure import DIRECTIONS, Options, Row, missed
+from flowkern.bench.measure import DIRECTIONS, Options, Row, verdict
 from flowkern.bench.memory import peak_extra_bytes
-from flowkern.bench.report import COLUMNS, write_csv
+from flowkern.bench.report import COLUMNS, describe, line, write_csv
 from torch._subclasses import FakeTensorMode
 
 from flowkern import OPS
@@ -94,9 +94,13 @@ def example_row(**values: Any) -> Row:
 
 
 def test_a_missed_target_is_named() -> None:
-    assert missed(example_row(), Target(3.5, 1.5, 100.0)) == ["100% of copy"]
-    assert missed(example_row(vs_eager=1.0), Target(3.5)) == ["3.5x eager"]
-    assert missed(example_row(), NEVER_SLOWER) == []
+    expected = ">= 3.5x eager, 1.5x compile, 100% of copy: MISSED 100% of copy; not measured 1.5x compile"
+    assert verdict(example_row(), Target(3.5, 1.5, 100.0)) == expected
+    assert verdict(example_row(vs_eager=1.0), Target(3.5)) == ">= 3.5x eager: MISSED 3.5x eager"
+    assert verdict(example_row(), NEVER_SLOWER) == ">= 1x eager: reached"
+    for pages in ("retained", "fresh", "cold", "hot", "launched"):
+        assert line(example_row(pages=pages)).startswith("32x96x64x64")
+        assert f"{pages}: " in describe(example_row(pages=pages))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +250,7 @@ def test_both_states_of_pages_are_measured_and_recorded(capsys: Any, tmp_path: P
     arguments = ["affine_coupling", "--quick", "--device", "cpu", "--case", "4x8", "--compile", "none", "--threads", "1"]
     assert main([*arguments, "--pages", "both", "--csv", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert out.index("pages fresh") < out.index("pages retained")
+    assert out.index("fresh: ") < out.index("retained: ")
     assert out.count(">= 1x eager: ") == 4
     (path,) = tmp_path.iterdir()
     rows = table(path)
