@@ -164,7 +164,7 @@ def _demo_parser(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     options = {"overwrite": True, "max_minutes": arguments.minutes}
-    _start_training("realnvp", "digits", arguments.out, {}, options)
+    _start_training("realnvp", "digits", arguments.out, {"preset": "demo"}, options)
     from .training import compare
 
     print()

@@ -155,7 +155,7 @@ def test_sample_of_a_saved_model(tmp_path):
         (["--data=digits", "--set=foo=1"], "realnvp has no setting 'foo'; expected one of couplings"),
         (["--data=digits", "--set=foo"], "--set expects KEY=VALUE, got 'foo'"),
         (["--data=digits", "--set=hidden=wide"], "realnvp: a setting has the wrong type"),
-        (["--data=digits", "--preset=x"], "has no 'x'; expected one of default, recipe"),
+        (["--data=digits", "--preset=x"], "has no 'x'; expected one of default, demo, recipe"),
         (["--data=digits", "--optimizer=sgd"], "optimizer: unknown name 'sgd'; expected one of adam, adamw, adamax"),
         (["--data=digits", "--size=16"], "only folder:PATH is resized"),
         (["--data=digits", "--precision=8"], "precision: unknown name '8'"),

@@ -26,8 +26,9 @@ if importlib.util.find_spec("lightning") is None:
 
 from flowkern import data, models, training  # noqa: E402
 
-#: A small flow, and four batches an epoch.
-SMALL = {"flatten": True, "couplings": 2, "hidden": 8}
+#: A small flow, also as the command line takes it.
+SMALL = {"flatten": True, "couplings": 2, "hidden": 8, "dropout": 0.0}
+SET = [f"--set={name}={json.dumps(value)}" for name, value in SMALL.items()]
 
 
 def small_plan(**given: Any) -> training.Plan:
@@ -288,7 +289,7 @@ def _environment() -> dict[str, str]:
 def test_kill_in_mid_write(tmp_path):
     """A process killed while it writes last.ckpt leaves the one before, from which the run ends as if nothing had been."""
     plan = training.make_plan("realnvp", "digits", config={**SMALL, "hidden": 512}, epochs=2, batch_size=125, ema=0.9)
-    arguments = ["--set=flatten=true", "--set=couplings=2", "--set=hidden=512", "--epochs=2", "--batch-size=125", "--ema=0.9"]
+    arguments = [*SET, "--set=hidden=512", "--epochs=2", "--batch-size=125", "--ema=0.9"]
     out = tmp_path / "killed"
     command = [*CLI, "train", "realnvp", "--data=digits", f"--out={out}", *arguments, "--checkpoint-steps=1"]
     process = subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL)
@@ -319,6 +320,31 @@ def _stop_in_mid_write(process: subprocess.Popen, out: Path) -> None:
             process.send_signal(signal.SIGCONT)
         time.sleep(0.001)
     pytest.fail(f"the run ended with {process.returncode} before it was stopped")
+
+
+@pytest.mark.parametrize(("sent", "code", "saved"), [(signal.SIGTERM, 143, 6), (signal.SIGINT, 1, 4)])
+def test_ended_from_outside(tmp_path, monkeypatch, capsys, sent, code, saved):
+    """Neither looks like success, and both say how to go on. SIGTERM lets the step end that it came in."""
+    from flowkern.training._task import FlowTask
+
+    training_step = FlowTask.training_step
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 5:
+            os.kill(os.getpid(), sent)
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(FlowTask, "training_step", step)
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        with pytest.raises(SystemExit) as end:
+            training.train(small_plan(), tmp_path, checkpoint_steps=2)
+    finally:
+        for s, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(s, handler)
+    assert end.value.code == code
+    assert "--resume continues from" in capsys.readouterr().out
+    assert last(tmp_path)["global_step"] == saved
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -388,7 +414,7 @@ def test_validation_that_is_not_finite(tmp_path, monkeypatch):
         ({"ema": 1.0}, "ema: expected a decay below 1"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"seed": -1}, "seed: expected at least 0"),
-        ({"preset": "x"}, "has no 'x'; expected one of default, recipe"),
+        ({"preset": "x"}, "has no 'x'; expected one of default, demo, recipe"),
         ({"config": {"foo": 1}}, "realnvp has no setting 'foo'; expected one of couplings, hidden"),
     ],
 )
@@ -500,7 +526,7 @@ def test_two_ranks_train_the_same_model(tmp_path):
     so keeps its relative error, which cancellation in a batch's sum may raise to 1e-12: far under the tolerance of 1e-9.
     """
     fields = {"epochs": 2, "batch_size": 331, "config": SMALL, "ema": 0.9}
-    arguments = ["--set=flatten=true", "--set=couplings=2", "--set=hidden=8", "--epochs=2", "--batch-size=331", "--ema=0.9"]
+    arguments = [*SET, "--epochs=2", "--batch-size=331", "--ema=0.9"]
     ranks = [
         "--devices=2",
         "--strategy=ddp",

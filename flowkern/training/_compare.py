@@ -30,14 +30,15 @@ def compare(
     size: int | None = None,
     batch_size: int = 64,
     device: str = "cpu",
-    rounds: int = 9,
+    rounds: int = 15,
     seconds: float = 0.3,
 ) -> str:
     """A table of the time and the memory of a training step, fused against ``FLOWKERN_BACKEND=torch``, on this machine.
 
     ``source`` is a checkpoint, or the name of a model in its default settings. A step is forward, backward and Adam.
-    The backends take turns in ``rounds`` rounds of ``seconds`` each; the time is the median over the rounds. The memory
-    is the most that tensors take during a step, beyond the weights, the optimizer's state and the batch.
+    The backends take turns in ``rounds`` rounds of ``seconds`` each; the time is that of the fastest round, the one least
+    disturbed by other work on the machine, and in brackets the median. The memory is the most that tensors take during
+    a step, beyond the weights, the optimizer's state and the batch.
 
     Raises ValueError for an unknown model or data and for data that does not fit the model.
     """
@@ -71,12 +72,11 @@ def compare(
     parameters = sum(p.numel() for p in model.parameters())
     where = f"{torch.get_num_threads()} threads" if x.device.type == "cpu" else torch.cuda.get_device_name(x.device)
     lines = [f"a training step of {type(model).__name__} ({parameters:,} parameters) on {values.name}, batch {len(x)}, {where}:"]
-    medians = {name: statistics.median(times[name]) for name in backends}
+    best = {name: min(times[name]) for name in backends}
     for name in backends:
-        spread = f"{min(times[name]):.2f} .. {max(times[name]):.2f}"
-        lines.append(f"  {name:<14}{medians[name]:>9.2f} ms ({spread}){memory[name]:>10.2f} MiB")
+        lines.append(f"  {name:<14}{best[name]:>9.2f} ms (median {statistics.median(times[name]):.2f}){memory[name]:>10.2f} MiB")
     fused, plain = backends
-    lines.append(f"  {medians[plain] / medians[fused]:.2f} times as fast, {memory[fused] / memory[plain]:.2f} of the memory")
+    lines.append(f"  {best[plain] / best[fused]:.2f} times as fast, {memory[fused] / memory[plain]:.2f} of the memory")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import signal
 import sys
 import warnings
 from datetime import timedelta
@@ -15,7 +16,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .. import models
@@ -76,7 +77,11 @@ def run(
             parameters = sum(p.numel() for p in model.parameters())
             print(f"{plan.model} ({parameters:,} parameters) on {plan.data} ({len(data.train)} training samples of {data.shape})")
         if start is None or not _stopped(start, plan):
-            trainer.fit(FlowTask(model, plan, data), datamodule=FlowData(data, plan, workers), ckpt_path=start)
+            try:
+                trainer.fit(FlowTask(model, plan, data), datamodule=FlowData(data, plan, workers), ckpt_path=start)
+            except SIGTERMException:
+                # Lightning would leave with code 0, as if the run had ended.
+                raise SystemExit(128 + signal.SIGTERM) from None
     if not trainer.is_global_zero:
         return None
     return _finish(plan, data, out, draws, str(trainer.strategy.root_device))
@@ -142,8 +147,8 @@ def _stopped(last: Path, plan: Plan) -> bool:
 def _finish(plan: Plan, data: Dataset, out: Path, draws: int, device: str) -> Score:
     """Pictures and the test score of the best checkpoint, on disk and in print."""
     model = models.load(out / "best.ckpt").to(device)
-    print(f"best validation NLL in {out / 'best.ckpt'}")
     log = read_log(out / "log")
+    print(f"lowest validation NLL, {min(value for _, value in log['val_nll']):.2f} nats, in {out / 'best.ckpt'}")
     draw_curve(log, out / "curve.png", f"{plan.model} on {plan.data}")
     print(f"learning curve in {out / 'curve.png'}, its figures in {out / 'log'}")
     if is_image(data.shape) and data.levels is not None:

@@ -14,7 +14,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision
-from rich.progress import BarColumn, TimeRemainingColumn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.progress import BarColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from torch.utils._pytree import tree_map_only
 
@@ -273,7 +274,7 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: FlowTask, exception: BaseException) -> None:  # type: ignore[override]
         if not isinstance(exception, OSError):
             self.io.flush()
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             print(f"\ninterrupted at step {trainer.global_step}; --resume continues from {self.folder / 'last.ckpt'}")
 
 
@@ -285,11 +286,12 @@ class Progress(Callback):
         self._shown = -math.inf
         self._val = ""
 
-    def _text(self, nll: torch.Tensor | float, task: FlowTask) -> str:
-        return f"{float(nll):.2f} nats, {float(nll) / (math.prod(task.model.shape) * math.log(2.0)):.3f} bits/dim"
+    def _text(self, loss: torch.Tensor, task: FlowTask) -> str:
+        bits = float(loss) / (math.prod(task.model.shape) * math.log(2.0))
+        return f"loss {float(loss):.2f} nats, {bits:.3f} bits/dim{self._val}"
 
     def on_train_start(self, trainer: Trainer, pl_module: FlowTask) -> None:  # type: ignore[override]
-        columns = "epoch {task.fields[epoch]}", BarColumn(), TimeRemainingColumn(), "{task.fields[text]}"
+        columns = "epoch {task.fields[epoch]}", BarColumn(16), TimeElapsedColumn(), "{task.fields[text]}"
         self._bar = RichProgress(*columns, disable=not (self.terminal and trainer.is_global_zero))
         total = (trainer.max_epochs or 0) * int(trainer.num_training_batches)
         self._id = self._bar.add_task("", total=total, completed=trainer.global_step, epoch="", text="")
@@ -299,18 +301,18 @@ class Progress(Callback):
         # Reading the loss waits for the device.
         if self.terminal and time.monotonic() - self._shown >= 0.2:
             self._shown = time.monotonic()
-            text = f"loss {self._text(pl_module.loss, pl_module)}{self._val}"
-            epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+            epoch, text = f"{trainer.current_epoch + 1}/{trainer.max_epochs}", self._text(pl_module.loss, pl_module)
             self._bar.update(self._id, completed=trainer.global_step, epoch=epoch, text=text)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: FlowTask) -> None:  # type: ignore[override]
-        self._val = f", validation {self._text(trainer.callback_metrics['val_nll'], pl_module)}"
+        self._val = f", val {float(trainer.callback_metrics['val_nll']):.2f}"
         if not self.terminal and trainer.is_global_zero and time.monotonic() - self._shown >= self.seconds:
             self._shown = time.monotonic()
-            text = f"loss {self._text(pl_module.epoch_loss, pl_module)}{self._val}"
+            text = self._text(pl_module.epoch_loss, pl_module)
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step {trainer.global_step}: {text}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: FlowTask) -> None:  # type: ignore[override]
+        self._bar.update(self._id, completed=trainer.global_step, text=self._text(pl_module.loss, pl_module))
         self._bar.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: FlowTask, exception: BaseException) -> None:  # type: ignore[override]
