@@ -54,6 +54,6 @@ def outputs_and_gradients(function: Callable[..., Any], args: Tensors, kwargs: d
 
 def gradients(outputs: Sequence[torch.Tensor], args: Sequence[torch.Tensor], create_graph: bool = False) -> Tensors:
     """The gradients of ``args`` for the fixed output gradients; outputs without a graph are left out."""
-    recorded = [(y, g.to(y.dtype)) for y, g in zip(outputs, output_gradients(outputs), strict=True) if y.requires_grad]
+    recorded = [(y, g.to(y)) for y, g in zip(outputs, output_gradients(outputs), strict=True) if y.requires_grad]
     ys, gs = zip(*recorded, strict=True)
     return torch.autograd.grad(ys, args, gs, create_graph=create_graph, allow_unused=True, materialize_grads=True)

@@ -11,8 +11,8 @@ void forward(const Coupling& c, const Tensor& x, const Tensor& shift, const Tens
   const Operand moved_operands[] = {operand(x, true), operand(shift, false), operand(y, true)};
   const Operand kept_operands[] = {moved_operands[0], moved_operands[2]};
   Nest moved[2], kept[2];
-  const int nests = make_nests(c, true, moved_operands, 3, moved);
-  make_nests(c, false, kept_operands, 2, kept);
+  const int nests = make_nests<A>(c, true, moved_operands, 3, moved);
+  make_nests<A>(c, false, kept_operands, 2, kept);
   const int64_t segments = segments_of(c);
   const A sign = c.inverse ? A(-1) : A(1);
   parallel_for(c.batch * segments, c.batch * c.channels * c.height * c.width, c.threads, [&](int64_t task) {

@@ -201,8 +201,8 @@ void forward(const Affine& c, const Tensor& x, const Tensor& params, const Tenso
   const Operand moved_operands[] = {operand(x, true), h.raw, h.shift, operand(y, true)};
   const Operand kept_operands[] = {moved_operands[0], moved_operands[3]};
   Nest moved[2], kept[2];
-  const int nests = make_nests(c, true, moved_operands, 4, moved);
-  make_nests(c, false, kept_operands, 2, kept);
+  const int nests = make_nests<A>(c, true, moved_operands, 4, moved);
+  make_nests<A>(c, false, kept_operands, 2, kept);
   const int64_t segments = segments_of(c);
   with_map<A>(c, [&](const auto& map) {
     parallel_for(c.batch * segments, c.batch * c.channels * c.height * c.width, c.threads, [&](int64_t task) {
@@ -239,8 +239,8 @@ void backward(const Affine& c, const Tensor& grad, const Tensor& grad_logabsdet,
   const Operand kept_operands[] = {moved_operands[0], moved_operands[4], moved_operands[5], moved_operands[6]};
   const bool kept_params = c.split == Split::checkerboard || c.split == Split::checkerboard_swap;
   Nest moved[2], kept[2];
-  const int nests = make_nests(c, true, moved_operands, 7, moved);
-  make_nests(c, false, kept_operands, kept_params ? 4 : 2, kept);
+  const int nests = make_nests<A>(c, true, moved_operands, 7, moved);
+  make_nests<A>(c, false, kept_operands, kept_params ? 4 : 2, kept);
   const int64_t segments = segments_of(c);
   with_map<A>(c, [&](const auto& map) {
     parallel_for(c.batch * segments, c.batch * c.channels * c.height * c.width, c.threads, [&](int64_t task) {

@@ -49,6 +49,7 @@ struct Nest {
   Operand operand[max_operands];
   int64_t base[max_operands] = {};
   Axis axis[3];  // axis[2] is the innermost
+  bool plain = false;  // a sample is one run of at most a block, contiguous and in the accumulation type in all operands
 
   int64_t rows() const { return axis[0].count * axis[1].count; }
   int64_t pieces() const { return rows() * ((axis[2].count + block - 1) / block); }
@@ -74,8 +75,18 @@ inline void collapse(Nest& nest) {
   }
 }
 
+template <class A>
+bool is_plain(const Nest& nest) {
+  const Axis& inner = nest.axis[2];
+  bool plain = nest.rows() == 1 && inner.count > 0 && inner.count <= block && !inner.index;
+  for (int k = 0; k < nest.operands; ++k)
+    plain = plain && nest.operand[k].dtype == dtype_of<A>() && (inner.stride[k] == 1 || inner.count == 1);
+  return plain && !nest.axis[0].index && !nest.axis[1].index;
+}
+
 // The elements of one sample that `split` transforms, or keeps, as one nest, or two for the rows of a checkerboard.
-inline int make_nests(const Coupling& c, bool transformed, const Operand* operands, int count, Nest out[2]) {
+template <class A>
+int make_nests(const Coupling& c, bool transformed, const Operand* operands, int count, Nest out[2]) {
   const bool checkered = c.split == Split::checkerboard || c.split == Split::checkerboard_swap;
   const bool second_half = (c.split == Split::channel) == transformed;
   const int64_t kept = c.channels - c.channels / 2;
@@ -116,6 +127,7 @@ inline int make_nests(const Coupling& c, bool transformed, const Operand* operan
     nest.axis[1] = channel_inside || vector ? column : row;
     nest.axis[2] = channel_inside || vector ? channel : column;
     collapse(nest);
+    nest.plain = is_plain<A>(nest);
   }
   return checkered ? 2 : 1;
 }
@@ -157,9 +169,14 @@ struct Run {
 };
 
 inline Run run_at(const Nest& nest, int k, int64_t sample, int64_t row, int64_t start) {
-  const int64_t i0 = row / nest.axis[1].count, i1 = row % nest.axis[1].count;
   const Axis& inner = nest.axis[2];
-  const int64_t outside = sample * nest.operand[k].sample + nest.base[k] + nest.step(0, k, i0) + nest.step(1, k, i1);
+  int64_t outside = sample * nest.operand[k].sample + nest.base[k];
+  if (row) {  // small samples are one row: they need not wait for divisions
+    const int64_t columns = nest.axis[1].count;
+    outside += columns == 1 ? nest.step(0, k, row) : nest.step(0, k, row / columns) + nest.step(1, k, row % columns);
+  } else {
+    outside += nest.step(0, k, 0) + nest.step(1, k, 0);
+  }
   if (inner.index && nest.operand[k].whole) return {outside, inner.stride[k], inner.index + start};
   return {outside + start * inner.stride[k], inner.stride[k], nullptr};
 }
@@ -168,12 +185,19 @@ inline Run run_at(const Nest& nest, int k, int64_t sample, int64_t row, int64_t 
 // the others written. Short rows are gathered until they fill a block.
 template <class A, class Body>
 void walk(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t end, Body&& body) {
-  A buffer[max_operands][block];
   A* pointer[max_operands];
+  if (nest.plain) {  // small samples: the setup below would take longer than the work
+    if (begin == end) return;
+    for (int k = 0; k < nest.operands; ++k)
+      pointer[k] = reinterpret_cast<A*>(nest.operand[k].data) + sample * nest.operand[k].sample + nest.base[k];
+    return body(pointer, nest.axis[2].count);
+  }
+  A buffer[max_operands][block];
   const int64_t length = nest.axis[2].count, per_row = (length + block - 1) / block;
-  const int64_t together = per_row == 1 && length < 64 ? block / length : 1;  // rows that share a block
+  // Rows that share a block.
+  const int64_t together = per_row == 1 && length < 64 && nest.rows() > 1 ? block / length : 1;
   for (int64_t piece = begin; piece < end; piece += together) {
-    const int64_t row = piece / per_row, start = piece % per_row * block;
+    const int64_t row = per_row == 1 ? piece : piece / per_row, start = (piece - row * per_row) * block;
     const int64_t n = length - start < block ? length - start : block;
     const int64_t rows = end - piece < together ? end - piece : together;
     bool direct[max_operands];
@@ -199,7 +223,9 @@ void walk(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t e
 }
 
 // Segment s of S of a nest's pieces.
-inline int64_t segment_begin(const Nest& nest, int64_t s, int64_t segments) { return nest.pieces() * s / segments; }
+inline int64_t segment_begin(const Nest& nest, int64_t s, int64_t segments) {
+  return segments == 1 ? nest.pieces() * s : nest.pieces() * s / segments;
+}
 
 // A plain loop on purpose: the C library's memcpy turns to string instructions at these sizes, which stream worse.
 template <class A>

@@ -71,7 +71,7 @@ def outside_autocast(reference: Reference) -> Reference:
 
     @functools.wraps(reference)
     def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             return reference(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return reference(x, *args, **kwargs)
