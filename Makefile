@@ -18,8 +18,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*
 	touch $(READY)
 
 demo: $(READY)  ## train a flow on real images for about a minute, and show what the fused kernels bought
-	$(VENV)/bin/flowkern train realnvp --data digits --preset demo --out $(OUT)
-	$(VENV)/bin/flowkern compare realnvp --data digits
+	$(VENV)/bin/flowkern demo --out $(OUT)
 
 test: $(READY)  ## the whole suite
 	$(PY) -m pytest
@@ -30,7 +29,7 @@ lint: $(READY)  ## ruff and mypy
 	$(VENV)/bin/mypy
 
 bench: $(READY)  ## time, memory and the ratios to eager and torch.compile of every op
-	$(PY) -m bench
+	$(PY) -m bench --csv
 
 gpu-check:  ## build, test and time on a CUDA GPU, in the current python; ARGS=--dry-run without one
 	$(PYTHON) -m bench.gpu_check $(ARGS)

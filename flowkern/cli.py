@@ -1,6 +1,6 @@
-"""The command line: ``flowkern train``, ``sample``, ``eval``, ``compare``, ``demo`` and ``doctor``.
+"""The command line: ``flowkern train``, ``sample``, ``eval``, ``compare``, ``demo``, ``bench`` and ``doctor``.
 
-``doctor`` and ``--help`` need torch alone; the other commands need the extra ``flowkern[train]``.
+``bench``, ``doctor`` and ``--help`` need torch alone; the other commands need the extra ``flowkern[train]``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ _SOURCES = "digits, photos, folder:PATH, cifar10:PATH, mnist:PATH or npy:PATH"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 1 if it failed on the way, 2 if it could not be meant that way."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["bench"]:
+        from .bench.__main__ import main as bench
+
+        return bench(argv[1:])
     arguments = _parser().parse_args(argv)
     command = arguments.run
     if arguments.debug:
@@ -52,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _sample_parser(commands)
     _eval_parser(commands)
     _compare_parser(commands)
+    commands.add_parser("bench", help="time and memory of every op; its options: flowkern bench --help")
     doctor = commands.add_parser("doctor", help="print versions, backends and devices")
     doctor.set_defaults(run=_doctor)
     return parser
