@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
+# Every package of the source tree must be there, those of the extra too; torch alone must do for all others.
 IMPORT_EVERYTHING = """
-import importlib, os, pkgutil, sys
+import importlib, importlib.util, os, pkgutil, sys
 os.chdir(os.path.dirname(sys.executable))
 import flowkern
 assert os.environ["EXPECT_UNDER"] in flowkern.__file__, flowkern.__file__
@@ -23,6 +24,8 @@ for module in pkgutil.walk_packages(flowkern.__path__, "flowkern."):
     if not module.name.startswith(("flowkern.bench", "flowkern.training", "flowkern.cli", "flowkern.data", "flowkern.kernels")):
         importlib.import_module(module.name)
 import flowkern.kernels, flowkern.bench
+for package in os.environ["EXPECT_PACKAGES"].split():
+    assert importlib.util.find_spec(package), package
 for package in (flowkern, flowkern.ops, flowkern.nn, flowkern.models):
     for name in getattr(package, "__all__", [n for n in vars(package) if not n.startswith("_")]):
         getattr(package, name)
@@ -55,7 +58,9 @@ class Environment:
 
     def isa(self, under: str | None = None) -> str:
         """Imports everything; the instruction set in use, or "None" without the extension."""
-        done = run([self.python, "-W", "ignore", "-c", IMPORT_EVERYTHING], EXPECT_UNDER=under or str(self.folder))
+        packages = " ".join(f"flowkern.{init.parent.name}" for init in (ROOT / "flowkern").glob("*/__init__.py"))
+        env = {"EXPECT_UNDER": under or str(self.folder), "EXPECT_PACKAGES": packages}
+        done = run([self.python, "-W", "ignore", "-c", IMPORT_EVERYTHING], **env)
         assert done.returncode == 0, done.stderr
         return done.stdout.split("isa:")[1].strip()
 
