@@ -17,7 +17,7 @@ from .lang import narrow
 __all__ = ["forward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def forward_kernel(
     p_x, p_shift, p_rank, p_y,
     B, N, C, H, W, kept, n_tiles,

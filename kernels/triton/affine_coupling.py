@@ -41,7 +41,7 @@ from .lang import narrow, scale_map
 __all__ = ["backward", "forward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def forward_kernel(
     p_x, p_params, p_rank, p_y, p_logabsdet,
     B, N, C, H, W, kept, n_tiles,
@@ -80,7 +80,7 @@ def forward_kernel(
     tl.store(p_logabsdet + i_b * n_tiles + i_tile, total, mask=m_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def backward_kernel(
     p_grad, p_grad_logabsdet, p_x, p_params, p_rank, p_dx, p_dparams, grad_logabsdet_b,
     B, N, C, H, W, kept, n_tiles,

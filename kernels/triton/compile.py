@@ -82,15 +82,15 @@ def _source(launch: Any) -> tuple[ASTSource, dict[str, Any]]:
     values = dict(zip(names, launch.arguments(), strict=False))
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(names):
-        value = values.get(name, keywords.get(name))
-        if name in keywords or value is None or (type(value) is int and value == 1):
+        value, special = values.get(name, keywords.get(name)), not launch.kernel.params[i].do_not_specialize
+        if name in keywords or value is None or (special and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
+        if special and (isinstance(value, torch.Tensor) or value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in keywords.items() if name not in names}
     return ASTSource(launch.kernel, signature, constants, attributes), options

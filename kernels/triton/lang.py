@@ -1,15 +1,15 @@
 """Device helpers that every kernel may use: elementary functions, and the scale maps of couplings.
 
-The functions compute in the dtype of their argument, float32 or float64, to a few units in the last place. They are
-built from exp, log and sqrt alone, so that they give the same values on every target and in the interpreter, which
-has no libdevice. NaN in gives NaN out: ``tl.maximum`` and its like drop NaN, comparisons inside ``tl.where`` do not.
+The functions compute in the dtype of their argument, float32 or float64, to a few units in the last place. They need
+nothing but exp, log, sqrt and rsqrt: libdevice differs between targets, and the interpreter has none. NaN in gives NaN
+out: ``tl.maximum`` and its like would drop it, comparisons inside ``tl.where`` do not.
 """
 
 # mypy: allow-untyped-defs
 import triton
 import triton.language as tl
 
-__all__ = ["atan", "exp", "expm1", "log1p", "narrow", "scale_map", "tanh"]
+__all__ = ["atan", "exp", "expm1", "log1p", "narrow", "reciprocal", "scale_map", "tanh"]
 
 
 @triton.jit
