@@ -35,6 +35,8 @@ class Canaries:
         self.buffers: list[tuple[torch.Tensor, int]] = []
 
     def allocate(self, like: torch.Tensor) -> torch.Tensor:
+        if not like.is_floating_point():
+            return like  # not an output of an op
         n = like.numel()
         buffer = torch.full((n + 2 * self.margin,), self.pattern, dtype=like.dtype, device=like.device)
         buffer[self.margin : self.margin + n] = float("nan")

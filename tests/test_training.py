@@ -336,6 +336,7 @@ def test_ended_from_outside(tmp_path, monkeypatch, capsys, sent, code, saved):
 
     monkeypatch.setattr(FlowTask, "training_step", step)
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
     try:
         with pytest.raises(SystemExit) as end:
             training.train(small_plan(), tmp_path, checkpoint_steps=2)

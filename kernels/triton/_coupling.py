@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-
 import triton
 import triton.language as tl
+
 from flowkern.ops._split import SPLITS, moved_channels
 
 __all__ = [

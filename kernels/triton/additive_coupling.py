@@ -5,9 +5,9 @@ import functools
 from collections.abc import Iterator
 
 import torch
-
 import triton
 import triton.language as tl
+
 from flowkern.ops._additive_coupling import _output
 from flowkern.ops._split import SPLITS
 

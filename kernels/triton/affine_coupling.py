@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-
 import triton
 import triton.language as tl
+
 from flowkern.ops._affine_coupling import _Configuration, _gradients, _outputs
 from flowkern.ops._parametrization import _KINDS, LAYOUTS, ScaleMap, named_layout
 from flowkern.ops._split import SPLITS

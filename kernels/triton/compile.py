@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 import triton
-from flowkern._registry import OPS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from flowkern._registry import OPS
 
 __all__ = ["TARGETS", "Build", "compile_launch", "main", "pairwise", "problems", "streaming_problems"]
 
