@@ -162,6 +162,19 @@ void store_run(const Operand& o, int64_t offset, int64_t stride, const int32_t* 
   });
 }
 
+// Asks for the block at `p`, which comes next: the hardware's own prefetch stops at every page. Past the end it does nothing.
+template <class A>
+FLOWKERN_INLINE void prefetch_run(const A* p, bool to_write) {
+  const char* bytes = reinterpret_cast<const char*>(p);
+  for (size_t i = 0; i < block * sizeof(A); i += 64) {
+    if (to_write) {
+      __builtin_prefetch(bytes + i, 1);
+    } else {
+      __builtin_prefetch(bytes + i, 0);
+    }
+  }
+}
+
 // A run of one operand inside a nest: where it starts, and how it goes on.
 struct Run {
   int64_t offset, stride;
@@ -211,6 +224,8 @@ void walk(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t e
         load_run(nest.operand[k], at.offset, at.stride, at.index, n, buffer[k] + r * n);
       }
     }
+    for (int k = 0; k < nest.operands; ++k)
+      if (direct[k] && n == block) prefetch_run(pointer[k] + n, k >= inputs);
     body(pointer, rows * n);
     for (int k = inputs; k < nest.operands; ++k) {
       if (direct[k]) continue;
