@@ -280,8 +280,16 @@ def test_a_run_is_not_overwritten_by_accident(finished):
 CLI = [sys.executable, "-W", "ignore", "-m", "flowkern.cli"]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Several threads may share a matrix product differently from run to run, which changes its last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def _environment() -> dict[str, str]:
-    # The number of threads decides the last bits of a matrix product.
     return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
