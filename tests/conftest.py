@@ -36,7 +36,7 @@ class Canaries:
 
     def allocate(self, like: torch.Tensor) -> torch.Tensor:
         if not like.is_floating_point():
-            return like  # not an output of an op
+            return like  # not an output of an op: Triton's interpreter makes some for itself
         n = like.numel()
         buffer = torch.full((n + 2 * self.margin,), self.pattern, dtype=like.dtype, device=like.device)
         buffer[self.margin : self.margin + n] = float("nan")

@@ -167,7 +167,7 @@ void differentiate(const Map& map, const A* g, A glog, const A* x, const A* u, c
   }
 }
 
-// Calls f with the scale map; only that is a constant of the compiled loops, and the two flags are.
+// Calls f with the scale map: it and the two flags of the loops above are constants there, the layout is strides alone.
 template <class A, class F>
 void with_map(const Affine& c, F&& f) {
   switch (c.scale) {
