@@ -55,9 +55,23 @@ namespace flowkern {
   void affine_coupling_backward(const Affine&, const Tensor& grad, const Tensor& grad_logabsdet, const Tensor& x,      \
                                 const Tensor& params, const Tensor& dx, const Tensor& dparams);                        \
   void additive_coupling_forward(const Coupling&, const Tensor& x, const Tensor& shift, const Tensor& y);              \
+  void plu_weight_forward(const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal, const Tensor& sign,    \
+                          const Tensor& permutation, const Tensor& weight, int threads);                               \
+  void plu_weight_backward(const Tensor& grad, const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal,   \
+                           const Tensor& sign, const Tensor& permutation, const Tensor& dlower, const Tensor& dupper,  \
+                           const Tensor& dlog_diagonal, int threads);                                                  \
+  void invertible_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias,                            \
+                                 const Tensor& weight_inverse, const Tensor& known, const Tensor& y,                   \
+                                 const Tensor& logabsdet, const Tensor& found, bool inverse, int threads);             \
+  void invertible_linear_backward(const Tensor& grad, const Tensor& grad_logabsdet, const Tensor& x,                   \
+                                  const Tensor& weight, const Tensor& bias, const Tensor& weight_inverse,              \
+                                  const Tensor& dx, const Tensor& dweight, const Tensor& dbias, const Tensor& dknown,  \
+                                  bool inverse, int threads);                                                          \
   }                                                                                                                    \
   constexpr Kernels isa##_kernels = {#isa, isa::affine_coupling_partials, isa::affine_coupling_forward,                \
-                                     isa::affine_coupling_backward, isa::additive_coupling_forward};
+                                     isa::affine_coupling_backward, isa::additive_coupling_forward,                    \
+                                     isa::plu_weight_forward,       isa::plu_weight_backward,                          \
+                                     isa::invertible_linear_forward, isa::invertible_linear_backward};
 
 struct Kernels {
   const char* isa;
@@ -66,6 +80,13 @@ struct Kernels {
   void (*affine_coupling_backward)(const Affine&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                    const Tensor&);
   void (*additive_coupling_forward)(const Coupling&, const Tensor&, const Tensor&, const Tensor&);
+  void (*plu_weight_forward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int);
+  void (*plu_weight_backward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                              const Tensor&, const Tensor&, const Tensor&, int);
+  void (*invertible_linear_forward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                    const Tensor&, const Tensor&, bool, int);
+  void (*invertible_linear_backward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                     const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, int);
 };
 
 FLOWKERN_DECLARE(baseline)
@@ -190,6 +211,48 @@ void additive_coupling_forward(const Tensor& x, const Tensor& shift, const Tenso
   in_use->additive_coupling_forward(c, x, shift, y);
 }
 
+// Raises ValueError unless the permutation names rows: the kernels go where it says.
+void check_permutation(const Tensor& permutation) {
+  for (int64_t i = 0; i < permutation.size[0]; ++i) {
+    const int64_t row = reinterpret_cast<const int64_t*>(permutation.data)[i * permutation.stride[0]];
+    if (row < 0 || row >= permutation.size[0])
+      throw py::value_error("permutation: expected row numbers under " + std::to_string(permutation.size[0]) + ", got " +
+                            std::to_string(row));
+  }
+}
+
+void plu_weight_forward(const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal, const Tensor& sign,
+                        const Tensor& permutation, const Tensor& weight, int threads) {
+  check_permutation(permutation);
+  py::gil_scoped_release release;
+  in_use->plu_weight_forward(lower, upper, log_diagonal, sign, permutation, weight, threads);
+}
+
+void plu_weight_backward(const Tensor& grad, const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal,
+                         const Tensor& sign, const Tensor& permutation, const Tensor& dlower, const Tensor& dupper,
+                         const Tensor& dlog_diagonal, int threads) {
+  check_permutation(permutation);
+  py::gil_scoped_release release;
+  in_use->plu_weight_backward(grad, lower, upper, log_diagonal, sign, permutation, dlower, dupper, dlog_diagonal, threads);
+}
+
+void invertible_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& weight_inverse,
+                               const Tensor& known, const Tensor& y, const Tensor& logabsdet, const Tensor& found, bool inverse,
+                               int threads) {
+  py::gil_scoped_release release;
+  advise_huge_pages(y);
+  in_use->invertible_linear_forward(x, weight, bias, weight_inverse, known, y, logabsdet, found, inverse, threads);
+}
+
+void invertible_linear_backward(const Tensor& grad, const Tensor& grad_logabsdet, const Tensor& x, const Tensor& weight,
+                                const Tensor& bias, const Tensor& weight_inverse, const Tensor& dx, const Tensor& dweight,
+                                const Tensor& dbias, const Tensor& dknown, bool inverse, int threads) {
+  py::gil_scoped_release release;
+  advise_huge_pages(dx);
+  in_use->invertible_linear_backward(grad, grad_logabsdet, x, weight, bias, weight_inverse, dx, dweight, dbias, dknown, inverse,
+                                     threads);
+}
+
 }  // namespace flowkern
 
 PYBIND11_MODULE(_native, m) {
@@ -216,4 +279,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("affine_coupling_forward", affine_coupling_forward);
   m.def("affine_coupling_backward", affine_coupling_backward);
   m.def("additive_coupling_forward", additive_coupling_forward);
+  m.def("invertible_linear_forward", invertible_linear_forward);
+  m.def("invertible_linear_backward", invertible_linear_backward);
+  m.def("plu_weight_forward", plu_weight_forward);
+  m.def("plu_weight_backward", plu_weight_backward);
 }

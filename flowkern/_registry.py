@@ -60,13 +60,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Op:
-    """An op as users and generic tests see it. ``inverse`` names the keyword that reverses it, if any."""
+    """An op as users and generic tests see it; its keyword ``inverse`` reverses it.
+
+    The first ``per_sample`` arguments have a batch dimension (None: all), the others serve all samples alike.
+    """
 
     name: str
     function: Callable[..., Any]
     reference: Callable[..., Any]
     samples: Callable[[torch.device | str, torch.dtype], Iterable[Sample]]
     kernels: tuple[Kernel, ...]
+    per_sample: int | None = None
 
 
 OPS: dict[str, Op] = {}
@@ -87,16 +91,17 @@ def _lazy_triton(target: str) -> Callable[..., Any]:
     return launch
 
 
-def define(schema: str, *, fake: Callable[..., Any], torch_: Callable[..., Any], cpp: Callable[..., Any], triton: str) -> Kernel:
+def define(
+    schema: str, *, fake: Callable[..., Any], torch_: Callable[..., Any], cpp: Callable[..., Any], triton: str | None = None
+) -> Kernel:
     """Register ``flowkern::<schema>`` on the CPU and CUDA keys with a fake, and return the callable.
 
     The backend is chosen inside the implementation, on real tensors, so a compiler never traces the choice.
     """
     _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     name = schema.split("(")[0]
-    kernel = Kernel(
-        name, getattr(torch.ops.flowkern, name).default, {"torch": torch_, "cpp": cpp, "triton": _lazy_triton(triton)}
-    )
+    implementations = {"torch": torch_, "cpp": cpp, **({"triton": _lazy_triton(triton)} if triton else {})}
+    kernel = Kernel(name, getattr(torch.ops.flowkern, name).default, implementations)
     _LIBRARY.impl(name, kernel.run, "CPU")
     _LIBRARY.impl(name, kernel.run, "CUDA")
     torch.library.register_fake(f"flowkern::{name}", fake, lib=_LIBRARY)

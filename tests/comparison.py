@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowkern._registry import Sample
+from flowkern._registry import Op, Sample
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -38,6 +38,12 @@ def arguments(sample: Sample, dtype: torch.dtype | None = None) -> Tensors:
     """The sample's tensors as leaves that record gradients, their strides kept, cast to ``dtype`` if given."""
     tensors = (a.detach() if dtype is None else a.detach().to(dtype) for a in sample.args)
     return tuple(a.requires_grad_() for a in tensors)
+
+
+def change_samples(op: Op, change: Callable[[torch.Tensor], torch.Tensor], args: Tensors) -> Tensors:
+    """The arguments with ``change`` applied to those that have a batch dimension."""
+    count = len(args) if op.per_sample is None else op.per_sample
+    return *map(change, args[:count]), *args[count:]
 
 
 def output_gradients(outputs: Sequence[torch.Tensor], seed: int = 0) -> Tensors:

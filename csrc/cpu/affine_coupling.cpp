@@ -132,8 +132,10 @@ struct SoftClip {
   }
 };
 
+// The loops take their map as an address, so that what surrounds them is compiled once.
 template <class A, bool Inverse, bool ShiftFirst, class Map>
-A transform(const Map& map, const A* x, const A* u, const A* t, A* y, int64_t n) {
+A transform(const void* address, const A* x, const A* u, const A* t, A* y, int64_t n) {
+  const Map map = *static_cast<const Map*>(address);
   A total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) {
@@ -150,7 +152,8 @@ A transform(const Map& map, const A* x, const A* u, const A* t, A* y, int64_t n)
 }
 
 template <class A, bool Inverse, bool ShiftFirst, class Map>
-void differentiate(const Map& map, const A* g, A glog, const A* x, const A* u, const A* t, A* dx, A* du, A* dt, int64_t n) {
+void differentiate(const void* address, const A* g, A glog, const A* x, const A* u, const A* t, A* dx, A* du, A* dt, int64_t n) {
+  const Map map = *static_cast<const Map*>(address);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     A slope;
@@ -165,6 +168,25 @@ void differentiate(const Map& map, const A* g, A glog, const A* x, const A* u, c
     }
     dx[i] = through;
   }
+}
+
+template <class A>
+using Transform = A (*)(const void* map, const A* x, const A* u, const A* t, A* y, int64_t n);
+
+template <class A, class Map>
+Transform<A> transform_of(const Affine& c, const Map&) {
+  if (c.inverse) return c.shift_first ? transform<A, true, true, Map> : transform<A, true, false, Map>;
+  return c.shift_first ? transform<A, false, true, Map> : transform<A, false, false, Map>;
+}
+
+template <class A>
+using Differentiate = void (*)(const void* map, const A* g, A glog, const A* x, const A* u, const A* t, A* dx, A* du, A* dt,
+                               int64_t n);
+
+template <class A, class Map>
+Differentiate<A> differentiate_of(const Affine& c, const Map&) {
+  if (c.inverse) return c.shift_first ? differentiate<A, true, true, Map> : differentiate<A, true, false, Map>;
+  return c.shift_first ? differentiate<A, false, true, Map> : differentiate<A, false, false, Map>;
 }
 
 // Calls f with the scale map: it and the two flags of the loops above are constants there, the layout is strides alone.
@@ -201,28 +223,26 @@ void forward(const Affine& c, const Tensor& x, const Tensor& params, const Tenso
   const Operand moved_operands[] = {operand(x, true), h.raw, h.shift, operand(y, true)};
   const Operand kept_operands[] = {moved_operands[0], moved_operands[3]};
   Nest moved[2], kept[2];
-  const int nests = make_nests<A>(c, true, moved_operands, 4, moved);
-  make_nests<A>(c, false, kept_operands, 2, kept);
+  const int nests = make_nests<A>(c, true, moved_operands, 3, 4, moved);
+  const int kept_nests = make_nests<A>(c, false, kept_operands, 1, 2, kept);
   const int64_t segments = segments_of(c);
-  with_map<A>(c, [&](const auto& map) {
+  const auto sweep = [&](Transform<A> run, const void* map) {
     parallel_for(c.batch * segments, c.batch * c.channels * c.height * c.width, c.threads, [&](int64_t task) {
       const int64_t sample = task / segments, s = task % segments;
       double total = 0;
       for (int k = 0; k < nests; ++k) {
         walk<A>(moved[k], 3, sample, segment_begin(moved[k], s, segments), segment_begin(moved[k], s + 1, segments),
-                [&](A* const* p, int64_t n) {
-                  const auto run = c.inverse ? (c.shift_first ? transform<A, true, true, decltype(map)>
-                                                              : transform<A, true, false, decltype(map)>)
-                                             : (c.shift_first ? transform<A, false, true, decltype(map)>
-                                                              : transform<A, false, false, decltype(map)>);
+                Body<A>([&](A* const* p, int64_t n) {
                   total += double(run(map, p[0], p[1], p[2], p[3], n));
-                });
+                }));
+        if (k >= kept_nests) continue;
         walk<A>(kept[k], 1, sample, segment_begin(kept[k], s, segments), segment_begin(kept[k], s + 1, segments),
-                [](A* const* p, int64_t n) { copy_run(p[0], p[1], n); });
+                Body<A>([](A* const* p, int64_t n) { copy_run(p[0], p[1], n); }));
       }
       partial[task] = total;
     });
-  });
+  };
+  with_map<A>(c, [&](const auto& map) { sweep(transform_of<A>(c, map), &map); });
   for (int64_t b = 0; b < c.batch; ++b) {
     double total = 0;
     for (int64_t s = 0; s < segments; ++s) total += partial[b * segments + s];
@@ -239,31 +259,29 @@ void backward(const Affine& c, const Tensor& grad, const Tensor& grad_logabsdet,
   const Operand kept_operands[] = {moved_operands[0], moved_operands[4], moved_operands[5], moved_operands[6]};
   const bool kept_params = c.split == Split::checkerboard || c.split == Split::checkerboard_swap;
   Nest moved[2], kept[2];
-  const int nests = make_nests<A>(c, true, moved_operands, 7, moved);
-  make_nests<A>(c, false, kept_operands, kept_params ? 4 : 2, kept);
+  const int nests = make_nests<A>(c, true, moved_operands, 4, 7, moved);
+  const int kept_nests = make_nests<A>(c, false, kept_operands, 1, kept_params ? 4 : 2, kept);
   const int64_t segments = segments_of(c);
-  with_map<A>(c, [&](const auto& map) {
+  const auto sweep = [&](Differentiate<A> run, const void* map) {
     parallel_for(c.batch * segments, c.batch * c.channels * c.height * c.width, c.threads, [&](int64_t task) {
       const int64_t sample = task / segments, s = task % segments;
       A glog = 0;
-      if (grad_logabsdet.data) load_run(operand(grad_logabsdet, true), sample * grad_logabsdet.stride[0], 1, nullptr, 1, &glog);
+      if (grad_logabsdet.data) load_rows(operand(grad_logabsdet, true), sample * grad_logabsdet.stride[0], 1, nullptr, 1, 0, 1, &glog);
       for (int k = 0; k < nests; ++k) {
         walk<A>(moved[k], 4, sample, segment_begin(moved[k], s, segments), segment_begin(moved[k], s + 1, segments),
-                [&](A* const* p, int64_t n) {
-                  const auto run = c.inverse ? (c.shift_first ? differentiate<A, true, true, decltype(map)>
-                                                              : differentiate<A, true, false, decltype(map)>)
-                                             : (c.shift_first ? differentiate<A, false, true, decltype(map)>
-                                                              : differentiate<A, false, false, decltype(map)>);
+                Body<A>([&](A* const* p, int64_t n) {
                   run(map, p[0], glog, p[1], p[2], p[3], p[4], p[5], p[6], n);
-                });
+                }));
+        if (k >= kept_nests) continue;
         walk<A>(kept[k], 1, sample, segment_begin(kept[k], s, segments), segment_begin(kept[k], s + 1, segments),
-                [&](A* const* p, int64_t n) {
+                Body<A>([&](A* const* p, int64_t n) {
                   copy_run(p[0], p[1], n);
                   for (int z = 2; z < kept[k].operands; ++z) std::memset(p[z], 0, size_t(n) * sizeof(A));
-                });
+                }));
       }
     });
-  });
+  };
+  with_map<A>(c, [&](const auto& map) { sweep(differentiate_of<A>(c, map), &map); });
 }
 
 }  // namespace

@@ -6,22 +6,13 @@
 #pragma once
 
 #include "../coupling.h"
-#include "common.h"
+#include "memory.h"
 
 namespace flowkern {
 namespace FLOWKERN_ISA {
 
 constexpr int max_operands = 7;
-constexpr int64_t block = 1024;  // elements a kernel sees at a time: seven buffers of them stay in the first cache
-constexpr int64_t segment = 32768;  // elements of a sample that are one task, whatever the number of threads
-
-struct Operand {
-  char* data = nullptr;
-  Dtype dtype = Dtype::float32;
-  bool whole = false;  // x-like: channels are counted over the whole tensor
-  int64_t sample = 0;  // strides in elements: from sample to sample,
-  int64_t channel = 0, row = 0, column = 0;
-};
+constexpr int64_t segment = 65536;  // elements of a sample that are one task, whatever the number of threads
 
 // (B, C) or (B, C, H, W), given as the strides of an operand of up to four dimensions.
 inline Operand operand(const Tensor& t, bool whole, int64_t offset = 0, int64_t channel_step = 1) {
@@ -50,6 +41,10 @@ struct Nest {
   int64_t base[max_operands] = {};
   Axis axis[3];  // axis[2] is the innermost
   bool plain = false;  // a sample is one run of at most a block, contiguous and in the accumulation type in all operands
+  // All rows of a checkerboard, with the colour that is not the nest's (walk_colours). `first`: which one of a pair is the
+  // nest's in row 0.
+  bool checkered = false;
+  int first = 0;
 
   int64_t rows() const { return axis[0].count * axis[1].count; }
   int64_t pieces() const { return rows() * ((axis[2].count + block - 1) / block); }
@@ -61,17 +56,27 @@ struct Nest {
   }
 };
 
-// Merges neighbouring axes that lie behind each other in every operand.
+// Whether axis b lies behind axis a in every operand, so that both are one.
+inline bool continues(const Nest& nest, const Axis& a, const Axis& b) {
+  bool yes = !a.index && !b.index;
+  for (int k = 0; k < nest.operands; ++k) yes = yes && (a.count == 1 || a.stride[k] == b.stride[k] * b.count);
+  return yes;
+}
+
+// Merges neighbouring axes, the inner ones first; what is left outside goes to axis 1 where it can.
 inline void collapse(Nest& nest) {
-  for (int outer = 1; outer >= 0; --outer) {
-    Axis &a = nest.axis[outer], &b = nest.axis[2];
-    if (outer == 0 && nest.axis[1].count != 1) return;
-    bool mergeable = !a.index && !b.index;
-    for (int k = 0; k < nest.operands; ++k) mergeable = mergeable && (a.count == 1 || a.stride[k] == b.stride[k] * b.count);
-    if (!mergeable) return;
+  Axis &outer = nest.axis[0], &middle = nest.axis[1], &inner = nest.axis[2];
+  const auto merge = [&](Axis& a, Axis& b) {
     b.count *= a.count;
-    a.count = 1;
-    for (int k = 0; k < nest.operands; ++k) a.stride[k] = 0;
+    a = Axis();
+  };
+  if (continues(nest, middle, inner)) merge(middle, inner);
+  if (middle.count == 1 && continues(nest, outer, inner)) merge(outer, inner);
+  if (middle.count == 1 && !outer.index) {
+    middle = outer;
+    outer = Axis();
+  } else if (continues(nest, outer, middle)) {
+    merge(outer, middle);
   }
 }
 
@@ -84,12 +89,39 @@ bool is_plain(const Nest& nest) {
   return plain && !nest.axis[0].index && !nest.axis[1].index;
 }
 
+// Whether both colours of a checkerboard can go in one walk: their rows must be rows of pairs in memory.
+inline bool pairs_colours(const Coupling& c, const Operand* outputs, int count) {
+  bool pairs = c.width % 2 == 0 && c.width > 0;
+  for (int k = 0; k < count; ++k) pairs = pairs && outputs[k].column == 1 && outputs[k].channel != 1;
+  return pairs;
+}
+
+inline Nest checkered_nest(const Coupling& c, const Operand* operands, int count) {
+  Nest nest;
+  nest.operands = count;
+  nest.checkered = true;
+  nest.first = c.split == Split::checkerboard ? 1 : 0;
+  const int64_t counts[] = {c.channels, c.height, c.width / 2};
+  for (int a = 0; a < 3; ++a) nest.axis[a].count = counts[a];
+  for (int k = 0; k < count; ++k) {
+    const Operand& o = nest.operand[k] = operands[k];
+    const int64_t strides[] = {o.channel, o.row, 2 * o.column};
+    for (int a = 0; a < 3; ++a) nest.axis[a].stride[k] = strides[a];
+  }
+  return nest;
+}
+
 // The elements of one sample that `split` transforms, or keeps, as one nest, or two for the rows of a checkerboard.
+// Those that a checkerboard keeps need none where they go along with the transformed ones.
 template <class A>
-int make_nests(const Coupling& c, bool transformed, const Operand* operands, int count, Nest out[2]) {
+int make_nests(const Coupling& c, bool transformed, const Operand* operands, int inputs, int count, Nest out[2]) {
   const bool checkered = c.split == Split::checkerboard || c.split == Split::checkerboard_swap;
   const bool second_half = (c.split == Split::channel) == transformed;
   const int64_t kept = c.channels - c.channels / 2;
+  if (checkered && pairs_colours(c, operands + inputs, count - inputs)) {
+    out[0] = checkered_nest(c, operands, count);
+    return transformed ? 1 : 0;
+  }
   for (int phase = 0; phase < (checkered ? 2 : 1); ++phase) {
     Nest& nest = out[phase];
     nest = Nest();
@@ -132,49 +164,6 @@ int make_nests(const Coupling& c, bool transformed, const Operand* operands, int
   return checkered ? 2 : 1;
 }
 
-template <class A>
-void load_run(const Operand& o, int64_t offset, int64_t stride, const int32_t* index, int64_t n, A* to) {
-  with_dtype(o.dtype, [&](auto* type) {
-    const auto* from = reinterpret_cast<decltype(type)>(o.data) + offset;
-    if (index) {
-      for (int64_t i = 0; i < n; ++i) to[i] = A(widen(from[index[i] * stride]));
-    } else if (stride == 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) to[i] = A(widen(from[i]));
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i] = A(widen(from[i * stride]));
-    }
-  });
-}
-
-template <class A>
-void store_run(const Operand& o, int64_t offset, int64_t stride, const int32_t* index, int64_t n, const A* from) {
-  with_dtype(o.dtype, [&](auto* type) {
-    auto* to = reinterpret_cast<decltype(type)>(o.data) + offset;
-    if (index) {
-      for (int64_t i = 0; i < n; ++i) narrow(from[i], to[index[i] * stride]);
-    } else if (stride == 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i * stride]);
-    }
-  });
-}
-
-// Asks for the block at `p`, which comes next: the hardware's own prefetch stops at every page. Past the end it does nothing.
-template <class A>
-FLOWKERN_INLINE void prefetch_run(const A* p, bool to_write) {
-  const char* bytes = reinterpret_cast<const char*>(p);
-  for (size_t i = 0; i < block * sizeof(A); i += 64) {
-    if (to_write) {
-      __builtin_prefetch(bytes + i, 1);
-    } else {
-      __builtin_prefetch(bytes + i, 0);
-    }
-  }
-}
-
 // A run of one operand inside a nest: where it starts, and how it goes on.
 struct Run {
   int64_t offset, stride;
@@ -194,10 +183,64 @@ inline Run run_at(const Nest& nest, int k, int64_t sample, int64_t row, int64_t 
   return {outside + start * inner.stride[k], inner.stride[k], nullptr};
 }
 
+// Calls f(run, r, same, step) for stretches of `same` rows, r rows behind the first, that lie `step` apart.
+template <class F>
+FLOWKERN_INLINE void each_stretch(const Nest& nest, int k, int64_t sample, int64_t row, int64_t rows, int64_t start, F&& f) {
+  const int64_t columns = nest.axis[1].count;
+  for (int64_t r = 0; r < rows;) {
+    const int64_t left = columns - (row + r) % columns, same = rows - r < left ? rows - r : left;
+    f(run_at(nest, k, sample, row + r, start), r, same, nest.axis[1].stride[k]);
+    r += same;
+  }
+}
+
+// What a walk does with each piece: f(pointers, n), whatever the type of f, so that a walk is compiled once.
+template <class A>
+struct Body {
+  const void* f;
+  void (*call)(const void* f, A* const* pointer, int64_t n);
+
+  template <class F>
+  explicit Body(const F& function)
+      : f(&function), call([](const void* g, A* const* pointer, int64_t n) { (*static_cast<const F*>(g))(pointer, n); }) {}
+  void operator()(A* const* pointer, int64_t n) const { call(f, pointer, n); }
+};
+
+// walk (below) for all rows of a checkerboard: in the other colour the first output takes over operand 0 and the other
+// outputs are zero. So memory is passed through once, in order.
+template <class A>
+void walk_colours(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t end, const Body<A>& body) {
+  static const A zeros[block] = {};
+  A buffer[max_operands][block], kept[block], *pointer[max_operands];
+  const int64_t length = nest.axis[2].count, per_row = (length + block - 1) / block, height = nest.axis[1].count;
+  const int64_t together = per_row == 1 ? block / length : 1;
+  for (int k = 0; k < nest.operands; ++k) pointer[k] = buffer[k];
+  for (int64_t piece = begin; piece < end; piece += together) {
+    const int64_t row = piece / per_row, start = (piece - row * per_row) * block;
+    const int64_t n = length - start < block ? length - start : block;
+    const int64_t rows = end - piece < together ? end - piece : together;
+    const auto which = [&](int64_t r) { return (nest.first + int((row + r) % height)) & 1; };
+    const auto load = [&](int k, int other, A* to) {
+      each_stretch(nest, k, sample, row, rows, start, [&](const Run& at, int64_t r, int64_t same, int64_t step) {
+        load_colour(nest.operand[k], at.offset, which(r) ^ other, n, step, same, to + r * n);
+      });
+    };
+    for (int k = 0; k < inputs; ++k) load(k, 0, buffer[k]);
+    load(0, 1, kept);
+    body(pointer, rows * n);
+    for (int k = inputs; k < nest.operands; ++k) {
+      each_stretch(nest, k, sample, row, rows, start, [&](const Run& at, int64_t r, int64_t same, int64_t step) {
+        const A* other = k == inputs ? kept + r * n : zeros;
+        store_colours(nest.operand[k], at.offset, which(r), n, step, same, buffer[k] + r * n, other, k == inputs ? n : 0);
+      });
+    }
+  }
+}
+
 // Calls body(pointers, n) over the pieces [begin, end) of one sample's nest; the first `inputs` operands are read,
 // the others written. Short rows are gathered until they fill a block.
-template <class A, class Body>
-void walk(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t end, Body&& body) {
+template <class A>
+void walk(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t end, const Body<A>& body) {
   A* pointer[max_operands];
   if (nest.plain) {  // small samples: the setup below would take longer than the work
     if (begin == end) return;
@@ -205,6 +248,7 @@ void walk(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t e
       pointer[k] = reinterpret_cast<A*>(nest.operand[k].data) + sample * nest.operand[k].sample + nest.base[k];
     return body(pointer, nest.axis[2].count);
   }
+  if (nest.checkered) return walk_colours<A>(nest, inputs, sample, begin, end, body);
   A buffer[max_operands][block];
   const int64_t length = nest.axis[2].count, per_row = (length + block - 1) / block;
   // Rows that share a block.
@@ -215,24 +259,25 @@ void walk(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t e
     const int64_t rows = end - piece < together ? end - piece : together;
     bool direct[max_operands];
     for (int k = 0; k < nest.operands; ++k) {
-      const Run run = run_at(nest, k, sample, row, start);
-      direct[k] = rows == 1 && nest.operand[k].dtype == dtype_of<A>() && !run.index && (run.stride == 1 || n == 1);
-      pointer[k] = direct[k] ? reinterpret_cast<A*>(nest.operand[k].data) + run.offset : buffer[k];
-      if (direct[k] || k >= inputs) continue;
-      for (int64_t r = 0; r < rows; ++r) {
-        const Run at = run_at(nest, k, sample, row + r, start);
-        load_run(nest.operand[k], at.offset, at.stride, at.index, n, buffer[k] + r * n);
+      direct[k] = false;
+      if (rows == 1 && nest.operand[k].dtype == dtype_of<A>()) {
+        const Run run = run_at(nest, k, sample, row, start);
+        direct[k] = !run.index && (run.stride == 1 || n == 1);
+        pointer[k] = reinterpret_cast<A*>(nest.operand[k].data) + run.offset;
       }
+      if (direct[k]) continue;
+      pointer[k] = buffer[k];
+      if (k >= inputs) continue;
+      each_stretch(nest, k, sample, row, rows, start, [&](const Run& at, int64_t r, int64_t same, int64_t step) {
+        load_rows(nest.operand[k], at.offset, at.stride, at.index, n, step, same, buffer[k] + r * n);
+      });
     }
-    for (int k = 0; k < nest.operands; ++k)
-      if (direct[k] && n == block) prefetch_run(pointer[k] + n, k >= inputs);
     body(pointer, rows * n);
     for (int k = inputs; k < nest.operands; ++k) {
       if (direct[k]) continue;
-      for (int64_t r = 0; r < rows; ++r) {
-        const Run at = run_at(nest, k, sample, row + r, start);
-        store_run(nest.operand[k], at.offset, at.stride, at.index, n, buffer[k] + r * n);
-      }
+      each_stretch(nest, k, sample, row, rows, start, [&](const Run& at, int64_t r, int64_t same, int64_t step) {
+        store_rows(nest.operand[k], at.offset, at.stride, at.index, n, step, same, buffer[k] + r * n);
+      });
     }
   }
 }
@@ -240,13 +285,6 @@ void walk(const Nest& nest, int inputs, int64_t sample, int64_t begin, int64_t e
 // Segment s of S of a nest's pieces.
 inline int64_t segment_begin(const Nest& nest, int64_t s, int64_t segments) {
   return segments == 1 ? nest.pieces() * s : nest.pieces() * s / segments;
-}
-
-// A plain loop on purpose: the C library's memcpy turns to string instructions at these sizes, which stream worse.
-template <class A>
-FLOWKERN_INLINE void copy_run(const A* from, A* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
 inline int64_t segments_of(const Coupling& c) {

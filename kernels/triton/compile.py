@@ -6,7 +6,7 @@ float64 without having been asked to, takes more shared memory than there is, or
 in pieces of less than 16 bytes.
 
 A kernel module takes part by having ``FACTORS``, the values of each choice with the streaming one first (one of them
-is ``dtypes``), and ``compile_cases(**choice)``, which yields (name, launch).
+is ``dtypes``), and ``compile_cases(**choice)``, which yields (name, launch). ``STREAMING = False`` says that none streams.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ TARGETS = {
 }
 #: Bytes of shared memory that one program may have.
 _SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+#: Kernels of functions that are no op of the table: they return no log-determinant.
+HELPERS = ("plu_weight",)
 _POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -176,12 +179,15 @@ class _Job:
 
 
 def _jobs(op: str, everything: bool) -> Iterator[_Job]:
-    factors = {**importlib.import_module(f"flowkern.kernels.{op}").FACTORS, "target": tuple(TARGETS)}
+    module = importlib.import_module(f"flowkern.kernels.{op}")
+    factors = {**module.FACTORS, "target": tuple(TARGETS)}
     product = (dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values()))
     for choice in product if everything else pairwise(factors):
         target = choice.pop("target")
         yield _Job(op, tuple(choice.items()), target, False)
     first = {name: values[0] for name, values in factors.items() if name != "target"}
+    if not getattr(module, "STREAMING", True):
+        return
     for target, dtype in itertools.product(("sm_80", "sm_90", "sm_100"), ("float32", "bfloat16")):
         yield _Job(op, tuple({**first, "dtypes": dtype}.items()), target, True)
 
@@ -200,7 +206,7 @@ def _run(job: _Job) -> list[tuple[str, Build]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the number of builds with problems, at most 1."""
     parser = argparse.ArgumentParser(prog="python -m flowkern.kernels.compile", description="Compile the Triton kernels.")
-    parser.add_argument("ops", nargs="*", default=list(OPS), help="the ops to compile, all by default")
+    parser.add_argument("ops", nargs="*", default=[*OPS, *HELPERS], help="the ops to compile, all by default")
     parser.add_argument("--all", action="store_true", help="every configuration instead of a pairwise sample")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)

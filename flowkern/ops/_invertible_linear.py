@@ -1,0 +1,374 @@
+"""Invertible linear map of the channels, the same at every pixel: y = W x + b, and log|det dy/dx|.
+
+Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), section 3.2 and table 1.
+With V = W^-1, n pixels in a sample, g and l the gradients of the output and of logabsdet, and sums over all pixels (of
+l over all samples):
+
+========= ============= ================ ============ ================================= ===========================
+direction output        logabsdet        gradient of x of b                             of W
+========= ============= ================ ============ ================================= ===========================
+forward   y = W x + b   n log|det W|     W^T g        sum g                             sum g x^T + n sum(l) V^T
+inverse   y = V (x - b) -n log|det W|    V^T g        -V^T sum g                        -V^T sum g (x - b)^T V^T
+                                                                                        - n sum(l) V^T
+========= ============= ================ ============ ================================= ===========================
+
+Where log|det W| is given, its gradient is n sum(l), negated for the inverse, and the terms with l leave that of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .. import _backend
+from .._registry import Op, Sample, define, reference_runs, register
+from ._checks import (
+    accumulation_dtype,
+    check_floating,
+    check_same_device,
+    differentiate,
+    empty_as,
+    flatten_batch,
+    outside_autocast,
+)
+
+__all__ = ["invertible_linear"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Quadruple = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _accumulation_dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
+    return accumulation_dtype(x, weight) if bias is None else accumulation_dtype(x, weight, bias)
+
+
+def _differentiable() -> bool:
+    """Whether someone may differentiate what is computed now: a given inverse is a value, and would be taken as constant."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _product(matrix: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """matrix x + bias at every pixel of x, all of one dtype."""
+    if x.ndim == 2:
+        return F.linear(x, matrix, bias)
+    if x.numel() == 0:  # conv2d refuses it
+        y = (matrix @ x.flatten(2)).view(x.shape)
+        return y if bias is None else y + bias[:, None, None]
+    return F.conv2d(x, matrix[:, :, None, None], bias)
+
+
+@outside_autocast
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    inverse: bool = False,
+    weight_inverse: torch.Tensor | None = None,
+    logabsdet: torch.Tensor | None = None,
+) -> Pair:
+    """The definition in plain torch, for x of shape (B, C) or (B, C, H, W).
+
+    While gradients are recorded ``weight_inverse`` is not used: the inverse is computed anew, to be differentiable.
+    """
+    accumulate = _accumulation_dtype(x, weight, bias)
+    exact, moved = weight.double(), x.to(accumulate)
+    shift = None if bias is None else bias.to(accumulate)
+    if logabsdet is None:
+        logabsdet = torch.linalg.slogdet(exact)[1]
+    if inverse:
+        known = weight_inverse is not None and not _differentiable()
+        matrix = weight_inverse if known else torch.linalg.inv_ex(exact)[0]
+        assert matrix is not None
+        if shift is not None:
+            moved = moved - shift.view(-1, *[1] * (x.ndim - 2))
+        y = _product(matrix.to(accumulate), moved, None)
+    else:
+        y = _product(weight.to(accumulate), moved, shift)
+    pixels = x.shape[2:].numel()
+    per_sample = x.new_full((x.shape[0],), -pixels if inverse else pixels, dtype=accumulate)
+    return y.to(x.dtype), per_sample * logabsdet.to(accumulate)
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.float64).to(dtype)
+
+    def weight(channels: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        """Well conditioned, a determinant away from 1, and rows that a factorization has to exchange."""
+        rows = 1.5 * torch.eye(channels, device=device, dtype=torch.float64).roll(1, 0)
+        return (rows + 0.5 / channels**0.5 * randn(channels, channels, dtype=torch.float64).clamp(-1, 1)).to(dtype)
+
+    for inverse in (False, True):
+        kwargs, suffix = {"inverse": inverse}, "-inverse" if inverse else ""
+        yield Sample(f"vector{suffix}", (randn(5, 4), weight(4), randn(4)), kwargs)
+        yield Sample(f"image{suffix}", (randn(2, 5, 3, 7), weight(5), randn(5)), kwargs)
+        yield Sample(f"no-bias{suffix}", (randn(2, 3, 2, 3), weight(3)), kwargs)
+        yield Sample(f"one-channel{suffix}", (randn(3, 1, 2, 2), 1.5 + randn(1, 1).abs(), randn(1)), kwargs)
+        last = randn(2, 6, 4, 5).to(memory_format=torch.channels_last)
+        yield Sample(f"channels-last{suffix}", (last, weight(6), randn(6)), kwargs)
+        yield Sample(f"many-channels{suffix}", (randn(3, 35, 8, 8), weight(35), randn(35)), kwargs)
+        yield Sample(f"whole-vectors{suffix}", (randn(2, 16, 8, 16), weight(16), randn(16)), kwargs)
+    yield Sample("one-element", (randn(1, 1), 1.5 + randn(1, 1).abs(), randn(1)))
+    yield Sample("one-pixel", (randn(4, 3, 1, 1), weight(3), randn(3)))
+    yield Sample("one-column", (randn(2, 3, 5, 1), weight(3), randn(3)))
+    yield Sample("wide-vector", (randn(3, 70), weight(70), randn(70)))
+    yield Sample("large-image", (randn(2, 12, 33, 35), weight(12), randn(12)))
+    yield Sample("empty-batch", (randn(0, 6), weight(6), randn(6)))
+    yield Sample("empty-space", (randn(2, 4, 0, 3), weight(4), randn(4)))
+    wide = randn(2, 32, 5, 8).to(memory_format=torch.channels_last)
+    yield Sample("channels-last-whole", (wide, weight(32), randn(32)))
+    yield Sample("strided", (randn(4, 12)[:, ::2], weight(6).t(), randn(12)[::2]))
+    yield Sample("strided-image", (randn(2, 4, 6, 5)[..., ::2], weight(8)[::2, ::2] + weight(4), randn(4)))
+    yield Sample("cropped-image", (randn(2, 4, 6, 37)[:, :, 1:5, 2:34], weight(4), randn(4)), {"inverse": True})
+    yield Sample("expanded", (randn(1, 4).expand(3, 4), weight(4), randn(1).expand(4)))
+    yield Sample("mixed-dtypes", (randn(3, 6), weight(6, torch.float32), randn(6, dtype=torch.bfloat16)))
+    yield Sample("mixed-half", (randn(3, 6, 2, 2, dtype=torch.float32), weight(6, torch.float16)), {"inverse": True})
+    yield Sample("half-state", (randn(3, 6, dtype=torch.float16), weight(6), randn(6)))
+
+
+class _Configuration(NamedTuple):
+    """The arguments of the backward that are no gradients."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    weight_inverse: torch.Tensor | None  # given, or found by the forward; at least where it is used
+    known: torch.Tensor | None  # logabsdet, if it was given
+    inverse: bool
+    needs_x: bool = True
+    needs_weight: bool = True
+
+    def gradients(self, grad: torch.Tensor, grad_logabsdet: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Those of x, weight, bias and logabsdet by autograd of the reference; differentiable where that is recorded."""
+        optional = [t for t in (self.bias, self.known) if t is not None]
+
+        def function(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> Pair:
+            given = iter(rest)
+            bias = None if self.bias is None else next(given)
+            known = None if self.known is None else next(given)
+            return reference(x, weight, bias, inverse=self.inverse, logabsdet=known)
+
+        dx, dweight, *rest = differentiate(function, (self.x, self.weight, *optional), {}, (grad, grad_logabsdet))
+        given = iter(rest)
+        return dx, dweight, *(None if t is None else next(given) for t in (self.bias, self.known))
+
+
+def _outputs(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_inverse: torch.Tensor | None,
+    known: torch.Tensor | None,
+    inverse: bool,
+    invert: bool,
+) -> Triple:
+    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
+    accumulate = _accumulation_dtype(x, weight, bias)
+    found = x.new_empty((x.shape[1], x.shape[1]) if invert else (0,), dtype=accumulate)
+    return empty_as(x), x.new_empty((x.shape[0],), dtype=accumulate), found
+
+
+def _gradients(grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, *configuration: Any) -> Quadruple:
+    """What the backward returns, uninitialized: the fake, and what every kernel fills. Empty where nothing is needed."""
+    c = _Configuration(*configuration)
+    nothing = (0,)
+    return (
+        empty_as(c.x) if c.needs_x else c.x.new_empty(nothing),
+        c.weight.new_empty(c.weight.shape if c.needs_weight else nothing),
+        c.weight.new_empty(nothing) if c.bias is None else c.bias.new_empty(c.bias.shape if c.needs_weight else nothing),
+        c.weight.new_empty(nothing) if c.known is None else c.known.new_empty(()),
+    )
+
+
+def _torch_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_inverse: torch.Tensor | None,
+    known: torch.Tensor | None,
+    inverse: bool,
+    invert: bool,
+) -> Triple:
+    y, logabsdet, found = _outputs(x, weight, bias, weight_inverse, known, inverse, invert)
+    if invert:
+        weight_inverse = found.copy_(torch.linalg.inv_ex(weight.double())[0])
+    results = reference(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=known)
+    return y.copy_(results[0]), logabsdet.copy_(results[1]), found
+
+
+def _torch_backward(grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, *configuration: Any) -> Quadruple:
+    outputs = _gradients(grad, grad_logabsdet, *configuration)
+    detached = _Configuration(*(t.detach() if isinstance(t, torch.Tensor) else t for t in configuration))  # type: ignore[arg-type]
+    for out, value in zip(outputs, detached.gradients(grad, grad_logabsdet), strict=True):
+        if value is not None and out.shape == value.shape:
+            out.copy_(value)
+    return outputs
+
+
+def _some(t: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+    return t.view(1) if wanted and t.ndim == 0 else t if wanted else None
+
+
+def _cpp_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_inverse: torch.Tensor | None,
+    known: torch.Tensor | None,
+    inverse: bool,
+    invert: bool,
+) -> Triple:
+    y, logabsdet, found = _outputs(x, weight, bias, weight_inverse, known, inverse, invert)
+    known = None if known is None else known.view(1)
+    given = (x, weight, bias, weight_inverse, known, y, logabsdet, _some(found, invert))
+    _backend.call_native("invertible_linear_forward", *given, inverse)
+    return y, logabsdet, found
+
+
+def _cpp_backward(grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, *configuration: Any) -> Quadruple:
+    outputs = dx, dweight, dbias, dknown = _gradients(grad, grad_logabsdet, *configuration)
+    c = _Configuration(*configuration)
+    filled = (
+        _some(dx, c.needs_x),
+        _some(dweight, c.needs_weight),
+        _some(dbias, c.needs_weight and c.bias is not None),
+        _some(dknown, c.known is not None),
+    )
+    given = (grad, grad_logabsdet, c.x, c.weight, c.bias, c.weight_inverse, *filled)
+    _backend.call_native("invertible_linear_backward", *given, c.inverse)
+    return outputs
+
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? weight_inverse, Tensor? logabsdet, bool inverse"
+
+_forward = define(
+    f"invertible_linear({_INPUTS}, bool invert) -> (Tensor, Tensor, Tensor)",
+    fake=_outputs,
+    torch_=_torch_forward,
+    cpp=_cpp_forward,
+    triton="invertible_linear.forward",
+)
+_backward = define(
+    f"invertible_linear_backward(Tensor grad, Tensor? grad_logabsdet, {_INPUTS}, bool needs_x, bool needs_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_gradients,
+    torch_=_torch_backward,
+    cpp=_cpp_backward,
+    triton="invertible_linear.backward",
+)
+
+
+class _InvertibleLinear(torch.autograd.Function):
+    """Saves the input in both directions: the gradient of W for the inverse follows from sum g x^T too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_inverse: torch.Tensor | None,
+        known: torch.Tensor | None,
+        inverse: bool,
+    ) -> Pair:
+        ctx.set_materialize_grads(False)
+        needs_x, *needs = ctx.needs_input_grad[:3]
+        ctx.flags = inverse, needs_x, any(needs)
+        invert = weight_inverse is None and (inverse or (known is None and any(needs)))
+        y, logabsdet, found = _forward(x, weight, bias, weight_inverse, known, inverse, invert)
+        ctx.save_for_backward(x, weight, bias, found if invert else weight_inverse, known)
+        return y, logabsdet
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
+        configuration = _Configuration(*ctx.saved_tensors, *ctx.flags)
+        if grad is None:
+            grad = torch.zeros_like(configuration.x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dx, dweight, dbias, dknown = configuration.gradients(grad, grad_logabsdet)
+        else:
+            dx, dweight, dbias, dknown = _backward(grad, grad_logabsdet, *configuration)
+        weighted = configuration.needs_weight
+        return (
+            dx if configuration.needs_x else None,
+            dweight if weighted else None,
+            dbias if weighted and configuration.bias is not None else None,
+            None,
+            None if configuration.known is None else dknown,
+            None,
+        )
+
+
+def _check(name: str, value: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
+    if value is None:
+        return
+    check_floating(name, value)
+    check_same_device(name, value, x)
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape} for x of shape {tuple(x.shape)}, got {tuple(value.shape)}")
+
+
+def invertible_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    inverse: bool = False,
+    weight_inverse: torch.Tensor | None = None,
+    logabsdet: torch.Tensor | None = None,
+) -> Pair:
+    """Invertible linear map of the channels (on images an invertible 1x1 convolution), with its log-determinant.
+
+    y = W x + b at every pixel; logabsdet = H W log|det W| for every sample (log|det W| for vectors). A singular W
+    gives a log-determinant that is not finite, and no exception.
+
+    Args:
+        x: (B, C), (B, C, H, W), or either with more leading batch dimensions; any strides; float64, float32,
+            bfloat16 or float16.
+        weight: W, (C, C). May differ from x in floating dtype, as may all that follows.
+        bias: b, (C,).
+        inverse: y = W^-1 (x - b) instead, and its logabsdet = -H W log|det W|.
+        weight_inverse: W^-1, (C, C), if it is known. A value and no variable of its own: the gradient of the inverse
+            goes to ``weight``, and none to it.
+        logabsdet: log|det W|, 0-d, if it is known: a sum over the diagonal where W is a product of triangular factors.
+            A variable of its own: the log-determinant's gradient goes to it, and not to ``weight``. Where it is
+            absent, one float64 factorization of W gives it, and W^-1 where that is needed.
+
+    Returns:
+        (y, logabsdet): y as x in shape and dtype; logabsdet of shape (B,) in nats, float64 if x, weight or bias is,
+        else float32.
+
+    Raises:
+        TypeError: an input that is not a floating tensor.
+        ValueError: a wrong shape or device; the message says what was expected.
+
+    Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), section 3.2.
+    """
+    check_floating("x", x)
+    if x.ndim not in (2, 4):
+        leading, x, _ = flatten_batch(x, x)
+        kwargs: dict[str, Any] = {"inverse": inverse, "weight_inverse": weight_inverse, "logabsdet": logabsdet}
+        y, total = invertible_linear(x, weight, bias, **kwargs)
+        return y.unflatten(0, leading), total.unflatten(0, leading)
+    channels = x.shape[1]
+    if weight is None:
+        raise TypeError("weight: expected a tensor, got NoneType")
+    _check("weight", weight, (channels, channels), x)
+    _check("bias", bias, (channels,), x)
+    _check("weight_inverse", weight_inverse, (channels, channels), x)
+    _check("logabsdet", logabsdet, (), x)
+    if reference_runs(x) or channels == 0:
+        return reference(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=logabsdet)
+    weight_inverse = None if weight_inverse is None else weight_inverse.detach()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, logabsdet)):
+        return _InvertibleLinear.apply(x, weight, bias, weight_inverse, logabsdet, inverse)
+    invert = inverse and weight_inverse is None
+    return _forward(x, weight, bias, weight_inverse, logabsdet, inverse, invert)[:2]
+
+
+register(Op("invertible_linear", invertible_linear, reference, _samples, (_forward, _backward), per_sample=1))

@@ -1,0 +1,157 @@
+"""An invertible matrix from its PLU factors: W = P L U, whose log|det W| is a sum over a diagonal.
+
+Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), eq. 10 and 11. With the
+gradient G of L U, which is that of W with its rows where they came from:
+
+==================== ========================================================================
+L                    strict lower triangle of ``lower``, and 1 on the diagonal
+U                    strict upper triangle of ``upper``, and sign * exp(log_diagonal)
+W                    row i is row permutation[i] of L U
+gradient of lower    strict lower triangle of G U^T
+of upper             strict upper triangle of L^T G
+of log_diagonal      diagonal of L^T G, times that of U
+==================== ========================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _backend
+from .._registry import define, reference_runs
+from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
+
+__all__ = ["plu_weight"]
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@outside_autocast
+def reference(
+    lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, sign: torch.Tensor, permutation: torch.Tensor
+) -> torch.Tensor:
+    """The definition in plain torch."""
+    dtype = accumulation_dtype(lower, upper, log_diagonal)
+    unit = torch.eye(len(sign), dtype=dtype, device=lower.device)
+    diagonal = sign.to(dtype) * log_diagonal.to(dtype).exp()
+    product = (lower.to(dtype).tril(-1) + unit) @ (upper.to(dtype).triu(1) + diagonal.diag())
+    return product.index_select(0, permutation)
+
+
+def _output(lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, *_: Any) -> torch.Tensor:
+    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
+    return lower.new_empty(lower.shape, dtype=accumulation_dtype(lower, upper, log_diagonal))
+
+
+def _gradients(grad: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, *_: Any) -> Triple:
+    """What the backward returns, uninitialized: the fake, and what every kernel fills."""
+    return empty_as(lower), empty_as(upper), empty_as(log_diagonal)
+
+
+def _torch_forward(*factors: torch.Tensor) -> torch.Tensor:
+    return reference(*factors)
+
+
+def _torch_backward(grad: torch.Tensor, *factors: torch.Tensor) -> Triple:
+    outputs = _gradients(grad, *factors)
+    grads = _differentiate(grad, *(f.detach() for f in factors))
+    return tuple(out.copy_(g) for out, g in zip(outputs, grads, strict=True))  # type: ignore[return-value]
+
+
+def _cpp_forward(*factors: torch.Tensor) -> torch.Tensor:
+    weight = _output(*factors)
+    _backend.call_native("plu_weight_forward", *factors, weight)
+    return weight
+
+
+def _cpp_backward(grad: torch.Tensor, *factors: torch.Tensor) -> Triple:
+    outputs = _gradients(grad, *factors)
+    _backend.call_native("plu_weight_backward", grad, *factors, *outputs)
+    return outputs
+
+
+def _differentiate(grad: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    *variables, sign, permutation = factors
+
+    def function(*variables: torch.Tensor) -> tuple[torch.Tensor]:
+        return (reference(*(*variables, sign, permutation)),)
+
+    return differentiate(function, variables, {}, (grad,))
+
+
+_FACTORS = "Tensor lower, Tensor upper, Tensor log_diagonal, Tensor sign, Tensor permutation"
+
+_forward = define(
+    f"plu_weight({_FACTORS}) -> Tensor",
+    fake=_output,
+    torch_=_torch_forward,
+    cpp=_cpp_forward,
+    triton="plu_weight.forward",
+)
+_backward = define(
+    f"plu_weight_backward(Tensor grad, {_FACTORS}) -> (Tensor, Tensor, Tensor)",
+    fake=_gradients,
+    torch_=_torch_backward,
+    cpp=_cpp_backward,
+    triton="plu_weight.backward",
+)
+
+
+class _PLUWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *factors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*factors)
+        return _forward(*factors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return *(_differentiate if recorded else _backward)(grad, *ctx.saved_tensors), None, None
+
+
+def plu_weight(
+    lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, sign: torch.Tensor, permutation: torch.Tensor
+) -> torch.Tensor:
+    """The matrix W = P L U of an invertible linear map, in one pass; log|det W| is ``log_diagonal.sum()``.
+
+    L = strict lower triangle of ``lower`` + I, U = strict upper triangle of ``upper`` + diag(sign * exp(log_diagonal)).
+
+    Args:
+        lower: (C, C), of which only what lies below the diagonal counts; the rest has gradient zero.
+        upper: (C, C), of which only what lies above the diagonal counts; may be the same tensor as ``lower``.
+        log_diagonal: (C,), the logarithms of the magnitudes of U's diagonal.
+        sign: (C,), their signs: constants.
+        permutation: (C,) int64: row i of W is row ``permutation[i]`` of L U.
+
+    Returns:
+        W, (C, C): float64 if lower, upper or log_diagonal is, else float32; also under autocast.
+
+    Raises:
+        TypeError: factors that are not floating tensors, or a permutation that is not int64.
+        ValueError: a wrong shape or device; a permutation that holds something else than the numbers of rows, where
+            the values can be seen at no cost (on a CPU).
+
+    Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), eq. 10 and 11.
+    """
+    check_floating("lower", lower)
+    if lower.ndim != 2 or lower.shape[0] != lower.shape[1]:
+        raise ValueError(f"lower: expected a square matrix, got shape {tuple(lower.shape)}")
+    if not isinstance(permutation, torch.Tensor) or permutation.dtype is not torch.int64:
+        raise TypeError(f"permutation: expected an int64 tensor, got {getattr(permutation, 'dtype', type(permutation).__name__)}")
+    channels = lower.shape[0]
+    for name, value in (("upper", upper), ("log_diagonal", log_diagonal), ("sign", sign), ("permutation", permutation)):
+        if value is not permutation:
+            check_floating(name, value)
+        check_same_device(name, value, lower)
+        expected = (channels, channels) if name == "upper" else (channels,)
+        if value.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {expected} for lower of shape {tuple(lower.shape)}, got {tuple(value.shape)}"
+            )
+    factors = lower, upper, log_diagonal, sign, permutation
+    if reference_runs(lower):
+        return reference(*factors)
+    recording = torch.is_grad_enabled() and any(f.requires_grad for f in factors[:3])
+    return (_PLUWeight.apply if recording else _forward)(*factors)
