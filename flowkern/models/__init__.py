@@ -4,6 +4,7 @@ from ._checkpoint import load as load
 from ._checkpoint import read_checkpoint as read_checkpoint
 from ._checkpoint import save as save
 from ._checkpoint import write_atomically as write_atomically
+from ._glow import Glow as Glow
 from ._model import FlowModel as FlowModel
 from ._nice import NICE as NICE
 from ._realnvp import RealNVP as RealNVP

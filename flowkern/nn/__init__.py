@@ -1,5 +1,6 @@
 """Layers of normalizing flows: bijections, base distributions, conditioner networks, and ``Flow`` that joins them."""
 
+from ._actnorm import ActNorm as ActNorm
 from ._base import Base as Base
 from ._base import DiagonalNormal as DiagonalNormal
 from ._base import Mixture as Mixture
@@ -8,12 +9,18 @@ from ._bijection import Bijection as Bijection
 from ._compose import Compose as Compose
 from ._conditioner import ACTIVATIONS as ACTIVATIONS
 from ._conditioner import MLP as MLP
+from ._conditioner import ConvNet as ConvNet
 from ._conditioner import Parallel as Parallel
 from ._conditioner import ResNet as ResNet
 from ._coupling import AdditiveCoupling as AdditiveCoupling
 from ._coupling import AffineCoupling as AffineCoupling
 from ._flow import Flow as Flow
 from ._flow import bits_per_dim as bits_per_dim
+from ._glow_step import GlowStep as GlowStep
+from ._glow_step import NormalizedLinear as NormalizedLinear
+from ._invertible_linear import PARAMETRIZATIONS as PARAMETRIZATIONS
+from ._invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
+from ._invertible_linear import InvertibleLinear as InvertibleLinear
 from ._multiscale import MultiScale as MultiScale
 from ._permutation import Permutation as Permutation
 from ._preprocess import Logit as Logit

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["ACTIVATIONS", "MLP", "Parallel", "ResNet"]
+__all__ = ["ACTIVATIONS", "MLP", "ConvNet", "Parallel", "ResNet"]
 
 #: The activations by name; the slope of ``leaky_relu`` is 0.01.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -149,6 +149,57 @@ class ResNet(nn.Module):
         for block in self.blocks:
             h = block(h, None if context is None else context.to(x.dtype))
         return self.last(ACTIVATIONS[self.activation](h))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, context={self.context}"
+
+
+class ConvNet(nn.Module):
+    """Glow's network: 3x3, 1x1 and 3x3 convolutions with an activation between them; (B, in, H, W) -> (B, out, H, W).
+
+    There is no normalization layer, so a sample's result depends on that sample alone.
+
+    Args:
+        hidden: channels inside.
+        context: K of a context (B, K), projected linearly into the first hidden layer; None for a network without.
+        activation: one of ``ACTIVATIONS``.
+        dropout: of whole channels, before the last convolution.
+        zero_init: start the last convolution at zero, so that a coupling starts as (nearly) the identity.
+
+    Raises ValueError for an unknown activation, and for a context that is missing, not expected or of a wrong shape.
+    Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), section 5.1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int = 128,
+        *,
+        context: int | None = None,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        zero_init: bool = True,
+    ):
+        super().__init__()
+        self.activation = _named_activation(activation)
+        self.context = context
+        self.first = nn.Conv2d(in_channels, hidden, 3, padding=1)
+        self.second = nn.Conv2d(hidden, hidden, 1)
+        self.last = nn.Conv2d(hidden, out_channels, 3, padding=1)
+        self.projection = None if context is None else nn.Linear(context, hidden, bias=False)
+        self.dropout = nn.Dropout2d(dropout)
+        if zero_init:
+            _zero(self.last)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        _check_context(context, self.context, x.shape[0])
+        # In place: a convolution's output is read by nothing else, and its backward does not need it.
+        act = torch.relu_ if self.activation == "relu" else ACTIVATIONS[self.activation]
+        h = self.first(x)
+        if self.projection is not None and context is not None:
+            h = h + self.projection(context.to(x.dtype))[:, :, None, None]
+        return self.last(self.dropout(act(self.second(act(h)))))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, context={self.context}"

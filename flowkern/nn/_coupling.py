@@ -8,7 +8,7 @@ from torch import nn
 from .. import ops
 from ..ops._parametrization import named_layout
 from ..ops._split import SPLITS, FeatureMask, Split, conditioner_input
-from ._bijection import Bijection, Pair
+from ._bijection import Bijection, Pair, Replay
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
@@ -29,6 +29,27 @@ class _Coupling(Bijection):
         """The conditioner's output for the elements that the split keeps; the same for x and for its transform."""
         kept = conditioner_input(x, self.split)
         return self.conditioner(kept) if context is None else self.conditioner(kept, context)
+
+    def couple(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
+        """The op itself, with the conditioner's output."""
+        raise NotImplementedError(f"{type(self).__name__} has no couple")
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self.couple(x, self.condition(x, context), inverse=False)
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self.couple(z, self.condition(z, context), inverse=True)
+
+    def backward_step(self, y: torch.Tensor, context: torch.Tensor | None, replay: Replay, inverse: bool = False) -> torch.Tensor:
+        # The kept elements are the same before and after: one evaluation of the conditioner gives the inverse, and its graph
+        # the gradient. ``kept`` stands for x in that graph, because x itself is known only after it.
+        kept = y.detach().requires_grad_()
+        with torch.enable_grad():
+            params = self.condition(kept, context)
+        x = self.couple(y, params.detach(), not inverse)[0].detach().requires_grad_()
+        with torch.enable_grad():
+            replay.differentiate(*self.couple(x, params, inverse), x, kept)
+        return x.detach()
 
 
 class AffineCoupling(_Coupling):
@@ -62,8 +83,7 @@ class AffineCoupling(_Coupling):
         self.layout = named_layout(layout).name
         self.shift_first = shift_first
 
-    def _couple(self, x: torch.Tensor, context: torch.Tensor | None, inverse: bool) -> Pair:
-        params = self.condition(x, context)
+    def couple(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
         return ops.affine_coupling(
             x,
             params,
@@ -73,12 +93,6 @@ class AffineCoupling(_Coupling):
             shift_first=self.shift_first,
             inverse=inverse,
         )
-
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        return self._couple(x, context, inverse=False)
-
-    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        return self._couple(z, context, inverse=True)
 
     def extra_repr(self) -> str:
         return f"split={self.split!r}, scale={self.scale}, layout={self.layout!r}, shift_first={self.shift_first}"
@@ -96,11 +110,8 @@ class AdditiveCoupling(_Coupling):
     def __init__(self, conditioner: nn.Module, *, split: Split = "channel"):
         super().__init__(conditioner, split)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        return ops.additive_coupling(x, self.condition(x, context), split=self.split)
-
-    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        return ops.additive_coupling(z, self.condition(z, context), split=self.split, inverse=True)
+    def couple(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
+        return ops.additive_coupling(x, params, split=self.split, inverse=inverse)
 
     def extra_repr(self) -> str:
         return f"split={self.split!r}"

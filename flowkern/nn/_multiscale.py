@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..ops._checks import accumulation_dtype
-from ._bijection import Bijection, Pair
+from ._bijection import Bijection, Pair, Run, run
 
 __all__ = ["MultiScale"]
 
@@ -57,18 +57,28 @@ class MultiScale(Bijection):
         return (math.prod(self.shape),)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self._forward(x, context, lambda level, h, c: run(level, h, c, inverse=False))
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self._inverse(z, context, lambda level, h, c: run(level, h, c, inverse=True))
+
+    def walk(self, x: torch.Tensor, context: torch.Tensor | None, inverse: bool, run: Run) -> Pair:
+        """``forward`` or ``inverse`` with ``run`` in place of each level's own."""
+        return (self._inverse if inverse else self._forward)(x, context, run)
+
+    def _forward(self, x: torch.Tensor, context: torch.Tensor | None, run: Run) -> Pair:
         self.output_shape(x.shape[1:])
         total = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
         latents = []
         for level, latent in zip(self.levels, self.latent_shapes, strict=True):
-            x, logabsdet = level(x, context)
+            x, logabsdet = run(cast(Bijection, level), x, context)
             total = total + logabsdet
             stays = x.shape[1] - latent[0]
             latents.append(x[:, stays:].flatten(1))
             x = x[:, :stays]
         return torch.cat(latents, 1), total
 
-    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+    def _inverse(self, z: torch.Tensor, context: torch.Tensor | None, run: Run) -> Pair:
         if z.shape[1:] != (math.prod(self.shape),):
             raise ValueError(f"MultiScale: expected latents (B, {math.prod(self.shape)}), got shape {tuple(z.shape)}")
         total = z.new_zeros(z.shape[0], dtype=accumulation_dtype(z))
@@ -76,7 +86,7 @@ class MultiScale(Bijection):
         x: torch.Tensor | None = None
         for level, latent, shape in zip(reversed(self.levels), reversed(latents), reversed(self.latent_shapes), strict=True):
             image = latent.unflatten(1, shape)
-            x, logabsdet = cast(Bijection, level).inverse(image if x is None else torch.cat([x, image], 1), context)
+            x, logabsdet = run(cast(Bijection, level), image if x is None else torch.cat([x, image], 1), context)
             total = total + logabsdet
         return cast(torch.Tensor, x), total
 

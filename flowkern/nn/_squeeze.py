@@ -16,7 +16,8 @@ class Squeeze(Bijection):
     """(B, C, H, W) -> (B, C f^2, H/f, W/f): each f x f block of pixels becomes channels; logabsdet = 0.
 
     Channel c f^2 + i f + j of the output holds pixel (i, j) of the blocks of channel c, the order of
-    ``torch.nn.functional.pixel_unshuffle``. Raises ValueError for inputs that are not images or do not divide.
+    ``torch.nn.functional.pixel_unshuffle``. An input with its channels innermost (channels_last) gives such an output.
+    Raises ValueError for inputs that are not images or do not divide.
 
     Source: Dinh et al., "Density estimation using Real NVP" (2017), section 3.6.
     """
@@ -36,15 +37,23 @@ class Squeeze(Bijection):
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         # Not F.pixel_unshuffle, which returns an empty batch in its old shape.
         (c, h, w), f = self.output_shape(x.shape[1:]), self.factor
-        blocks = x.reshape(x.shape[0], x.shape[1], h, f, w, f).permute(0, 1, 3, 5, 2, 4)
-        return blocks.reshape(x.shape[0], c, h, w), x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
+        blocks = x.unflatten(2, (h, f)).unflatten(4, (w, f))
+        if x.stride(1) == 1:
+            z = blocks.permute(0, 2, 4, 1, 3, 5).reshape(x.shape[0], h, w, c).permute(0, 3, 1, 2)
+        else:
+            z = blocks.permute(0, 1, 3, 5, 2, 4).reshape(x.shape[0], c, h, w)
+        return z, x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
 
     def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         if z.ndim != 4 or z.shape[1] % self.factor**2:
             raise ValueError(f"Squeeze: expected (B, C, H, W) with C divisible by {self.factor**2}, got shape {tuple(z.shape)}")
         (b, c, h, w), f = z.shape, self.factor
-        blocks = z.reshape(b, c // f**2, f, f, h, w).permute(0, 1, 4, 2, 5, 3)
-        return blocks.reshape(b, c // f**2, h * f, w * f), z.new_zeros(z.shape[0], dtype=accumulation_dtype(z))
+        blocks = z.unflatten(1, (c // f**2, f, f))
+        if z.stride(1) == 1:
+            x = blocks.permute(0, 4, 2, 5, 3, 1).reshape(b, h * f, w * f, c // f**2).permute(0, 3, 1, 2)
+        else:
+            x = blocks.permute(0, 1, 4, 2, 5, 3).reshape(b, c // f**2, h * f, w * f)
+        return x, z.new_zeros(z.shape[0], dtype=accumulation_dtype(z))
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"

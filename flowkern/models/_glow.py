@@ -1,0 +1,256 @@
+"""Glow: invertible 1x1 convolutions and affine couplings at several scales, for images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from .. import nn, ops
+from ..nn._bijection import Bijection, Pair
+from ..ops._checks import check_floating
+from ..ops._split import FeatureMask, kept_channels, moved_channels
+from ._model import FlowModel, preprocessing
+
+__all__ = ["Glow"]
+
+# Bounded on both sides: with the sigmoid, which comes near zero, one in twenty samples of photographs was not finite.
+_BOUNDED = ops.ScaleMap.tanh(1.0)
+
+# exp(3 tanh(u / 3)): a deviation between 0.05 and 20, so that a diverging network cannot make it anything.
+_DEVIATION = ops.ScaleMap.tanh(3.0)
+
+
+class Glow(FlowModel):
+    """Levels of squeeze, ``steps`` times ``nn.GlowStep``, and half of the channels out under a learned Gaussian.
+
+    The Gaussians are N(mu, sigma) with mu and log sigma from a 3x3 convolution of the channels that stay, zero at first;
+    that of the last level has one mu and sigma for each channel, which the context shifts. They are written as affine
+    maps to standard normal latents, eps = (z - mu) / sigma, so that the base is a standard normal and the temperature
+    multiplies every sigma.
+
+    ``log_prob`` takes images with values in [0, 1], as floats and not dequantized here, and returns (B,) nats. The first
+    forward in training mode, under ``no_grad`` too, sets the ActNorm layers from its batch: all of them or, if it fails,
+    none.
+
+    Args:
+        shape: (C, H, W); H and W must divide by 2^levels.
+        levels: how often the image is halved; None for as many as divide, at most 3.
+        steps: of each level.
+        hidden: channels of the conditioners, ``nn.ConvNet``.
+        parametrization: of the 1x1 convolutions: ``"plu"``, ``"qr"``, ``"householder"`` or ``"full"``.
+        scale: the ``ScaleMap`` of the couplings, or its fields ``{"kind", "a", "b"}``; Glow's own is ``ScaleMap.sigmoid()``.
+        activation, dropout: of the conditioners.
+        classes: the number of classes of a class-conditional flow. The context is then either labels, integers (B,) in
+            [0, classes), or a (B, classes) tensor, such as labels one-hot.
+        context: K of any other context (B, K), or None. It goes to all conditioners and to the last Gaussian.
+        memory: ``"store"``, ``"reversible"`` or ``"auto"``: what a level keeps for its backward, see ``nn.Compose``.
+        preprocess: before the first level: None, ``{"rescale": s}``, ``{"rescale": [s, t]}`` or ``{"logit": alpha}``.
+
+    Raises ValueError for settings that do not fit the shape, unknown names, and labels that are no classes; TypeError for
+    images that are not floating.
+    Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        levels: int | None = None,
+        steps: int = 16,
+        hidden: int = 128,
+        parametrization: str = "plu",
+        scale: ops.ScaleMap | Mapping[str, Any] = _BOUNDED,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        classes: int | None = None,
+        context: int | None = None,
+        memory: str = "store",
+        preprocess: Mapping[str, Any] | None = None,
+    ):
+        sizes = _image_shape(shape)
+        levels = _check_levels(sizes, levels)
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        context = _context_size(classes, context)
+        scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
+        network: dict[str, Any] = {"hidden": hidden, "activation": activation, "dropout": dropout}
+
+        def step(channels: int) -> Bijection:
+            kept, moved = kept_channels("channel", channels), moved_channels("channel", channels)
+            net = nn.ConvNet(kept, 2 * moved, context=context, **network)
+            return nn.GlowStep(channels, net, parametrization=parametrization, scale=scale)
+
+        built: list[Bijection] = []
+        channels = sizes[0]
+        for level in range(levels):
+            channels *= 4
+            gaussian = _gaussian(channels, context, last=level == levels - 1)
+            built.append(nn.Compose(nn.Squeeze(), *(step(channels) for _ in range(steps)), gaussian, memory=memory))
+            channels -= channels // 2
+        config = {"shape": list(sizes), "levels": levels, "steps": steps, **network, "parametrization": parametrization}
+        config |= {"scale": dataclasses.asdict(scale), "classes": classes, "context": context, "memory": memory}
+        config |= {"preprocess": preprocess}
+        super().__init__(nn.Compose(*preprocessing(preprocess), nn.MultiScale(*built, shape=sizes)), config)
+        self.classes = classes
+        self._actnorms = [module for module in self.modules() if isinstance(module, nn.ActNorm)]
+        for name, module in self.named_modules():
+            if isinstance(module, nn.ActNorm | nn.InvertibleLinear):
+                module.label = name
+
+    def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, C, H, W) in [0, 1], context labels (B,), (B, K) or None -> (B,) in nats. Raises ValueError for other shapes."""
+        context = self._as_context(context)
+        self._check_images("x", x)
+        self._initialize(x, context)
+        return super().log_prob(x, context)
+
+    def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """As ``Flow.sample``; the context may be labels (n,) or (1,)."""
+        return super().sample(n, self._as_context(context), temperature)
+
+    def rsample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """As ``Flow.rsample``; the context may be labels (n,) or (1,)."""
+        return super().rsample(n, self._as_context(context), temperature)
+
+    def sample_and_log_prob(self, n: int, context: torch.Tensor | None = None) -> Pair:
+        """As ``Flow.sample_and_log_prob``; the context may be labels (n,) or (1,)."""
+        return super().sample_and_log_prob(n, self._as_context(context))
+
+    @torch.no_grad()
+    def reconstruct(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, C, H, W) to its latents and back: x up to rounding, which tells how well conditioned the model is."""
+        context = self._as_context(context)
+        return self.bijection.inverse(self._latents("x", x, context), context)[0]
+
+    @torch.no_grad()
+    def interpolate(self, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None) -> torch.Tensor:
+        """Images on the straight line between the latents of x0 and x1, ends included.
+
+        x0 and x1 (B, C, H, W), context (B, K) or labels (B,) for both -> (B, steps, C, H, W).
+        Raises ValueError for fewer than two steps and for other shapes.
+        """
+        if steps < 2:
+            raise ValueError(f"steps: expected at least 2, the two ends, got {steps}")
+        if x0.shape != x1.shape:
+            raise ValueError(f"x1: expected shape {tuple(x0.shape)} as x0 has, got {tuple(x1.shape)}")
+        context = self._as_context(context)
+        z0, z1 = self._latents("x0", x0, context), self._latents("x1", x1, context)
+        weight = torch.linspace(0.0, 1.0, steps, dtype=z0.dtype, device=z0.device)[:, None]
+        z = torch.lerp(z0[:, None], z1[:, None], weight)
+        rows = None if context is None else context.repeat_interleave(steps, 0)
+        return self.bijection.inverse(z.flatten(0, 1), rows)[0].unflatten(0, (len(x0), steps))
+
+    def _latents(self, name: str, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        self._check_images(name, x)
+        self._initialize(x, context)
+        return self.bijection(x, context)[0]
+
+    def _check_images(self, name: str, x: torch.Tensor) -> None:
+        check_floating(name, x)
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"{name}: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+
+    def _as_context(self, context: torch.Tensor | None) -> torch.Tensor | None:
+        """Labels one-hot, anything else as it is. Raises ValueError for labels that are no classes."""
+        if self.classes is None or context is None or context.is_floating_point():
+            return context
+        if context.ndim != 1 or context.dtype is torch.bool:
+            raise ValueError(
+                f"labels: expected integers of shape (B,) for {self.classes} classes, got {context.dtype} {tuple(context.shape)}"
+            )
+        if not torch.compiler.is_compiling() and len(wrong := context[(context < 0) | (context >= self.classes)]):
+            raise ValueError(
+                f"labels: expected 0 to {self.classes - 1}, got {wrong[0].item()} ({len(wrong)} of {len(context)} are no classes)"
+            )
+        one_hot = context[:, None] == torch.arange(self.classes, device=context.device)
+        return one_hot.to(next(self.parameters()).dtype)
+
+    def _initialize(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
+        """Before the first forward in training: set the ActNorm layers from x, all of them or none."""
+        if self.training and not all(layer.known for layer in self._actnorms):
+            self._initialize_from(x, context)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _initialize_from(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
+        waiting = [layer for layer in self._actnorms if not layer.is_initialized()]
+        if not waiting:
+            return
+        before = [{key: value.clone() for key, value in layer.state_dict().items()} for layer in waiting]
+        try:
+            self.bijection(x, context)
+        except BaseException:
+            for layer, state in zip(waiting, before, strict=True):
+                layer.load_state_dict(state)
+            raise
+
+
+def _image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    if isinstance(shape, int) or len(shape) != 3 or any(n < 1 for n in shape):
+        raise ValueError(f"shape: Glow is for images (C, H, W), got {shape}")
+    c, h, w = (int(n) for n in shape)
+    return c, h, w
+
+
+def _check_levels(shape: tuple[int, int, int], levels: int | None) -> int:
+    """How often H and W are halved. Raises ValueError if that is not possible, or if there is nothing to halve."""
+    _, h, w = shape
+    possible = min((n & -n).bit_length() - 1 for n in (h, w))
+    if not possible:
+        raise ValueError(f"shape: Glow halves the image at least once, but {h} x {w} has an odd side")
+    if levels is None:
+        return min(3, possible)
+    if levels < 1:
+        raise ValueError(f"levels: expected at least 1, got {levels}")
+    if levels > possible:
+        raise ValueError(
+            f"levels: {levels} of them need a height and width divisible by {2**levels}, got {h} x {w}; at most {possible} fit"
+        )
+    return levels
+
+
+def _context_size(classes: int | None, context: int | None) -> int | None:
+    if classes is None:
+        return context
+    if classes < 2:
+        raise ValueError(f"classes: expected at least 2, or None for an unconditional flow, got {classes}")
+    if context not in (None, classes):
+        raise ValueError(f"context: with {classes} classes it is {classes} or None, got {context}")
+    return classes
+
+
+class _Gaussian(torch.nn.Conv2d):
+    """-log sigma and -mu of the channels that leave, from those that stay; zero at first."""
+
+    def __init__(self, channels: int):
+        super().__init__(kept_channels("channel", channels), 2 * moved_channels("channel", channels), 3, padding=1)
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(cast(torch.Tensor, self.bias))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x)
+
+
+class _LastGaussian(torch.nn.Module):
+    """-log sigma and -mu for each channel, shifted linearly by the context; zero at first."""
+
+    def __init__(self, channels: int, context: int | None):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(2 * channels))
+        self.weight = None if context is None else torch.nn.Parameter(torch.zeros(2 * channels, context))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        params = self.bias.expand(len(x), -1)
+        if self.weight is not None and context is not None:
+            params = torch.nn.functional.linear(context.to(self.weight.dtype), self.weight, self.bias)
+        return params[:, :, None, None].expand(-1, -1, *x.shape[2:])
+
+
+def _gaussian(channels: int, context: int | None, last: bool) -> Bijection:
+    """eps = (z - mu) / sigma on the channels that leave: all of them after the last level."""
+    split = FeatureMask(torch.ones(channels, dtype=torch.bool)) if last else "channel"
+    net = _LastGaussian(channels, context) if last else _Gaussian(channels)
+    return nn.AffineCoupling(net, split=split, scale=_DEVIATION, shift_first=True)

@@ -1,0 +1,93 @@
+"""The step of Glow: ActNorm, an invertible 1x1 convolution and an affine coupling."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..ops._split import Split
+from ._actnorm import ActNorm
+from ._bijection import Bijection, Pair
+from ._compose import Compose
+from ._coupling import AffineCoupling
+from ._invertible_linear import InvertibleConv1x1
+
+__all__ = ["GlowStep", "NormalizedLinear"]
+
+_SIGMOID = ops.ScaleMap.sigmoid()
+
+
+class NormalizedLinear(Bijection):
+    """``ActNorm`` and then ``InvertibleConv1x1`` as one linear map: z = W (s x + t) + b = (W diag(s)) x + (W t + b).
+
+    Equal to the two layers, to rounding, in one pass over x. Shapes: x and z (B, C, H, W), logabsdet (B,).
+    """
+
+    def __init__(self, actnorm: ActNorm, linear: InvertibleConv1x1):
+        super().__init__()
+        if actnorm.channels != linear.channels:
+            raise ValueError(f"NormalizedLinear: {actnorm.channels} channels in ActNorm, but {linear.channels} in the linear map")
+        self.actnorm, self.linear = actnorm, linear
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        self.actnorm.prepare(x)
+        return self.linear.folded(x, inverse=False, log_scale=self.actnorm.log_scale, shift=self.actnorm.shift)
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        self.actnorm.check_shape(z)
+        return self.linear.folded(z, inverse=True, log_scale=self.actnorm.log_scale, shift=self.actnorm.shift)
+
+
+class GlowStep(Compose):
+    """``ActNorm``, ``InvertibleConv1x1`` and ``AffineCoupling`` in two passes over the data.
+
+    The first two are folded into one linear map, W' = W diag(s) and b' = W t. The step equals the three layers written
+    out, in values, log-determinants and gradients of both directions, to rounding. ``actnorm``, ``linear`` and
+    ``coupling`` are the layers.
+
+    Args:
+        channels: C.
+        conditioner: the network of the coupling, as ``AffineCoupling`` takes it.
+        parametrization: of W, as ``InvertibleConv1x1`` takes it.
+        scale, split, layout, shift_first: of the coupling.
+
+    Shapes: x and z (B, C, H, W), context (B, K), logabsdet (B,) in nats. The first forward in training mode
+    initializes ActNorm. Raises ValueError as the three layers do.
+
+    Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), section 3 and figure 2a.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        conditioner: nn.Module,
+        *,
+        parametrization: str = "plu",
+        scale: ops.ScaleMap = _SIGMOID,
+        split: Split = "channel",
+        layout: str = "scale_shift",
+        shift_first: bool = False,
+    ):
+        super().__init__(
+            NormalizedLinear(ActNorm(channels), InvertibleConv1x1(channels, parametrization)),
+            AffineCoupling(conditioner, split=split, scale=scale, layout=layout, shift_first=shift_first),
+        )
+
+    @property
+    def _normalized(self) -> NormalizedLinear:
+        return cast(NormalizedLinear, self.bijections[0])
+
+    @property
+    def actnorm(self) -> ActNorm:
+        return self._normalized.actnorm
+
+    @property
+    def linear(self) -> InvertibleConv1x1:
+        return self._normalized.linear
+
+    @property
+    def coupling(self) -> AffineCoupling:
+        return cast(AffineCoupling, self.bijections[1])

@@ -1,0 +1,418 @@
+"""Glow: an exact density on images, its initialization, its latents, and the errors that it gives."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from flowkern import models, nn, ops
+
+SHAPE = (2, 8, 4)
+
+# name -> configuration, all of them small
+CONFIGS = {
+    "plain": {"levels": 2, "steps": 2, "hidden": 6},
+    "one-level": {"levels": 1, "steps": 1, "hidden": 4, "parametrization": "qr"},
+    "classes": {"levels": 2, "steps": 1, "hidden": 6, "classes": 3},
+    "context": {"levels": 1, "steps": 2, "hidden": 6, "context": 3, "parametrization": "full", "activation": "silu"},
+    "householder": {"levels": 1, "steps": 2, "hidden": 6, "parametrization": "householder"},
+    "logit": {"levels": 2, "steps": 1, "hidden": 6, "preprocess": {"logit": 0.05}, "scale": ops.ScaleMap.tanh(1.0)},
+    "reversible": {"levels": 2, "steps": 2, "hidden": 6, "classes": 3, "memory": "reversible"},
+}
+
+
+def images(batch: int = 4, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def drawn(name: str) -> tuple[models.Glow, torch.Tensor, torch.Tensor | None]:
+    """A model in float64, initialized from data and then moved off every special value; images; a context."""
+    model = models.Glow(SHAPE, **CONFIGS[name]).double()
+    x, generator = images(), torch.Generator().manual_seed(1)
+    context = None
+    if model.context:
+        context = torch.tensor([0, 2, 1, 2]) if model.classes else torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    model.log_prob(x, context)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model, x, context
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-8) -> None:
+    """In float64: some 1e4 roundings of 1e-16, amplified by condition numbers below 1e4, stay under 1e-8."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def one_hot(model: models.Glow, context: torch.Tensor | None) -> torch.Tensor | None:
+    if context is None or context.is_floating_point():
+        return context
+    return torch.nn.functional.one_hot(context, model.classes).double()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_density_is_that_of_the_whole_jacobian(name: str) -> None:
+    model, x, context = drawn(name)
+    rows = one_hot(model, context)
+    with torch.no_grad():
+        z, logabsdet = model.bijection(x, rows)
+        back, logabsdet_back = model.bijection.inverse(z, rows)
+    assert_near(back, x)
+    assert_near(logabsdet_back, -logabsdet)
+    store = copy.deepcopy(model)
+    for i in range(len(x)):
+        row = None if rows is None else rows[i : i + 1]
+        with torch.no_grad():
+            # Central differences of a smooth map, in float64: errors of 1e-10 each in a determinant of 64 dimensions.
+            eye = 1e-6 * torch.eye(64, dtype=torch.float64).view(64, *SHAPE)
+            many = None if row is None else row.expand(64, -1)
+            jacobian = (store.bijection(x[i] + eye, many)[0] - store.bijection(x[i] - eye, many)[0]) / 2e-6
+        assert_near(torch.linalg.slogdet(jacobian).logabsdet, logabsdet[i], 1e-5)
+    assert_near(model.log_prob(x, context), nn.StandardNormal(64).log_prob(z) + logabsdet)
+    assert_near(model.log_prob(x, rows), model.log_prob(x, context))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_counts(name: str) -> None:
+    model, x, context = drawn(name)
+    loss = (model.log_prob(x, context) * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum()
+    for key, gradient in zip(dict(model.named_parameters()), torch.autograd.grad(loss, [*model.parameters()]), strict=True):
+        assert gradient.isfinite().all(), key
+        assert (gradient != 0.0).any(), key
+
+
+def test_gradients_agree_with_differences() -> None:
+    model, x, _ = drawn("plain")
+    loss = model.log_prob(x).mean()
+    loss.backward()
+    generator = torch.Generator().manual_seed(2)
+    for p in model.parameters():
+        direction = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        with torch.no_grad():
+            values = []
+            for side in (1e-5, -2e-5):
+                p.add_(side * direction)
+                values.append(model.log_prob(x).mean())
+            p.add_(1e-5 * direction)
+        # The second difference of a loss of 1e2 with 1e-16 roundings, over 2e-5.
+        assert_near((p.grad * direction).sum(), (values[0] - values[1]) / 2e-5, 1e-5)
+
+
+def test_reversible_memory_gives_the_same_gradients() -> None:
+    model, x, context = drawn("reversible")
+    stored = models.Glow(SHAPE, **{**CONFIGS["reversible"], "memory": "store"}).double()
+    stored.load_state_dict(model.state_dict())
+    for twin in (model, stored):
+        twin.log_prob(x, context).mean().backward()
+    for (key, p), q in zip(model.named_parameters(), stored.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-6, atol=1e-8), key
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_first_forward_in_training_initializes_every_actnorm(grad: bool) -> None:
+    model, x = models.Glow(SHAPE, levels=2, steps=2, hidden=6).double(), images(64)
+    model.eval()
+    model.log_prob(x)
+    actnorms = [m for m in model.modules() if isinstance(m, nn.ActNorm)]
+    assert len(actnorms) == 4
+    assert not any(m.initialized for m in actnorms)
+    model.train()
+    with torch.set_grad_enabled(grad):
+        log_prob = model.log_prob(x)
+    assert all(m.initialized for m in actnorms)
+    assert_near(model.log_prob(x), log_prob)
+    state = copy.deepcopy(model.state_dict())
+    model.log_prob(images(8, seed=5))
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    # Each ActNorm saw data that it normalizes: the first is checked from outside.
+    z = actnorms[0](nn.Squeeze()(x)[0])[0].transpose(0, 1).flatten(1)
+    assert_near(z.mean(1), torch.zeros(8).double())
+    assert_near(z.var(1, correction=0), torch.ones(8).double(), 1e-4)
+
+
+@pytest.mark.parametrize("bad", ["nan", "one", "context"])
+def test_a_failed_initialization_leaves_nothing_half_done(bad: str) -> None:
+    model = models.Glow(SHAPE, levels=2, steps=2, hidden=6, context=None if bad != "context" else 3).double()
+    before, x, context = copy.deepcopy(model.state_dict()), images(), None
+    if bad == "nan":
+        x[2, 1, 3, 3] = math.nan
+    elif bad == "one":
+        x = x[:1]
+    else:
+        context = torch.zeros(4, 2).double()
+    wanted = {
+        "nan": r"ActNorm 'bijection.*actnorm': the initialization saw NaN",
+        "one": r"ActNorm 'bijection.*actnorm': the initialization needs a batch of at least 2 samples, got 1",
+        "context": r"context: expected shape \(4, 3\), got \(4, 2\)",
+    }
+    with pytest.raises(ValueError, match=wanted[bad]):
+        model.log_prob(x, context)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    model.log_prob(images(), torch.zeros(4, 3).double() if bad == "context" else None)
+    assert all(m.initialized for m in model.modules() if isinstance(m, nn.ActNorm))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_rebuilt_and_loaded(name: str, tmp_path) -> None:
+    model, x, context = drawn(name)
+    twin = models.build("glow", json.loads(json.dumps(model.config))).double()
+    assert twin.config == model.config
+    assert set(model.config) == set(models.Glow.__init__.__kwdefaults__) | {"shape"}
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin.log_prob(x, context), model.log_prob(x, context))
+    models.save(model, tmp_path / "glow.ckpt")
+    loaded = models.load(tmp_path / "glow.ckpt")
+    assert torch.equal(loaded.log_prob(x, context), model.log_prob(x, context))
+    assert torch.equal(loaded.train().log_prob(x, context), model.log_prob(x, context))
+    assert torch.equal(copy.deepcopy(model).log_prob(x, context), model.log_prob(x, context))
+
+
+def test_learned_gaussians_are_gaussians() -> None:
+    """log p(x) = log p(z) + logabsdet of the steps, with the Gaussians written out."""
+    model, x, _ = drawn("plain")
+    expected, h = torch.zeros(4, dtype=torch.float64), x
+    levels = model.bijection.bijections[0].levels
+    for i, level in enumerate(levels):
+        squeeze, *steps, gaussian = level.bijections
+        h, _ = squeeze(h)
+        for step in steps:
+            h, logabsdet = step(h)
+            expected = expected + logabsdet
+        kept = h[:, :0] if i == len(levels) - 1 else h[:, : h.shape[1] // 2]
+        raw, shift = gaussian.conditioner(kept).chunk(2, 1)
+        log_sigma = -3.0 * torch.tanh(raw / 3.0)
+        z = h[:, kept.shape[1] :]
+        expected = expected + torch.distributions.Normal(-shift, log_sigma.exp()).log_prob(z).flatten(1).sum(1)
+        h = kept
+    assert_near(model.log_prob(x), expected)
+
+
+def test_samples_and_temperature() -> None:
+    model, x, context = drawn("classes")
+    torch.manual_seed(0)
+    expected = model.sample(4, one_hot(model, context), temperature=0.7)
+    torch.manual_seed(0)
+    assert torch.equal(model.sample(4, context, temperature=0.7), expected)
+    assert expected.shape == x.shape
+    assert not expected.requires_grad
+    assert model.sample(4, torch.tensor([1])).shape == x.shape
+    typical = model.sample(2, torch.tensor([1]), temperature=0.0)
+    assert torch.equal(typical[0], typical[1])
+    samples, log_prob = model.sample_and_log_prob(4, context)
+    assert_near(model.log_prob(samples, context), log_prob)
+    model.rsample(4, context).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reconstruction_and_interpolation(name: str) -> None:
+    model, x, context = drawn(name)
+    assert_near(model.reconstruct(x, context), x)
+    other = images(seed=3)
+    path = model.interpolate(x, other, 5, context)
+    assert path.shape == (4, 5, *SHAPE)
+    assert_near(path[:, 0], x)
+    assert_near(path[:, -1], other)
+    rows = one_hot(model, context)
+    z0, z1, middle = (model.bijection(images, rows)[0] for images in (x, other, path[:, 2]))
+    assert_near(middle, (z0 + z1) / 2.0, 1e-7)
+
+
+def test_labels() -> None:
+    model, x, context = drawn("classes")
+    assert (model.log_prob(x, context) != model.log_prob(x, torch.zeros(4, dtype=torch.int64))).sum() == 3
+    for labels, wanted in (
+        (torch.tensor([0, 1, 2, 3]), r"labels: expected 0 to 2, got 3 \(1 of 4 are no classes\)"),
+        (torch.tensor([0, -1, 2, 7]), r"labels: expected 0 to 2, got -1 \(2 of 4 are no classes\)"),
+        (torch.zeros(4, 3, dtype=torch.int64), r"labels: expected integers of shape \(B,\) for 3 classes, got torch.int64"),
+        (torch.zeros(4, dtype=torch.bool), r"labels: expected integers of shape \(B,\) for 3 classes, got torch.bool"),
+        (torch.zeros(3, dtype=torch.int64), r"context: expected shape \(4, 3\), got \(3, 3\)"),
+        (None, r"context: expected shape \(4, 3\), got none"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            model.log_prob(x, labels)
+    for call in (model.sample, model.rsample, model.sample_and_log_prob):
+        with pytest.raises(ValueError, match="labels: expected 0 to 2, got 9"):
+            call(2, torch.tensor([0, 9]))
+    with pytest.raises(ValueError, match="built without"):
+        drawn("plain")[0].log_prob(x, context)
+
+
+def test_errors() -> None:
+    for shape in (12, (8,), (8, 8), (1, 2, 8, 8), (0, 8, 8)):
+        with pytest.raises(ValueError, match=r"shape: Glow is for images \(C, H, W\)"):
+            models.Glow(shape)
+    with pytest.raises(ValueError, match="halves the image at least once, but 7 x 8 has an odd side"):
+        models.Glow((1, 7, 8))
+    with pytest.raises(ValueError, match="levels: 3 of them need a height and width divisible by 8, got 12 x 8; at most 2 fit"):
+        models.Glow((3, 12, 8), levels=3)
+    with pytest.raises(ValueError, match="levels: expected at least 1, got 0"):
+        models.Glow((3, 8, 8), levels=0)
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        models.Glow((3, 8, 8), steps=0)
+    with pytest.raises(ValueError, match="parametrization: unknown name 'lu'"):
+        models.Glow((3, 8, 8), parametrization="lu")
+    with pytest.raises(ValueError, match="activation: unknown name 'sin'"):
+        models.Glow((3, 8, 8), activation="sin")
+    with pytest.raises(ValueError, match=r"memory: expected one of .*, got 'none'"):
+        models.Glow((3, 8, 8), memory="none")
+    with pytest.raises(ValueError, match="preprocess: expected"):
+        models.Glow((3, 8, 8), preprocess={"logits": 0.05})
+    with pytest.raises(ValueError, match="classes: expected at least 2"):
+        models.Glow((3, 8, 8), classes=1)
+    with pytest.raises(ValueError, match="context: with 4 classes it is 4 or None, got 5"):
+        models.Glow((3, 8, 8), classes=4, context=5)
+    model, x, _ = drawn("plain")
+    for bad in (x[:, :1], x[0], x.flatten(1)):
+        with pytest.raises(ValueError, match=r"x: expected shape \(B, 2, 8, 4\), got"):
+            model.log_prob(bad)
+    with pytest.raises(TypeError, match=r"x: expected a floating dtype .* got torch.uint8"):
+        model.log_prob(x.to(torch.uint8))
+    with pytest.raises(ValueError, match="x0: expected shape"):
+        model.interpolate(x[:, :1], x[:, :1], 3)
+    with pytest.raises(ValueError, match="x1: expected shape"):
+        model.interpolate(x, x[:2], 3)
+    with pytest.raises(ValueError, match="steps: expected at least 2"):
+        model.interpolate(x, x, 1)
+
+
+def test_default_levels() -> None:
+    def levels(side: int) -> int:
+        return models.Glow((1, side, side), steps=1, hidden=4).config["levels"]
+
+    assert [levels(side) for side in (2, 4, 6, 8, 12, 32)] == [1, 2, 1, 3, 2, 3]
+
+
+def test_autocast_keeps_state_and_density_in_float32() -> None:
+    model, x = models.Glow((3, 8, 8), levels=2, steps=2, hidden=16), images(16, (3, 8, 8)).float()
+    model.log_prob(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    seen = []
+    for module in model.modules():
+        if isinstance(module, nn.ConvNet):
+            module.register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, out.dtype)))
+    exact = model.log_prob(x)
+    assert {*seen} == {(torch.float32, torch.float32)}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        log_prob = model.log_prob(x)
+        z, logabsdet = model.bijection(x)
+    assert {*seen} == {(torch.float32, torch.bfloat16)}
+    assert (log_prob.dtype, z.dtype, logabsdet.dtype) == (torch.float32,) * 3
+    # bfloat16 has 8 bits: raw outputs of 0.1 err by 4e-4, in some 1000 elements and 4 steps, with random signs.
+    torch.testing.assert_close(log_prob, exact, rtol=0.0, atol=0.5)
+    log_prob.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["one-level", "classes"])
+def test_compiles_in_one_graph_once_initialized(name: str) -> None:
+    model, x, context = drawn(name)
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(model.log_prob(x, context).sum(), [*model.parameters()])
+    actual = torch.autograd.grad(compiled(x, context).sum(), [*model.parameters()])
+    for a, e in zip(actual, expected, strict=True):
+        assert_near(a, e)
+
+
+@pytest.mark.parametrize("memory", ["store", "reversible"])
+def test_training_on_digits_lowers_the_loss(memory: str) -> None:
+    sklearn_datasets = pytest.importorskip("sklearn.datasets")
+    values = torch.tensor(sklearn_datasets.load_digits().images[:256], dtype=torch.float32)[:, None]
+    config = {**models.PRESETS["glow", "digits"], "steps": 2, "hidden": 16, "memory": memory}
+    model = models.Glow((1, 8, 8), **config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for i in range(30):
+        rows = values[torch.randint(256, (64,))]
+        loss = -model((rows + torch.rand_like(rows)) / 17.0).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if i == 0:
+            assert model.sample(2).isfinite().all()
+    assert sum(losses[-5:]) / 5 < losses[0] - 20.0
+
+
+def test_channels_last_stays_through_the_levels() -> None:
+    shape = (3, 8, 8)
+    model = models.Glow(shape, levels=2, steps=2, hidden=8, preprocess={"logit": 0.05}).double()
+    x = images(4, shape)
+    expected, log_prob = model.bijection(x)[0], model.log_prob(x)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, nn.GlowStep):
+            module.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0])))
+    last = x.to(memory_format=torch.channels_last)
+    assert_near(model.to(memory_format=torch.channels_last).log_prob(last), log_prob)
+    assert len(seen) == 4
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for pair in seen for t in pair)
+    assert_near(model.bijection.inverse(expected)[0], x)
+
+
+def test_squeeze_keeps_the_memory_format() -> None:
+    x = images(2, (3, 4, 6))
+    for format in (torch.contiguous_format, torch.channels_last):
+        z, _ = nn.Squeeze()(x.to(memory_format=format))
+        assert torch.equal(z, torch.nn.functional.pixel_unshuffle(x, 2))
+        back, _ = nn.Squeeze().inverse(z)
+        assert torch.equal(back, x)
+        assert z.is_contiguous(memory_format=format)
+        assert back.is_contiguous(memory_format=format)
+
+
+_RANK = """
+    import sys
+    import torch
+    import torch.distributed as dist
+    from flowkern import models
+
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    if rank >= 0:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    x = torch.load(f"{folder}/x.pt", weights_only=True)
+    model = models.load(f"{folder}/start.ckpt").train()
+    flow = torch.nn.parallel.DistributedDataParallel(model) if rank >= 0 else model
+    share = x if rank < 0 else x[rank::2]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = -flow(share).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    torch.save({**model.state_dict(), "losses": torch.stack(losses)}, f"{folder}/{rank}.pt")
+    if rank >= 0:
+        del flow  # it holds the process group
+        dist.barrier()  # no rank leaves while another may still need it
+        dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one(tmp_path) -> None:
+    model = models.Glow(SHAPE, levels=2, steps=2, hidden=6, memory="reversible").double()
+    models.save(model, tmp_path / "start.ckpt")
+    torch.save(images(6), tmp_path / "x.pt")
+    (tmp_path / "rank.py").write_text(textwrap.dedent(_RANK))
+    command = [sys.executable, str(tmp_path / "rank.py")]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in (-1, 0, 1)]
+    for process in ranks:
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, errors
+    alone, first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (-1, 0, 1))
+    assert_near((first.pop("losses") + second.pop("losses")) / 2.0, alone.pop("losses"))
+    for key, value in alone.items():
+        assert torch.equal(first[key], second[key]), key
+        assert_near(first[key], value)
