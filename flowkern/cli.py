@@ -70,18 +70,20 @@ def _parser() -> argparse.ArgumentParser:
 def _train_parser(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model", argument_default=argparse.SUPPRESS)
     train.set_defaults(run=_train)
-    train.add_argument("model", help="nice or realnvp")
+    train.add_argument("model", help="nice, realnvp or glow")
     train.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder of the run")
     train.add_argument("--preset", help="named settings: default, or recipe (realnvp on digits as published)")
     train.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the model, e.g. --set hidden=128")
+    train.add_argument("--memory", help="of the model: store, reversible or auto (short for --set memory=...)")
     plan = train.add_argument_group("what decides the result (defaults come from the preset)")
     plan.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
     plan.add_argument("--conditional", action="store_true", help="give the model the labels")
     plan.add_argument("--seed", type=int, help="of weights, order and noise (0)")
     plan.add_argument("--epochs", type=int, help="at most so many")
     plan.add_argument("--patience", type=int, metavar="EPOCHS", help="stop after so many without improvement; 0: never")
-    plan.add_argument("--batch-size", type=int, help="over all devices together")
+    plan.add_argument("--batch-size", type=int, help="of a step, over all devices and parts together")
+    plan.add_argument("--accumulate", type=int, metavar="N", help="take each batch in N parts: 1/N of the memory (1)")
     plan.add_argument("--lr", type=float, help="learning rate")
     plan.add_argument("--optimizer", help="adam, adamw or adamax")
     plan.add_argument("--weight-decay", type=float)
@@ -94,7 +96,9 @@ def _train_parser(commands: Any) -> None:
     how.add_argument("--max-minutes", type=float, metavar="M", help="stop after so much training in all")
     how.add_argument("--precision", help="32-true (default), bf16-mixed, 16-mixed or 64-true")
     how.add_argument("--accelerator", help="auto (default), cpu or gpu")
+    how.add_argument("--channels-last", action="store_true", help="images in the channels_last memory format")
     how.add_argument("--devices", help="how many, or auto (1)")
+    how.add_argument("--nodes", type=int, help="machines with so many devices each (1)")
     how.add_argument("--strategy", help="of Lightning, e.g. ddp (auto)")
     how.add_argument("--workers", type=int, help="processes that prepare batches (0)")
     how.add_argument("--checkpoint-steps", type=int, metavar="STEPS", help="between checkpoints (about every ten seconds)")
@@ -108,7 +112,9 @@ _OPTIONS = (
     "max_minutes",
     "precision",
     "accelerator",
+    "channels_last",
     "devices",
+    "nodes",
     "strategy",
     "workers",
     "checkpoint_steps",
@@ -120,8 +126,11 @@ def _train(arguments: argparse.Namespace) -> None:
     given = vars(arguments).copy()
     for name in ("run", "debug"):
         del given[name]
-    if "set" in given:
-        given["config"] = dict(map(_setting, given.pop("set")))
+    config = dict(map(_setting, given.pop("set", [])))
+    if "memory" in given:
+        config["memory"] = given.pop("memory")
+    if config:
+        given["config"] = config
     options = {name: given.pop(name) for name in _OPTIONS if name in given}
     _start_training(given.pop("model"), given.pop("data"), given.pop("out"), given, options)
 
@@ -209,7 +218,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _eval_parser(commands: Any) -> None:
-    evaluate = commands.add_parser("eval", help="the NLL of data under a checkpoint")
+    evaluate = commands.add_parser("eval", help="the NLL of data under a checkpoint, beside the size of PNG and WebP files")
     evaluate.set_defaults(run=_eval)
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
@@ -217,6 +226,8 @@ def _eval_parser(commands: Any) -> None:
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="test")
     evaluate.add_argument("--draws", type=int, default=20, help="of dequantization noise (20)")
     evaluate.add_argument("--batch-size", type=int, default=256)
+    codecs = "for images, also what PNG and lossless WebP need (yes)"
+    evaluate.add_argument("--codecs", action=argparse.BooleanOptionalAction, default=True, help=codecs)
     evaluate.add_argument("--device", default="cpu")
 
 
@@ -225,16 +236,19 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     model = models.load(arguments.checkpoint)
     values = data.load(arguments.data, size=arguments.size)
-    score = training.evaluate(
+    nll = training.sample_nlls(
         model, values, arguments.split, draws=arguments.draws, batch_size=arguments.batch_size, device=arguments.device
     )
-    print(f"{arguments.split} NLL: {score}")
+    print(f"{arguments.split} NLL: {training.Score.of(nll, values, arguments.draws)}")
+    name = f"{type(model).__name__} ({arguments.checkpoint.name})"
+    if arguments.codecs and (table := training.codec_table(nll.numpy(), values, arguments.split, name)):
+        print(f"\n{table}")
 
 
 def _compare_parser(commands: Any) -> None:
     compare = commands.add_parser("compare", help="step time and memory of the fused kernels against plain torch")
     compare.set_defaults(run=_compare)
-    compare.add_argument("model", help="a checkpoint, or nice or realnvp")
+    compare.add_argument("model", help="a checkpoint, or nice, realnvp or glow")
     compare.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
     compare.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
     compare.add_argument("--batch-size", type=int, default=64)

@@ -8,6 +8,7 @@ number of ranks see the same data.
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import sys
@@ -31,10 +32,16 @@ SOURCES = ("digits", "photos", "folder:PATH", "cifar10:PATH", "mnist:PATH", "npy
 
 @dataclass(frozen=True)
 class Split:
-    """Part of a data set: values, uint8 (N, C, H, W) or float32 (N, D), and labels, int64 (N,) or None."""
+    """Part of a data set: values, uint8 (N, C, H, W) or float32 (N, D), and labels, int64 (N,) or None.
+
+    ``origins`` is each sample's file, or its row in the file, for messages. ``distinct`` holds the numbers of samples that
+    share no pixel with one another, where there are others that do.
+    """
 
     values: np.ndarray
     labels: np.ndarray | None = None
+    origins: Sequence[str] | np.ndarray | None = None
+    distinct: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -128,17 +135,21 @@ def _photos() -> Dataset:
     # Vertical bands of every 160 columns: 96 for training, 32 for validation, 32 for testing.
     parts = []
     for start, end in ((0, 96), (96, 128), (128, 160)):
-        crops = [_crops(image[:, left + start : left + end]) for image in bunch.images for left in range(0, 640, 160)]
+        crops, places = zip(
+            *(_crops(image[:, left + start : left + end]) for image in bunch.images for left in range(0, 640, 160)), strict=True
+        )
         labels = np.repeat(np.arange(2), [sum(map(len, crops[:4])), sum(map(len, crops[4:]))])
-        parts.append(Split(np.concatenate(crops), labels))
+        distinct = np.flatnonzero((np.concatenate(places) % 32 == 0).all(1))
+        parts.append(Split(np.concatenate(crops), labels, distinct=distinct))
     train, val, test = parts
     return Dataset("photos", 256, train, val, test, tuple(Path(name).stem for name in bunch.filenames))
 
 
-def _crops(region: np.ndarray, size: int = 32, stride: int = 8) -> np.ndarray:
-    """All crops (N, 3, size, size) of a region (H, W, 3) whose corners lie on multiples of ``stride``."""
+def _crops(region: np.ndarray, size: int = 32, stride: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """All crops (N, 3, size, size) of a region (H, W, 3) whose corners lie on multiples of ``stride``, and the corners (N, 2)."""
     windows = np.lib.stride_tricks.sliding_window_view(region, (size, size), axis=(0, 1))[::stride, ::stride]
-    return np.ascontiguousarray(windows.reshape(-1, 3, size, size))
+    corners = stride * np.indices(windows.shape[:2]).reshape(2, -1).T
+    return np.ascontiguousarray(windows.reshape(-1, 3, size, size)), corners
 
 
 # Hidden by some systems beside every file, with the image's suffix.
@@ -174,7 +185,8 @@ def _folder(root: Path, size: int, report: Callable[[str], None]) -> Dataset:
     def part(members: Sequence[Path]) -> Split:
         images = [readable[path] if gray else np.broadcast_to(readable[path], (3, size, size)) for path in members]
         names = [path.parts[0] if len(path.parts) > 1 else "." for path in members]
-        return Split(np.stack(images), np.array([classes.index(n) for n in names]) if len(classes) > 1 else None)
+        labels = np.array([classes.index(n) for n in names]) if len(classes) > 1 else None
+        return Split(np.stack(images), labels, [str(root / path) for path in members])
 
     train, val, test = part(paths[2 * tenth :]), part(paths[tenth : 2 * tenth]), part(paths[:tenth])
     return Dataset(f"folder:{root}", 256, train, val, test, tuple(classes) if len(classes) > 1 else ())
@@ -295,9 +307,11 @@ def _npy(path: Path) -> Dataset:
         if bad.size:
             rows = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
             raise ValueError(f"{came}, of which {bad.size} rows are not finite in float32: {rows}")
-    shuffled = values[_order(0, 0, len(values))]
+    order = _order(0, 0, len(values))
     tenth = max(1, len(values) // 10)
-    train, val, test = Split(shuffled[2 * tenth :]), Split(shuffled[tenth : 2 * tenth]), Split(shuffled[:tenth])
+    train, val, test = (
+        Split(values[rows], origins=rows) for rows in (order[2 * tenth :], order[tenth : 2 * tenth], order[:tenth])
+    )
     return Dataset(f"npy:{path}", 256 if images else None, train, val, test, ())
 
 
@@ -339,9 +353,10 @@ def dequantize(values: np.ndarray, levels: int, u: np.ndarray) -> torch.Tensor:
 
 
 class Batch(NamedTuple):
-    """A batch, or one rank's slice of it.
+    """A batch, or a part of it: one rank's slice of one of the parts that a step accumulates.
 
-    x: (B, C, H, W) or (B, D) float32; labels: (B,) int64 or None; total: the number of samples over all ranks.
+    x: (B, C, H, W) or (B, D) float32; labels: (B,) int64 or None; total: the number of samples of the whole batch, over all
+    ranks and parts.
     """
 
     x: torch.Tensor
@@ -374,13 +389,15 @@ class _Batches(TorchDataset):
 
 
 class _Sampler:
-    """Cuts a permutation keyed by (seed, epoch) into global batches and gives this rank's slice of each.
+    """Cuts a permutation keyed by (seed, epoch) into global batches, these into parts, and gives this rank's slice of each.
 
-    Unlike in torch's DistributedSampler the global batches do not depend on the number of ranks.
+    Sample i of a batch is in part i % parts, and sample j of a part on rank j % world. Unlike in torch's
+    DistributedSampler the global batches do not depend on the number of ranks.
     """
 
-    def __init__(self, n: int, batch_size: int, *, seed: int, shuffle: bool, rank: int, world: int):
+    def __init__(self, n: int, batch_size: int, *, seed: int, shuffle: bool, rank: int, world: int, parts: int = 1):
         self.n, self.batch_size, self.seed, self.shuffle, self.rank, self.world = n, batch_size, seed, shuffle, rank, world
+        self.parts = parts
         self.epoch = 0
         self.first = 0
 
@@ -389,30 +406,51 @@ class _Sampler:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.n // self.batch_size)
+        return self.parts * -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
         first, self.first = self.first, 0
         order = _order(self.seed, self.epoch, self.n) if self.shuffle else np.arange(self.n)
-        for start in range(first * self.batch_size, self.n, self.batch_size):
-            samples = order[start : start + self.batch_size]
-            yield self.epoch if self.shuffle else 0, samples[self.rank :: self.world], len(samples)
+        for i in range(first, len(self)):
+            batch, part = divmod(i, self.parts)
+            samples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield self.epoch if self.shuffle else 0, samples[part :: self.parts][self.rank :: self.world], len(samples)
 
 
 class KeyedLoader(DataLoader):
     """A DataLoader that can resume in mid-epoch, whatever its workers have fetched ahead."""
 
     sampler: _Sampler
+    dataset: _Batches
     _delivered = 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self._delivered = self.sampler.first
-        for batch in super().__iter__():
+        keys = iter(copy.copy(self.sampler))
+        for batch, (epoch, samples, _) in zip(super().__iter__(), keys, strict=True):
+            self._require_finite(batch, epoch, samples)
             self._delivered += 1
             yield batch
 
+    def _require_finite(self, batch: Batch, epoch: int, samples: np.ndarray) -> None:
+        """Raise ValueError, naming the batch and where its bad samples come from, for NaN or infinity in x."""
+        finite = batch.x.flatten(1).isfinite().all(1)
+        if finite.all():
+            return
+        part, number = self.dataset.part, self._delivered // self.sampler.parts
+        split: Split = getattr(self.dataset.data, part)
+        bad = samples[~finite.numpy()]
+        origins = split.origins
+        where = ", ".join(
+            origins[i] if isinstance(origins, list) else f"row {i if origins is None else origins[i]}" for i in bad[:5]
+        )
+        raise ValueError(
+            f"data: {self.dataset.data.name}: NaN or infinity in {len(bad)} of {len(samples)} samples of {part} batch {number}, "
+            f"epoch {epoch}: {where}{', ...' if len(bad) > 5 else ''}"
+        )
+
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were delivered."""
+        """How many batches (or parts of batches) of the epoch were delivered."""
         return {"batches": self._delivered}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -429,15 +467,18 @@ def loader(
     epoch: int = 0,
     rank: int = 0,
     world: int = 1,
+    parts: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> KeyedLoader:
     """Batches of a split of ``data``: global batches of ``batch_size`` samples, of which each rank gets its slice.
 
     "train" is shuffled and has fresh noise in every epoch; the other splits come in file order, always with the same
-    noise. The last batch of an epoch may be smaller; a rank's slice may even be empty.
+    noise. Each batch comes in ``parts`` parts, one after the other. The last batch of an epoch may be smaller; a rank's
+    slice of it may even be empty. Raises ValueError, as they come, for values that are not finite.
     """
-    sampler = _Sampler(len(getattr(data, part)), batch_size, seed=seed, shuffle=part == "train", rank=rank, world=world)
+    shuffle = part == "train"
+    sampler = _Sampler(len(getattr(data, part)), batch_size, seed=seed, shuffle=shuffle, rank=rank, world=world, parts=parts)
     sampler.set_epoch(epoch)
     return KeyedLoader(
         _Batches(data, part, seed),

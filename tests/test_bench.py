@@ -9,13 +9,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flowkern.bench import gpu_check, worker
+from flowkern.bench import glow, gpu_check, worker
 from flowkern.bench.__main__ import main
 from flowkern.bench.calls import Problem, WrongResult, check, poisoned, rounding_errors
 from flowkern.bench.cases import BOTH, CASES, FORWARD, NEVER_SLOWER, Case, Target, cases_of
@@ -68,7 +69,7 @@ def test_what_a_coupling_must_move() -> None:
         assert case.traffic(*args) == (4 * forward * transformed, 4 * backward * transformed)
 
 
-@every_op
+@pytest.mark.parametrize("name", ["affine_coupling", "additive_coupling"])
 def test_targets(name: str) -> None:
     main_case, *_, last = cases_of(name, "cpu")
     assert main_case.name == "32x96x64x64"
@@ -424,3 +425,16 @@ def test_a_case_may_be_the_only_one_of_a_device() -> None:
     case = Case("x", lambda draw: (draw(1, 2),), lambda x: (8.0, 0.0), devices=("cuda",))
     assert case.target(FORWARD, "cold") == NEVER_SLOWER
     assert all("cuda" in c.devices for name in OPS for c in cases_of(name, "cuda"))
+
+
+def test_glow_beside_its_peers(tmp_path: Path) -> None:
+    """Every variant, the peers' among them, computes the same function before it is timed; the rows reach the file."""
+    pytest.importorskip("nflows")
+    pytest.importorskip("normflows")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the peers'
+        assert glow.main(["--quick", "--csv", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert {row["variant"] for row in rows} >= {"conv2d", "nflows", "normflows", "flowkern-plu", "flowkern-reversible-bf16"}
+    assert all(float(row["median_ms"]) > 0 and not row["failure"] for row in rows)

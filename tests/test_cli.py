@@ -22,17 +22,19 @@ needs_extra = pytest.mark.skipif(
 # ---------------------------------------------------------------------------------------------------------------------
 # Without the extra
 
-#: Runs the command line in a process in which the packages of the extra cannot be imported.
+#: Runs the command line in a process in which the packages of the extra cannot be found.
 BARE = """
 import sys, warnings
 warnings.simplefilter("ignore")
 
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {extra!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Missing())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {extra!r} else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 from flowkern.cli import main
 for arguments in {commands!r}:
     try:
@@ -107,11 +109,37 @@ def test_train_prints_where_things_are(tmp_path, capsys):
 
 
 @needs_extra
+def test_memory_and_parts_reach_the_run(tmp_path):
+    from flowkern import models
+
+    glow = ["train", "glow", "--data=digits", "--batch-size=250", "--epochs=1", "--draws=1", "--set=steps=1", "--set=hidden=4"]
+    arguments = ["--memory=reversible", "--accumulate=2", "--channels-last", "--precision=bf16-mixed"]
+    assert cli.main([*glow, *arguments, f"--out={tmp_path}"]) == 0
+    content = models.read_checkpoint(tmp_path / "last.ckpt")
+    config = content["model"]["config"]
+    assert (config["memory"], config["steps"], config["hidden"]) == ("reversible", 1, 4)
+    assert (content["plan"]["accumulate"], content["global_step"]) == (2, 4)
+
+
+@needs_extra
+def test_memory_is_checked(tmp_path, capsys):
+    line = refusal(capsys, "train", "glow", "--data=digits", f"--out={tmp_path / 'run'}", "--memory=little")
+    assert "memory: expected one of 'store', 'reversible', 'auto', got 'little'" in line
+
+
+@needs_extra
 def test_eval(run, capsys):
     from flowkern import data, models, training
 
-    assert cli.main(["eval", f"{run / 'best.ckpt'}", "--data=digits", "--split=val", "--draws=2"]) == 0
+    evaluate = ["eval", f"{run / 'best.ckpt'}", "--data=digits", "--split=val", "--draws=2"]
+    assert cli.main(evaluate) == 0
     expected = training.evaluate(models.load(run / "best.ckpt"), data.load("digits"), "val", draws=2)
+    first, empty, *table = capsys.readouterr().out.splitlines()
+    assert (first, empty) == (f"val NLL: {expected}", "")
+    assert table[0].split() == ["bits/dim,", "val", "split", "of", "digits", "350", "images"]
+    assert table[1].split() == ["RealNVP", "(best.ckpt),", "the", "bound", f"{expected.bits_per_dim:.3f}"]
+    assert [line.split(",")[0] for line in table[2::3]] == ["PNG", "WebP lossless"]
+    assert cli.main([*evaluate, "--no-codecs"]) == 0
     assert capsys.readouterr().out == f"val NLL: {expected}\n"
 
 
@@ -162,6 +190,9 @@ def test_sample_of_a_saved_model(tmp_path):
         (["--data=digits", "--devices=x"], "should be an int"),
         (["--data=digits", "--strategy=x"], "invalid strategy name"),
         (["--data=digits", "--draws=0"], "draws: expected at least 1"),
+        (["--data=digits", "--nodes=0"], "nodes: expected at least 1"),
+        (["--data=digits", "--accumulate=0"], "accumulate: expected at least 1"),
+        (["--data=digits", "--memory=store"], "realnvp has no setting 'memory'"),
     ],
 )
 def test_train_refuses(tmp_path, capsys, arguments, message):

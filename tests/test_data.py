@@ -377,6 +377,75 @@ def test_loader_resumes_in_mid_epoch(workers):
     assert len(list(resumed)) == 10, "the next epoch is whole again"
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_parts_make_up_the_batches(world):
+    """Sample i of a batch comes in part i % parts, on rank (i // parts) % world; small last batches have as many parts."""
+    digits = data.load("digits")
+    whole = list(data.loader(digits, "train", 333, seed=1, epoch=2))
+    assert [len(b.x) for b in whole] == [333, 333, 333, 1]
+    ranks = [list(data.loader(digits, "train", 333, seed=1, epoch=2, rank=r, world=world, parts=3)) for r in range(world)]
+    for i, batch in enumerate(whole):
+        x = torch.full_like(batch.x, math.nan)
+        for rank, batches in enumerate(ranks):
+            assert len(batches) == len(data.loader(digits, "train", 333, seed=1, parts=3)) == 12
+            for part, piece in enumerate(batches[3 * i : 3 * i + 3]):
+                x[part::3][rank::world] = piece.x
+                assert piece.total == len(batch.x)
+        assert torch.equal(x, batch.x)
+
+
+def test_loader_with_parts_resumes_in_mid_epoch():
+    digits = data.load("digits")
+    loader, resumed = (data.loader(digits, "train", 100, seed=4, epoch=1, parts=2) for _ in range(2))
+    batches = list(loader)
+    resumed.load_state_dict({"batches": 6})
+    assert torch.equal(_stack(resumed), _stack(batches[6:]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_refuses_nan_and_names_batch_and_row(tmp_path, workers):
+    """The values turn bad after ``load``, which refuses them itself."""
+    path = tmp_path / "x.npy"
+    np.save(path, np.arange(90.0).reshape(30, 3))
+    loaded = data.load(f"npy:{path}")
+    row = int(loaded.train.values[5, 0]) // 3
+    loaded.train.values[5, 1] = np.nan
+    order = data._order(0, 0, len(loaded.train)).tolist()
+    batches = iter(data.loader(loaded, "train", 4, seed=0, workers=workers))
+    number = order.index(5) // 4
+    for _ in range(number):
+        next(batches)
+    message = f"{path}: NaN or infinity in 1 of 4 samples of train batch {number}, epoch 0: row {row}$"
+    with pytest.raises(ValueError, match=message):
+        next(batches)
+
+
+def test_loader_names_the_file_of_a_bad_image(tmp_path, monkeypatch):
+    _write_images(tmp_path, [f"{i}.png" for i in range(8)])
+    folder = data.load(f"folder:{tmp_path}", size=4)
+    dequantize = data.dequantize
+    monkeypatch.setattr(data, "dequantize", lambda values, levels, u: dequantize(values, levels, u) * math.inf)
+    with pytest.raises(ValueError, match=r"in 1 of 1 samples of val batch 0, epoch 0: ") as error:
+        next(iter(data.loader(folder, "val", 4, seed=0)))
+    named = Path(str(error.value).rpartition(": ")[2])
+    assert (data._decode(named, 4) == folder.val.values[0]).all()
+
+
+def test_distinct_crops_share_no_pixel(monkeypatch):
+    # A pixel tells its row and its group of four columns.
+    rows, groups = np.indices((427, 640))[0], np.indices((427, 640))[1] // 4
+    image = np.stack([rows % 256, rows // 256, groups], -1).astype(np.uint8)
+    bunch = type("Bunch", (), {"filenames": ("china.jpg", "flower.jpg"), "images": (image, image)})
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", bunch)
+    photos = data.load("photos")
+    for split, columns in ((photos.train, 3), (photos.val, 1), (photos.test, 1)):
+        crops = split.values[split.distinct]
+        assert len(crops) == 2 * 4 * columns * 13, "as many as fit"
+        for label in (0, 1):
+            pixels = crops[split.labels[split.distinct] == label].transpose(0, 2, 3, 1).reshape(-1, 3)
+            assert len(np.unique(pixels, axis=0)) == len(pixels) / 4
+
+
 def test_epochs_differ_and_validation_does_not():
     digits = data.load("digits")
     first, second = (_stack(data.loader(digits, "train", 100, seed=0, epoch=e)) for e in (0, 1))

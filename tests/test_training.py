@@ -25,6 +25,7 @@ if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed", allow_module_level=True)
 
 from flowkern import data, models, training  # noqa: E402
+from flowkern.training import _codecs, _gallery  # noqa: E402
 
 #: A small flow, also as the command line takes it.
 SMALL = {"flatten": True, "couplings": 2, "hidden": 8, "dropout": 0.0}
@@ -88,14 +89,16 @@ def test_run_writes_everything(finished):
     from PIL import Image
 
     out, plan, score = finished
-    assert sorted(p.name for p in out.iterdir()) == ["best.ckpt", "curve.png", "last.ckpt", "log", "result.json", "samples.png"]
+    pictures = ["curve.png", "interpolations.png", "reconstructions.png", "samples-0.6.png", "samples-0.8.png", "samples.png"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(["best.ckpt", "last.ckpt", "log", "result.json", *pictures])
     result = json.loads((out / "result.json").read_text())
     assert result["test"]["nats"] == score.nats
     assert training.Plan(**result["plan"]) == plan
     # 64 tiles of 8 x 8 with one pixel between them, eight times as large.
-    with Image.open(out / "samples.png") as picture:
-        assert (picture.mode, picture.size) == ("L", (584, 584))
-        assert len(np.unique(np.asarray(picture))) > 10
+    for name in pictures[1:]:
+        with Image.open(out / name) as picture:
+            assert (picture.mode, picture.size) == ("L", (584, 584)), name
+            assert len(np.unique(np.asarray(picture))) > 10, name
     with Image.open(out / "curve.png") as picture:
         assert picture.format == "PNG"
     rows = (out / "log" / "version_0" / "metrics.csv").read_text().splitlines()
@@ -163,11 +166,119 @@ def test_run_without_average_clipping_or_patience(tmp_path):
     models.load(tmp_path / "last.ckpt")
 
 
-def test_half_precision_run(tmp_path):
-    score = training.train(small_plan(epochs=1, optimizer="adamw", weight_decay=0.1), tmp_path, draws=1, precision="bf16-mixed")
+#: A small Glow for the digits.
+GLOW = {"levels": 2, "steps": 1, "hidden": 8}
+
+
+def glow_plan(**given: Any) -> training.Plan:
+    config = {**GLOW, **given.pop("config", {})}
+    fields = {"epochs": 1, "batch_size": 250, "lr": 1e-2, "warmup": 3, "ema": 0.9, **given}
+    return training.make_plan("glow", "digits", config=config, **fields)
+
+
+@pytest.mark.parametrize(("model", "memory"), [("realnvp", None), ("glow", "store"), ("glow", "reversible")])
+def test_half_precision_run(tmp_path, monkeypatch, model, memory):
+    """Networks answer in bfloat16; what passes between the layers, log-determinants, loss and weights are float32."""
+    from flowkern import nn
+    from flowkern.nn._bijection import Bijection
+    from flowkern.training._task import FlowTask
+
+    networks, states, losses = set(), set(), set()
+    training_step, configure = FlowTask.training_step, FlowTask.configure_optimizers
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        loss = training_step(self, batch, batch_idx)
+        losses.add(loss.dtype)
+        return loss
+
+    def watch(self: Any) -> Any:
+        for module in self.model.modules():
+            if isinstance(module, Bijection):
+                module.register_forward_hook(lambda _, __, out: states.update(t.dtype for t in out))
+            if isinstance(module, nn.ResNet | nn.ConvNet):
+                module.register_forward_hook(lambda _, __, out: networks.add(out.dtype))
+        return configure(self)
+
+    monkeypatch.setattr(FlowTask, "training_step", step)
+    monkeypatch.setattr(FlowTask, "configure_optimizers", watch)
+    config = {"couplings": 1, "hidden": 8, "depth": 1, "flatten": False} if model == "realnvp" else {"memory": memory}
+    plan = small_plan(epochs=1, config=config) if model == "realnvp" else glow_plan(config=config)
+    score = training.train(plan, tmp_path, draws=1, precision="bf16-mixed")
     assert score is not None
     assert math.isfinite(score.nats)
-    assert {v.dtype for v in last(tmp_path)["state_dict"].values()} == {torch.float32}
+    assert (networks, states, losses) == ({torch.bfloat16}, {torch.float32}, {torch.float32})
+    assert {v.dtype for v in last(tmp_path)["state_dict"].values() if v.is_floating_point()} == {torch.float32}
+
+
+def test_half_precision_and_weight_decay(tmp_path):
+    plan = small_plan(epochs=1, optimizer="adamw", weight_decay=0.1)
+    score = training.train(plan, tmp_path, draws=1, precision="bf16-mixed")
+    assert score is not None
+    assert math.isfinite(score.nats)
+
+
+def assert_near(a: Path, b: Path, tolerance: float = 1e-9) -> None:
+    """Float64 runs of a few Adam steps whose sums differ in their order alone: rounding of 1e-16.
+
+    Adam divides a gradient by its own size and so keeps its relative error, which cancellation in a batch's sum may raise
+    to 1e-12. Glow needs 1e-6: at its initialization the gradients of shifts vanish but for rounding, 1e-15, which Adam
+    divides by 1e-8; that is 1e-9 of a weight in each of the first steps, and the later ones magnify it.
+    """
+    one, other = last(a), last(b)
+    assert one["global_step"] == other["global_step"]
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(
+            other["state_dict"][name], value, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_accumulated_gradients_are_those_of_the_batch(tmp_path):
+    """Parts of unequal size: 111, 110 and 110 of 331 samples, 3, 2 and 2 of the last 7."""
+    for parts in (1, 3):
+        plan = small_plan(batch_size=331, accumulate=parts)
+        training.train(plan, tmp_path / f"{parts}", draws=1, precision="64-true")
+    assert last(tmp_path / "3")["global_step"] == 8
+    assert_near(tmp_path / "1", tmp_path / "3")
+    logs = [training.read_log(tmp_path / parts / "log") for parts in "13"]
+    for name in ("train_nll", "val_nll"):
+        assert [v for _, v in logs[0][name]] == pytest.approx([v for _, v in logs[1][name]], rel=1e-6)
+
+
+def test_parts_of_a_step_draw_different_dropout(tmp_path, monkeypatch):
+    from flowkern.training._task import FlowTask
+
+    seeds = []
+    monkeypatch.setattr(FlowTask, "on_train_batch_end", lambda *a: seeds.append(torch.initial_seed()))
+    training.train(small_plan(epochs=1, accumulate=2), tmp_path, draws=1)
+    assert len(seeds) == len(set(seeds)) == 8
+
+
+def test_channels_last_run(tmp_path, monkeypatch):
+    """The same run as in the other format, to rounding, also if it resumes in the other one."""
+    from flowkern.training._task import FlowTask
+
+    formats, training_step = set(), FlowTask.training_step
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        weight = next(p for p in self.model.parameters() if p.ndim == 4 and min(p.shape) > 1)
+        formats.add((weight.is_contiguous(memory_format=torch.channels_last), weight.is_contiguous()))
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(FlowTask, "training_step", step)
+    plans = [glow_plan(epochs=epochs) for epochs in (1, 2)]
+    training.train(plans[1], tmp_path / "contiguous", draws=1, precision="64-true")
+    assert formats == {(False, True)}
+    formats.clear()
+    training.train(plans[0], tmp_path / "mixed", draws=1, precision="64-true", channels_last=True)
+    assert formats == {(True, False)}
+    training.train(plans[1], tmp_path / "mixed", draws=1, precision="64-true", resume=True)
+    assert_near(tmp_path / "contiguous", tmp_path / "mixed", 1e-6)
+
+
+def test_channels_last_needs_images(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((30, 2)))
+    with pytest.raises(ValueError, match=r"channels_last: expected images \(C, H, W\), and .* has \(2,\)"):
+        training.train(training.make_plan("nice", f"npy:{tmp_path / 'x.npy'}"), tmp_path / "run", channels_last=True)
 
 
 def test_conditional_run_and_its_samples(tmp_path):
@@ -197,7 +308,7 @@ def test_continuous_data(tmp_path, capsys):
     assert score is not None
     assert score.draws == 1
     assert abs(score.nats - 3 * math.log(2 * math.pi * math.e)) < 2.0
-    assert not (tmp_path / "run" / "samples.png").exists()
+    assert [p.name for p in (tmp_path / "run").glob("*.png")] == ["curve.png"]
     training.save_samples(tmp_path / "run" / "best.ckpt", tmp_path / "s.npy", 7)
     assert np.load(tmp_path / "s.npy").shape == (7, 6)
     with pytest.raises(ValueError, match="make no picture"):
@@ -226,19 +337,40 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("step", [3, 4, 6, 7])
-def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, step):
-    """Killed in the middle (step 3, 6), at the last batch (7) and at the first of an epoch (4), with dropout."""
+RESUMED = {
+    "realnvp": small_plan(epochs=3, config={"dropout": 0.3}),
+    "accumulating": small_plan(epochs=3, config={"dropout": 0.3}, accumulate=3),
+    "glow": glow_plan(epochs=3, config={"dropout": 0.3}, accumulate=2),
+    "reversible": glow_plan(epochs=3, config={"dropout": 0.3, "memory": "reversible"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *(("realnvp", step) for step in (3, 4, 6, 7)),
+        ("accumulating", 3),
+        ("accumulating", 7),
+        ("glow", 1),
+        ("glow", 6),
+        ("reversible", 3),
+    ],
+)
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, name, step):
+    """Killed in the middle (step 3, 6), at the last batch (7) and at the first of an epoch (4), with dropout.
+
+    Where gradients accumulate: before the last part of a step. Glow: also before there is anything to resume.
+    """
     from flowkern.training._task import FlowTask
 
-    plan = small_plan(epochs=3, config={"dropout": 0.3})
-    reference = tmp_path.parent / "uninterrupted"
+    plan = RESUMED[name]
+    reference = tmp_path.parent / f"uninterrupted-{name}"
     if not reference.exists():
         training.train(plan, reference, draws=1, checkpoint_steps=2)
     training_step = FlowTask.training_step
 
     def fail(self: Any, batch: Any, batch_idx: int) -> Any:
-        if self.global_step == step:
+        if self.global_step == step and (batch_idx + 1) % plan.accumulate == 0:
             raise Killed
         return training_step(self, batch, batch_idx)
 
@@ -247,19 +379,23 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, step):
     with pytest.raises(Killed):
         training.train(plan, out, draws=1, checkpoint_steps=2)
     monkeypatch.undo()
-    assert last(out)["global_step"] == step - step % 2, "it did not stop where it should"
+    if step >= 2:
+        assert last(out)["global_step"] == step - step % 2, "it did not stop where it should"
     moved = out.rename(tmp_path / "moved")
-    training.train(training.resumed_plan(moved, {}), moved, resume=True, draws=1, checkpoint_steps=2)
+    resumed = training.resumed_plan(moved, {}) if step >= 2 else plan
+    training.train(resumed, moved, resume=True, draws=1, checkpoint_steps=2)
     assert_same_run(moved, reference)
     log = training.read_log(moved / "log")
     for name, points in training.read_log(reference / "log").items():
         assert log[name] == points, name
 
 
-def test_more_epochs(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_more_epochs(tmp_path, precision):
     for name in ("a", "b"):
-        training.train(small_plan(epochs=2 if name == "a" else 4), tmp_path / name, draws=1)
-    training.train(training.resumed_plan(tmp_path / "a", {"epochs": 4}), tmp_path / "a", resume=True, draws=1)
+        training.train(small_plan(epochs=2 if name == "a" else 4), tmp_path / name, draws=1, precision=precision)
+    more = training.resumed_plan(tmp_path / "a", {"epochs": 4})
+    training.train(more, tmp_path / "a", resume=True, draws=1, precision=precision)
     assert_same_run(tmp_path / "a", tmp_path / "b")
     assert [epoch for epoch, _ in training.read_log(tmp_path / "a" / "log")["val_nll"]] == [0, 1, 2, 3]
 
@@ -315,6 +451,31 @@ def test_kill_in_mid_write(tmp_path):
     training.train(plan, tmp_path / "whole", draws=1)
     assert_same_run(out, tmp_path / "whole")
     assert not list(out.glob(".last.ckpt.*.tmp"))
+
+
+@pytest.mark.slow
+def test_kill_in_mid_epoch(tmp_path):
+    """kill -9 between two steps of a reversible Glow whose gradients accumulate; the resumed run is the uninterrupted one."""
+    plan = glow_plan(epochs=3, batch_size=50, accumulate=2, config={"memory": "reversible", "dropout": 0.2})
+    config = [f"--set={name}={json.dumps(value)}" for name, value in plan.config.items()]
+    fields = ["--epochs=3", "--batch-size=50", "--accumulate=2", "--lr=0.01", "--warmup=3", "--ema=0.9"]
+    out = tmp_path / "killed"
+    command = [*CLI, "train", "glow", "--data=digits", f"--out={out}", *config, *fields, "--checkpoint-steps=3"]
+    process = subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not ((out / "last.ckpt").exists() and last(out)["global_step"] >= 23):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    finally:
+        process.kill()
+    # 20 steps an epoch.
+    assert 20 < last(out)["global_step"] < 60
+    assert last(out)["global_step"] % 20, "it was killed at the end of an epoch"
+    assert training.resumed_plan(out, {}) == plan
+    training.train(plan, out, resume=True, draws=1)
+    training.train(plan, tmp_path / "whole", draws=1)
+    assert_same_run(out, tmp_path / "whole")
 
 
 def _stop_in_mid_write(process: subprocess.Popen, out: Path) -> None:
@@ -404,6 +565,51 @@ def test_loss_that_is_not_finite(tmp_path, monkeypatch):
     assert all(v.isfinite().all() for v in content["state_dict"].values() if v.is_floating_point())
 
 
+def test_what_a_loss_that_is_not_finite_comes_from(tmp_path, monkeypatch):
+    from flowkern.training._task import FlowTask
+
+    training_step = FlowTask.training_step
+
+    def step(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            with torch.no_grad():
+                self.model.get_submodule(layer).matrix.weight[2].zero_()
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(FlowTask, "training_step", step)
+    layer = "bijection.bijections.1.levels.0.bijections.1.bijections.0.linear"
+    message = rf"not finite at step 3 \(epoch 0\). InvertibleConv1x1 '{layer}': the weight is singular: .* Try a lower"
+    with pytest.raises(training.Diverged, match=message):
+        training.train(glow_plan(config={"parametrization": "full"}), tmp_path)
+
+
+def test_diagnosis_names_parameters():
+    from flowkern.training._task import diagnosis
+
+    model = models.Glow((1, 8, 8), **GLOW)
+    assert diagnosis(model) == ""
+    name, parameter = list(model.named_parameters())[-1]
+    parameter.data.fill_(math.nan)
+    assert diagnosis(model) == f"NaN or infinity in 1 parameters, the first: {name}. "
+
+
+def test_training_refuses_nan_and_names_the_batch(tmp_path, monkeypatch):
+    path = tmp_path / "x.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32))
+    loaded = data.load(f"npy:{path}")
+    loaded.train.values[3, 0] = np.inf
+    monkeypatch.setattr("flowkern.training._run.load", lambda *a, **k: loaded)
+    plan = training.make_plan("nice", f"npy:{path}", config={"couplings": 2, "hidden": 8}, epochs=1, batch_size=8)
+    batch, row = data._order(0, 0, 32).tolist().index(3) // 8, loaded.train.origins[3]
+    with pytest.raises(ValueError, match=f"x.npy: NaN or infinity in 1 of 8 samples of train batch {batch}, epoch 0: row {row}$"):
+        training.train(plan, tmp_path / "run")
+
+
+def test_glow_is_not_initialized_from_one_image(tmp_path):
+    with pytest.raises(ValueError, match="the initialization needs a batch of at least 2 samples, got 1"):
+        training.train(glow_plan(batch_size=1), tmp_path)
+
+
 def test_validation_that_is_not_finite(tmp_path, monkeypatch):
     from flowkern.training._task import FlowTask
 
@@ -422,6 +628,8 @@ def test_validation_that_is_not_finite(tmp_path, monkeypatch):
         ({"lr": float("nan")}, "lr: expected more than 0"),
         ({"ema": 1.0}, "ema: expected a decay below 1"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"accumulate": 0}, "accumulate: expected at least 1"),
+        ({"accumulate": 9, "batch_size": 8}, r"accumulate: expected at most batch_size \(8\), got 9"),
         ({"seed": -1}, "seed: expected at least 0"),
         ({"preset": "x"}, "has no 'x'; expected one of default, demo, recipe"),
         ({"config": {"foo": 1}}, "realnvp has no setting 'foo'; expected one of couplings, hidden"),
@@ -432,11 +640,21 @@ def test_plans_are_checked(given, message):
         training.make_plan("realnvp", "digits", **given)
 
 
+def test_presets_build_their_models():
+    for model, source, preset in training.PRESETS:
+        if source != "*":
+            plan = training.make_plan(model, source, preset=preset)
+            values = data.load(source)
+            assert plan.build(values).shape == values.shape
+
+
 def test_models_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="unknown name 'x'; expected one of nice, realnvp"):
+    with pytest.raises(ValueError, match="unknown name 'x'; expected one of nice, realnvp, glow"):
         training.make_plan("x", "digits")
     with pytest.raises(ValueError, match="a setting has the wrong type"):
         training.train(small_plan(config={"hidden": "wide"}), tmp_path)
+    with pytest.raises(ValueError, match="glow: the model is for 7 classes, and digits has 10"):
+        training.train(glow_plan(config={"classes": 7}), tmp_path)
     np.save(tmp_path / "x.npy", np.zeros((30, 2)))
     with pytest.raises(ValueError, match="has no labels"):
         training.train(training.make_plan("nice", f"npy:{tmp_path / 'x.npy'}", conditional=True), tmp_path)
@@ -489,6 +707,171 @@ def test_score_and_its_error_by_hand(finished):
         assert math.isclose(score.nats, values.mean(), rel_tol=1e-5)
         assert math.isclose(score.nats_error, values.std() / math.sqrt(350), rel_tol=1e-4)
         assert math.isclose(score.bits_per_dim, score.nats / 64 / math.log(2), rel_tol=1e-12)
+
+
+def _images(n: int, height: int, width: int, channels: int, levels: int = 256) -> Any:
+    return np.random.default_rng(0).integers(0, levels, (n, height, width, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_codecs_give_back_the_pixels_and_count_their_payload(channels):
+    import io
+    import zlib
+
+    from PIL import Image
+
+    image = _images(1, 9, 7, channels)[0]
+    png, webp = (_codecs.encode(image, codec) for codec in ("PNG", "WebP lossless"))
+    for file in (png, webp):
+        with Image.open(io.BytesIO(file)) as decoded:
+            pixels = np.asarray(decoded.convert("L" if channels == 1 else "RGB"))
+            assert (pixels.reshape(image.shape) == image).all()
+    # Signature 8, IHDR 25, IEND 12 and 12 around the one IDAT; RIFF's header 12 and VP8L's 8, the content padded to be even.
+    assert _codecs.payload(png) == len(png) - 57
+    assert len(webp) - 20 - _codecs.payload(webp) in (0, 1)
+    start = png.index(b"IDAT") + 4
+    assert len(zlib.decompress(png[start : start + _codecs.payload(png)])) == 9 * (1 + 7 * channels), "rows and their filters"
+
+
+def test_codecs_notice_a_loss(monkeypatch):
+    monkeypatch.setitem(_codecs.CODECS, "JPEG", {"format": "jpeg"})
+    with pytest.raises(RuntimeError, match="JPEG did not give back the pixels"):
+        _codecs.encode(_images(1, 8, 8, 3)[0], "JPEG")
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 3), (13, 4, 6, 1), (104, 5, 3, 3), (600, 200, 200, 1)])
+def test_mosaics_hold_each_image_once(shape):
+    images = _images(*shape)
+    pictures = _codecs.mosaics(images)
+    assert max(max(p.shape[:2]) for p in pictures) <= 4096
+    assert len(pictures) <= 4
+    tiles = [
+        picture[y : y + shape[1], x : x + shape[2]]
+        for picture in pictures
+        for y in range(0, picture.shape[0], shape[1])
+        for x in range(0, picture.shape[1], shape[2])
+    ]
+    assert len(tiles) == len(images)
+    assert all((tile == image).all() for tile, image in zip(tiles, images, strict=True))
+
+
+def _data_of(values: Any, **split: Any) -> data.Dataset:
+    part = data.Split(values, **split)
+    return data.Dataset("made up", 256, part, part, part, ())
+
+
+def test_codec_table():
+    """Noise takes 8 bits a value and nothing can be saved; half of these images are black, and overlap with others."""
+    values = np.concatenate([_images(4, 3, 32, 32), np.zeros((4, 3, 32, 32), np.uint8)])
+    nll = np.arange(8.0) * 3 * 32 * 32 * math.log(2)
+    table = training.codec_table(nll, _data_of(values, distinct=np.arange(4)), "test", "flow")
+    assert table is not None
+    lines = [line.rsplit(maxsplit=2) for line in table.splitlines()[1:]]
+    assert [name.strip() for name in table.splitlines()[0].split("  ")[-2:]] == ["8 images", "4 that share no pixel"]
+    assert lines[0] == ["flow, the bound", "3.500", "1.500"]
+    figures = {name.strip(): (float(a.replace("-", "nan")), float(b)) for name, a, b in lines}
+    for codec in ("PNG", "WebP lossless"):
+        whole, noise = figures[f"{codec}, a file for each image"]
+        assert 8.0 < noise < 8.5
+        assert 4.0 < whole < 4.5
+    assert math.isnan(figures["all of them in 1 file"][0])
+    # Of WebP, whose rows come last.
+    for name in ("all of them in 1 file", "its compressed pixels, no headers"):
+        assert 8.0 < figures[name][1] < figures["WebP lossless, a file for each image"][1]
+
+
+def test_codec_table_of_other_data(tmp_path):
+    distinct = training.codec_table(np.ones(2), _data_of(_images(2, 1, 8, 8)), "val", "flow")
+    assert distinct is not None
+    assert distinct.splitlines()[0].split() == ["bits/dim,", "val", "split", "of", "made", "up", "2", "images"]
+    assert training.codec_table(np.ones(2), _data_of(_images(2, 2, 8, 8)), "val", "flow") is None, "no format has two channels"
+    np.save(tmp_path / "x.npy", np.zeros((30, 2)))
+    assert training.codec_table(np.ones(3), data.load(f"npy:{tmp_path / 'x.npy'}"), "val", "flow") is None
+
+
+@pytest.fixture(scope="module")
+def conditional() -> models.FlowModel:
+    torch.manual_seed(0)
+    model = models.RealNVP(
+        (1, 8, 8), couplings=1, hidden=8, depth=1, zero_init=False, scale={"kind": "tanh", "a": 0.1, "b": 0.0}, context=10
+    )
+    return model.double().eval()
+
+
+def test_interpolations_go_from_image_to_image(conditional):
+    digits = data.load("digits")
+    batch = data.batch_of(digits, "test", np.arange(6), seed=0, epoch=0)
+    x, context = batch.x.double(), training.context_of(conditional, batch.labels)
+    lines = _gallery.interpolate(conditional, x[:3], x[3:], 5, context[:3])
+    assert lines.shape == (3, 5, 1, 8, 8)
+    torch.testing.assert_close(lines[:, 0], x[:3], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(lines[:, 4], x[3:], rtol=1e-10, atol=1e-10)
+    z = [conditional.bijection(images, context[:3])[0] for images in (x[:3], x[3:], lines[:, 2])]
+    torch.testing.assert_close(z[2], (z[0] + z[1]) / 2, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(_gallery.reconstruct(conditional, x, context), x, rtol=1e-10, atol=1e-10)
+
+
+def test_pairs_share_their_label():
+    labels = data.load("digits").test.labels
+    pairs = _gallery.pairs(labels, 8)
+    assert pairs.shape == (8, 2)
+    assert (labels[pairs[:, 0]] == labels[pairs[:, 1]]).all()
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    assert len(set(labels[pairs[:, 0]])) == 8
+    assert len(np.unique(_gallery.pairs(np.zeros(16), 8))) == 16, "no image comes twice"
+    assert _gallery.pairs(np.zeros(1), 2).tolist() == [[0, 0], [0, 0]]
+
+
+def test_gallery(conditional, tmp_path):
+    """The pictures show what the model gives: the same noise at three temperatures, images over their reconstructions."""
+    from PIL import Image
+
+    digits = data.load("digits")
+    lines = _gallery.save_gallery(conditional, digits, tmp_path, seed=3)
+    assert [line.rpartition("/")[2] for line in lines] == [
+        "samples-0.6.png",
+        "samples-0.8.png",
+        "samples.png",
+        "interpolations.png",
+        "reconstructions.png",
+    ]
+    assert "largest error" in lines[-1]
+    context = training.context_of(conditional, torch.arange(64) % 10)
+    for temperature, name in zip(_gallery.TEMPERATURES, ("samples-0.6", "samples-0.8", "samples"), strict=True):
+        torch.manual_seed(3)
+        images = training.to_pixels(conditional.sample(64, context, temperature), 17)
+        assert (_tiles(tmp_path / f"{name}.png") == images[..., 0]).all()
+    tiles = _tiles(tmp_path / "reconstructions.png").reshape(4, 2, 8, 8, 8)
+    real = np.round(digits.test.values[np.arange(32) * 447 // 32, 0] * (255.0 / 16)).astype(np.uint8).reshape(4, 8, 8, 8)
+    assert (tiles[:, 0] == real).all()
+    assert (tiles[:, 1] == real).all(), "in float64 no pixel changes"
+    with Image.open(tmp_path / "interpolations.png") as picture:
+        assert picture.size == (584, 584)
+
+
+def _tiles(path: Path) -> Any:
+    """The 8 x 8 images of a grid, each pixel eight times as large and one pixel between them."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        grid = np.asarray(picture)[::8, ::8]
+    return np.stack([grid[1 + 9 * i : 9 + 9 * i, 1 + 9 * j : 9 + 9 * j] for i in range(8) for j in range(8)])
+
+
+def test_curve_has_both_scales(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from flowkern.training._pictures import draw_curve
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), Path(path).touch()))
+    draw_curve({"train_nll": [(0.0, 100.0), (1.0, 60.0)], "val_nll": [(0.0, 90.0), (1.0, 70.0)]}, tmp_path / "c.png", "title", 64)
+    axes = drawn[0].axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[100.0, 60.0], [90.0, 70.0]]
+    right = axes.child_axes[0]
+    drawn[0].draw_without_rendering()
+    assert (axes.get_ylabel(), right.get_ylabel()) == ("negative log-likelihood [nats]", "bits/dim")
+    assert list(right.get_ylim()) == pytest.approx([v / 64 / math.log(2) for v in axes.get_ylim()])
 
 
 def test_pixels():

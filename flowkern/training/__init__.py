@@ -9,12 +9,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ._codecs import codec_table as codec_table
 from ._compare import compare as compare
 from ._evaluate import Diverged as Diverged
 from ._evaluate import Score as Score
 from ._evaluate import context_of as context_of
 from ._evaluate import evaluate as evaluate
 from ._evaluate import negative_log_likelihood as negative_log_likelihood
+from ._evaluate import sample_nlls as sample_nlls
 from ._pictures import atomic as atomic
 from ._pictures import read_log as read_log
 from ._pictures import save_grid as save_grid
@@ -38,6 +40,9 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
     ``log/version_*/``         the CSV log, one for each time the run was started or resumed
     ``curve.png``              training and validation NLL
     ``samples.png``            64 samples, for images; of a conditional model one class after the other
+    ``samples-T.png``          the same at the temperatures T = 0.6 and 0.8
+    ``interpolations.png``     from one test image to another, along a line between their latents
+    ``reconstructions.png``    test images, and under them what comes back from their latents
     ``result.json``            the test NLL of ``best.ckpt`` with its standard error, and the plan
     ========================== ==========================================================================
 
@@ -47,7 +52,10 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
         overwrite: start anew where ``out`` holds a run.
         max_minutes: stop after so much training, counted over all resumed runs.
         precision, devices, strategy, accelerator: as Lightning's ``Trainer`` takes them. The global batches do not
-            depend on the number of devices.
+            depend on the number of devices. Under ``"bf16-mixed"`` the conditioners run in bfloat16; weights, the state of
+            the flow, log-determinants and the loss stay in float32.
+        nodes: the number of machines, each with so many ``devices``.
+        channels_last: keep images and the weights of convolutions in the channels_last memory format.
         workers: processes that prepare batches.
         checkpoint_steps: write ``last.ckpt`` every so many steps and every epoch, instead of every ten seconds or so.
         draws: of dequantization noise for the test NLL.

@@ -11,7 +11,7 @@ import torch
 from ..data import Batch, Dataset, batch_of
 from ..models import FlowModel
 
-__all__ = ["Diverged", "Score", "context_of", "evaluate", "negative_log_likelihood"]
+__all__ = ["EVALUATION_SEED", "Diverged", "Score", "context_of", "evaluate", "negative_log_likelihood", "sample_nlls"]
 
 
 class Diverged(RuntimeError):
@@ -28,6 +28,13 @@ class Score:
     bits_per_dim_error: float
     samples: int
     draws: int
+
+    @classmethod
+    def of(cls, nll: torch.Tensor, data: Dataset, draws: int) -> Score:
+        """The score of nll (N,) in nats, for samples of ``data``, each the mean over so many ``draws`` of noise."""
+        nats, error = float(nll.mean()), float(nll.std() / math.sqrt(len(nll)))
+        bit = math.prod(data.shape) * math.log(2.0)
+        return cls(nats, error, nats / bit, error / bit, len(nll), _draws(data, draws))
 
     def __str__(self) -> str:
         return (
@@ -58,14 +65,26 @@ def negative_log_likelihood(log_prob: torch.Tensor, dims: int, levels: int | Non
 
 
 # Not a seed of ``Plan``: no training run has seen this noise.
-_SEED = 2**63
+EVALUATION_SEED = 2**63
 
 
-@torch.no_grad()
 def evaluate(
     model: FlowModel, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
 ) -> Score:
-    """The mean negative log-likelihood over a split, and its standard error over the samples.
+    """The mean of ``sample_nlls`` over a split, and its standard error over the samples. Raises as that does."""
+    nll = sample_nlls(model, data, part, draws=draws, batch_size=batch_size, device=device)
+    return Score.of(nll, data, draws)
+
+
+def _draws(data: Dataset, draws: int) -> int:
+    return draws if data.levels is not None else 1
+
+
+@torch.no_grad()
+def sample_nlls(
+    model: FlowModel, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
+) -> torch.Tensor:
+    """The negative log-likelihood of each sample of a split, (N,) in nats and float64.
 
     For discrete data it is the bound -log P(v) <= E_u[-log p((v + u) / levels)] + D log(levels), the expectation
     averaged over ``draws`` draws of u for each sample, always the same ones; continuous data needs one draw.
@@ -79,25 +98,23 @@ def evaluate(
         raise ValueError(f"the model is for {model.context} classes, and {data.name} has {len(data.classes)}")
     if draws < 1:
         raise ValueError(f"draws: expected at least 1, got {draws}")
-    n, dims = len(getattr(data, part)), math.prod(data.shape)
+    n = len(getattr(data, part))
     if n < 2:
         raise ValueError(f"{data.name}: a standard error needs at least 2 samples, the {part} split has {n}")
-    draws = draws if data.levels is not None else 1
+    draws = _draws(data, draws)
     training = model.training
     model = model.to(device).eval()
     total = torch.zeros(n, dtype=torch.float64)
     for draw in range(draws):
         for start in range(0, n, batch_size):
             samples = np.arange(start, min(start + batch_size, n))
-            batch = batch_of(data, part, samples, seed=_SEED, epoch=draw)
+            batch = batch_of(data, part, samples, seed=EVALUATION_SEED, epoch=draw)
             total[start : start + batch_size] += _nll(model, batch, data.levels, device)
     model.train(training)
     nll = total / draws
     if invalid := int(nll.isnan().sum()):
         raise ValueError(f"the likelihood of {invalid} of {n} samples is not a number")
-    nats, error = float(nll.mean()), float(nll.std() / math.sqrt(n))
-    bit = dims * math.log(2.0)
-    return Score(nats, error, nats / bit, error / bit, n, draws)
+    return nll
 
 
 def _nll(model: FlowModel, batch: Batch, levels: int | None, device: str) -> torch.Tensor:

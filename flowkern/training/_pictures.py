@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a grid of samples and the learning curve."""
+"""Grids of images and the learning curve."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,15 +39,16 @@ def to_pixels(x: torch.Tensor, levels: int) -> np.ndarray:
     return (v * (255.0 / (levels - 1))).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def save_grid(pixels: np.ndarray, path: str | os.PathLike[str], side: int = 64) -> None:
-    """Write uint8 (B, H, W, C) as a near-square grid, each image enlarged without smoothing to about ``side`` pixels.
+def save_grid(pixels: np.ndarray, path: str | os.PathLike[str], side: int = 64, columns: int | None = None) -> None:
+    """Write uint8 (B, H, W, C) as a grid, each image enlarged without smoothing to about ``side`` pixels.
 
+    The grid is near square if ``columns`` is None.
     Raises ValueError for a suffix that names no image format, and OSError if the file cannot be written.
     """
     from PIL import Image
 
     n, height, width, channels = pixels.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = math.ceil(math.sqrt(n)) if columns is None else columns
     rows = math.ceil(n / columns)
     gap = max(1, height // 8)
     grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 128, np.uint8)
@@ -76,8 +78,8 @@ def read_log(folder: Path) -> dict[str, list[tuple[float, float]]]:
     return {name: [values[step] for step in sorted(values)] for name, values in columns.items()}
 
 
-def draw_curve(log: dict[str, list[tuple[float, float]]], path: str | os.PathLike[str], title: str) -> None:
-    """Plot the training and validation NLL over the epochs."""
+def draw_curve(log: dict[str, list[tuple[float, float]]], path: str | os.PathLike[str], title: str, dims: int) -> None:
+    """Plot the training and validation NLL over the epochs, in nats and, for samples with ``dims`` elements, in bits/dim."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -91,5 +93,14 @@ def draw_curve(log: dict[str, list[tuple[float, float]]], path: str | os.PathLik
         axes.set_ylim(min(values) - 0.05 * abs(min(values)), np.quantile(values, 0.95))
     axes.set(xlabel="epoch", ylabel="negative log-likelihood [nats]", title=title)
     axes.legend()
+    bit = dims * math.log(2.0)
+
+    def in_bits(nats: Any) -> Any:
+        return nats / bit
+
+    def in_nats(bits: Any) -> Any:
+        return bits * bit
+
+    axes.secondary_yaxis("right", functions=(in_bits, in_nats)).set_ylabel("bits/dim")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -27,7 +27,10 @@ class Plan:
         conditional: give the model the labels, one-hot, as its context.
         seed: of the weights, the order of the samples and all noise.
         epochs: at most so many; fewer if the validation NLL has not improved for ``patience`` of them (0: never stop).
-        batch_size: over all devices together.
+        batch_size: of a step, over all devices and accumulated parts together.
+        accumulate: the parts that a batch is taken in, one after the other, before its step: 1 / ``accumulate`` of the memory
+            for activations. The gradient is that of the whole batch; layers that start from data (``ActNorm``) take the first
+            part.
         lr, optimizer, weight_decay: of Adam, AdamW or Adamax.
         warmup: steps over which the learning rate rises linearly to ``lr``.
         clip: the gradient's largest norm; 0 for no limit.
@@ -42,6 +45,7 @@ class Plan:
     seed: int = 0
     epochs: int = 100
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = 1e-3
     optimizer: str = "adam"
     weight_decay: float = 0.0
@@ -51,10 +55,21 @@ class Plan:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        limits = {"epochs": 1, "batch_size": 1, "weight_decay": 0, "warmup": 0, "clip": 0, "ema": 0, "patience": 0, "seed": 0}
-        for name, least in limits.items():
+        limits = {
+            "epochs": 1,
+            "batch_size": 1,
+            "accumulate": 1,
+            "weight_decay": 0,
+            "warmup": 0,
+            "clip": 0,
+            "ema": 0,
+            "patience": 0,
+        }
+        for name, least in (limits | {"seed": 0}).items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate: expected at most batch_size ({self.batch_size}), got {self.accumulate}")
         if not self.lr > 0.0:
             raise ValueError(f"lr: expected more than 0, got {self.lr}")
         if not self.ema < 1.0:
@@ -63,6 +78,11 @@ class Plan:
             raise ValueError(f"seed: expected less than 2^63, got {self.seed}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: unknown name {self.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Twice what is in memory at once in training: without gradients there is room."""
+        return max(1, 2 * self.batch_size // self.accumulate)
 
     def build(self, data: Dataset) -> models.FlowModel:
         """A new model for the data; images get a logit in front unless ``config`` says how to preprocess.
@@ -75,9 +95,12 @@ class Plan:
         # The pixels of images lie at the ends of their range more often than a Gaussian can follow.
         defaults = {"preprocess": None if data.levels is None else {"logit": 0.05}}
         try:
-            return models.build(self.model, {**defaults, "shape": list(data.shape), "context": context, **self.config})
+            model = models.build(self.model, {**defaults, "shape": list(data.shape), "context": context, **self.config})
         except TypeError as error:
             raise ValueError(f"{self.model}: a setting has the wrong type: {error}") from error
+        if model.context not in (None, len(data.classes)):
+            raise ValueError(f"{self.model}: the model is for {model.context} classes, and {data.name} has {len(data.classes)}")
+        return model
 
 
 # Chosen on the digits' validation split, like the settings of the model: the best NLL within about 50 epochs.
@@ -89,6 +112,15 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("realnvp", "digits", "default"): _DIGITS | {"epochs": 300},
     ("realnvp", "digits", "demo"): _DIGITS | {"epochs": 60, "warmup": 100, "clip": 100.0},
     ("nice", "digits", "default"): _DIGITS | {"epochs": 300},
+    ("glow", "digits", "default"): _DIGITS | {"config": models.PRESETS["glow", "digits"], "epochs": 300},
+    # Some minutes on two cores: enough for colour and texture. A short average, for there are few steps.
+    ("glow", "photos", "default"): {
+        "config": models.PRESETS["glow", "photos"],
+        "epochs": 20,
+        "batch_size": 16,
+        "lr": 2e-3,
+        "ema": 0.99,
+    },
     # The published RealNVP on digits: no averaging, no warm-up, no clipping.
     ("realnvp", "digits", "recipe"): {
         "config": models.PRESETS["realnvp", "digits-recipe"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import signal
 import sys
 import warnings
@@ -21,8 +22,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .. import models
 from ..data import Dataset, load
-from ._evaluate import Score, context_of, evaluate
-from ._pictures import atomic, draw_curve, is_image, read_log, save_grid, to_pixels
+from ._evaluate import Score, evaluate
+from ._gallery import save_gallery
+from ._pictures import atomic, draw_curve, read_log
 from ._plan import Plan
 from ._task import AtomicCheckpointIO, Checkpoints, ExponentialAverage, FlowData, FlowTask, Progress
 
@@ -41,8 +43,10 @@ def run(
     max_minutes: float | None = None,
     precision: str = "32-true",
     devices: str | int = 1,
+    nodes: int = 1,
     strategy: str = "auto",
     accelerator: str = "auto",
+    channels_last: bool = False,
     workers: int = 0,
     checkpoint_steps: int | None = None,
     draws: int = 20,
@@ -50,7 +54,8 @@ def run(
     """See ``flowkern.training.train``."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: unknown name {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    for name, value, least in (("workers", workers, 0), ("checkpoint_steps", checkpoint_steps or 1, 1), ("draws", draws, 1)):
+    least_values = {"nodes": (nodes, 1), "workers": (workers, 0), "draws": (draws, 1)}
+    for name, (value, least) in (least_values | {"checkpoint_steps": (checkpoint_steps or 1, 1)}).items():
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     first_rank = not getattr(rank_zero_only, "rank", 0)
@@ -63,10 +68,14 @@ def run(
         raise ValueError(
             f"{data.name}: expected 2 samples in each split, got {len(data.train)}, {len(data.val)}, {len(data.test)}"
         )
+    if channels_last and len(data.shape) != 3:
+        raise ValueError(f"channels_last: expected images (C, H, W), and {data.name} has {data.shape}")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(plan.seed)
-    model = plan.build(data)
+    # Lightning would convert the model only after it has loaded the weights to resume from, rounded.
+    model = plan.build(data).to(torch.float64 if precision == "64-true" else torch.float32)
     io = AtomicCheckpointIO()
-    hardware = {"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision}
+    hardware = {"accelerator": accelerator, "devices": devices, "num_nodes": nodes, "strategy": strategy, "precision": precision}
     with warnings.catch_warnings():
         _quiet()
         trainer = _trainer(plan, out, hardware, io, _callbacks(plan, max_minutes, Checkpoints(out, io, checkpoint_steps)))
@@ -78,7 +87,8 @@ def run(
             print(f"{plan.model} ({parameters:,} parameters) on {plan.data} ({len(data.train)} training samples of {data.shape})")
         if start is None or not _stopped(start, plan):
             try:
-                trainer.fit(FlowTask(model, plan, data), datamodule=FlowData(data, plan, workers), ckpt_path=start)
+                task = FlowTask(model, plan, data, memory_format)
+                trainer.fit(task, datamodule=FlowData(data, plan, workers), ckpt_path=start)
             except SIGTERMException:
                 # Lightning would leave with code 0, as if the run had ended.
                 raise SystemExit(128 + signal.SIGTERM) from None
@@ -94,6 +104,7 @@ def _trainer(plan: Plan, out: Path, hardware: dict[str, Any], io: AtomicCheckpoi
             **hardware,
             max_epochs=plan.epochs,
             gradient_clip_val=plan.clip or None,
+            accumulate_grad_batches=plan.accumulate,
             callbacks=callbacks,
             plugins=[io],
             logger=CSVLogger(out, name="log", flush_logs_every_n_steps=1),
@@ -120,7 +131,8 @@ def _prepare(out: Path, start: Path | None) -> None:
 
 def _quiet() -> None:
     """Silence what Lightning says about matters that are settled here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # The data is in memory: workers cannot make it faster.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
@@ -149,14 +161,11 @@ def _finish(plan: Plan, data: Dataset, out: Path, draws: int, device: str) -> Sc
     model = models.load(out / "best.ckpt").to(device)
     log = read_log(out / "log")
     print(f"lowest validation NLL, {min(value for _, value in log['val_nll']):.2f} nats, in {out / 'best.ckpt'}")
-    draw_curve(log, out / "curve.png", f"{plan.model} on {plan.data}")
+    draw_curve(log, out / "curve.png", f"{plan.model} on {plan.data}", math.prod(data.shape))
     print(f"learning curve in {out / 'curve.png'}, its figures in {out / 'log'}")
-    if is_image(data.shape) and data.levels is not None:
-        torch.manual_seed(plan.seed)
-        context = context_of(model, torch.arange(64, device=device) % max(1, len(data.classes)))
-        save_grid(to_pixels(model.sample(64, context), data.levels), out / "samples.png")
-        print(f"samples in {out / 'samples.png'}")
-    score = evaluate(model, data, "test", draws=draws, batch_size=2 * plan.batch_size, device=device)
+    for line in save_gallery(model, data, out, seed=plan.seed, device=device):
+        print(line)
+    score = evaluate(model, data, "test", draws=draws, batch_size=plan.evaluation_batch, device=device)
     result = {"test": dataclasses.asdict(score), "plan": dataclasses.asdict(plan), "epochs": len(log.get("val_nll", []))}
     with atomic(out / "result.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")

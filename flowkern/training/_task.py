@@ -23,6 +23,7 @@ from .. import models
 from .._version import __version__
 from ..data import Batch, Dataset, KeyedLoader, loader
 from ..models._registry import name_of
+from ..nn._bijection import Bijection
 from ._evaluate import Diverged, context_of, negative_log_likelihood
 from ._plan import Plan
 
@@ -41,6 +42,23 @@ ADVICE = (
 )
 
 
+def diagnosis(model: torch.nn.Module) -> str:
+    """What may have made the loss of ``model`` not finite: what its layers' ``check`` says, and parameters that hold NaN."""
+    found = []
+    for layer in model.modules():
+        check = getattr(layer, "check", None)
+        if not isinstance(layer, Bijection) or check is None:
+            continue
+        try:
+            check()
+        except ValueError as error:
+            found.append(f"{error}. ")
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        found.append(f"NaN or infinity in {len(bad)} parameters, the first: {bad[0]}. ")
+    return "".join(found)
+
+
 class FlowData(LightningDataModule):
     """Batches that depend on the plan alone, whatever the number of ranks and workers."""
 
@@ -54,10 +72,11 @@ class FlowData(LightningDataModule):
         return loader(
             self.data,
             part,
-            self.plan.batch_size * (1 if part == "train" else 2),
+            self.plan.batch_size if part == "train" else self.plan.evaluation_batch,
             seed=self.plan.seed,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
+            parts=self.plan.accumulate if part == "train" else 1,
             workers=self.workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
@@ -70,14 +89,21 @@ class FlowData(LightningDataModule):
 
 
 class FlowTask(LightningModule):
-    """Maximum likelihood: the loss is the mean NLL of the global batch in nats, with the dequantization counted."""
+    """Maximum likelihood: the loss is the mean NLL of the global batch in nats, with the dequantization counted.
+
+    The data, the state of the flow, its log-determinants and the loss stay in float32 under autocast; ``memory_format`` is
+    that of images and of the weights of convolutions.
+    """
 
     trainer: Trainer  # type: ignore[override]
     model: models.FlowModel
 
-    def __init__(self, model: models.FlowModel, plan: Plan, data: Dataset):
+    def __init__(
+        self, model: models.FlowModel, plan: Plan, data: Dataset, memory_format: torch.memory_format = torch.contiguous_format
+    ):
         super().__init__()
-        self.model, self.plan = model, plan
+        self.model, self.plan = model.to(memory_format=memory_format), plan  # type: ignore[call-overload]
+        self.memory_format = memory_format
         # All that is kept of the data: Lightning's weight averaging copies the whole task.
         self.levels, self.classes = data.levels, data.classes
         # The first step whose loss was not finite, or -1. It stays on the device: reading it waits for the device.
@@ -95,8 +121,9 @@ class FlowTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
 
     def _nll(self, batch: Batch) -> torch.Tensor:
-        log_prob = self.model(batch.x, context_of(self.model, batch.labels))
-        return negative_log_likelihood(log_prob, batch.x.shape[1:].numel(), self.levels)
+        x = self._formatted(batch.x)
+        log_prob = self.model(x, context_of(self.model, batch.labels))
+        return negative_log_likelihood(log_prob, x.shape[1:].numel(), self.levels)
 
     def _log(self, part: str, nll: torch.Tensor, count: int) -> None:
         mean = nll / max(1, count)
@@ -108,14 +135,15 @@ class FlowTask(LightningModule):
         self._bad_step, self._sum = self._bad_step.to(self.device), self._sum.to(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # What is random inside the model depends on the step alone, so that a resumed run repeats it.
-        key = np.random.SeedSequence([self.plan.seed, self.global_step, self.global_rank])
+        # What is random inside the model depends on the step and the part alone, so that a resumed run repeats it.
+        part = batch_idx % self.plan.accumulate
+        key = np.random.SeedSequence([self.plan.seed, self.global_step, self.global_rank, part])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         nll = self._nll(batch)
-        # Several ranks: gradients are averaged over them, but their slices may differ in size.
-        loss = nll.sum() * (self.trainer.world_size / batch.total)
+        # Gradients are averaged over ranks and parts, but their slices of the batch may differ in size.
+        loss = nll.sum() * (self.trainer.world_size * self.plan.accumulate / batch.total)
         finite = loss.detach().isfinite()
         self._bad_step = torch.where(finite | (self._bad_step >= 0), self._bad_step, self.global_step)
         if loss.device.type == "cpu" or self.global_step % 50 == 0:
@@ -142,7 +170,8 @@ class FlowTask(LightningModule):
         """Raise Diverged, naming the step, if a loss of this run was not finite."""
         step = int(self._bad_step)
         if step >= 0:
-            raise Diverged(f"the loss is not finite at step {step} (epoch {self.current_epoch}). {ADVICE}")
+            found = diagnosis(self.model)
+            raise Diverged(f"the loss is not finite at step {step} (epoch {self.current_epoch}). {found}{ADVICE}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the checkpoint the form of ``flowkern.models.save``: the state of the bare model, its name and configuration."""
@@ -157,6 +186,11 @@ class FlowTask(LightningModule):
         total, self._count = checkpoint["epoch_nll"]
         self._sum = torch.tensor(total)
         checkpoint["state_dict"] = {f"model.{k}": v for k, v in checkpoint["state_dict"].items()}
+        # Fused optimizers take weight and state to have the same strides, without a look.
+        checkpoint["optimizer_states"] = tree_map_only(torch.Tensor, self._formatted, checkpoint["optimizer_states"])
+
+    def _formatted(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous(memory_format=self.memory_format) if x.ndim == 4 else x
 
 
 class ExponentialAverage(WeightAveraging):
@@ -248,9 +282,11 @@ class Checkpoints(Checkpoint):
         self._written = time.monotonic()
         self._cost = self._written - start
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: FlowTask, *args: Any) -> None:  # type: ignore[override]
-        # After the last batch follows the validation, and then the checkpoint of the epoch.
-        if trainer.is_last_batch:
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: FlowTask, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        # After the last batch follows the validation, and then the checkpoint of the epoch. Accumulated gradients are not saved.
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         # Whether the time has come takes the ranks some talk, which few steps can bear.
         due = trainer.global_step % self.steps == 0 if self.steps else trainer.global_step % 50 == 0 and self._due(trainer)
@@ -293,7 +329,7 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: FlowTask) -> None:  # type: ignore[override]
         columns = "epoch {task.fields[epoch]}", BarColumn(16), TimeElapsedColumn(), "{task.fields[text]}"
         self._bar = RichProgress(*columns, disable=not (self.terminal and trainer.is_global_zero))
-        total = (trainer.max_epochs or 0) * int(trainer.num_training_batches)
+        total = (trainer.max_epochs or 0) * int(trainer.num_training_batches) // trainer.accumulate_grad_batches
         self._id = self._bar.add_task("", total=total, completed=trainer.global_step, epoch="", text="")
         self._bar.start()
 

@@ -1,0 +1,92 @@
+"""What a trained flow has learned, as pictures: samples, interpolations between real images, and reconstructions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data import Batch, Dataset, batch_of
+from ..models import FlowModel
+from ._evaluate import EVALUATION_SEED, context_of
+from ._pictures import is_image, save_grid, to_pixels
+
+__all__ = ["TEMPERATURES", "interpolate", "pairs", "reconstruct", "save_gallery"]
+
+#: Of the sample grids: lower ones give smoother and less diverse images. The last one is the model's own distribution.
+TEMPERATURES = (0.6, 0.8, 1.0)
+
+#: Rows and columns of the pictures.
+_SIDE = 8
+
+
+@torch.no_grad()
+def reconstruct(model: FlowModel, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    """x (B, ...) to its latents and back: x up to rounding."""
+    return model.bijection.inverse(model.bijection(x, context)[0], context)[0]
+
+
+@torch.no_grad()
+def interpolate(
+    model: FlowModel, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What lies on the straight lines between the latents of x0 and x1 (B, ...), ends included: (B, steps, ...)."""
+    z0, z1 = (model.bijection(x, context)[0] for x in (x0, x1))
+    weight = torch.linspace(0.0, 1.0, steps, dtype=z0.dtype, device=z0.device).view(1, steps, *[1] * (z0.ndim - 1))
+    z = torch.lerp(z0[:, None], z1[:, None], weight)
+    rows = None if context is None else context.repeat_interleave(steps, 0)
+    return model.bijection.inverse(z.flatten(0, 1), rows)[0].unflatten(0, (len(x0), steps))
+
+
+def pairs(labels: np.ndarray, n: int) -> np.ndarray:
+    """(n, 2) numbers of samples with the same label, half of that label's samples apart, from one label after the other."""
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    chosen = []
+    for i in range(n):
+        group = groups[i % len(groups)]
+        first = i * len(group) // (2 * n)
+        chosen.append((group[first], group[first + len(group) // 2]))
+    return np.array(chosen)
+
+
+def save_gallery(model: FlowModel, data: Dataset, out: Path, *, seed: int, device: str = "cpu") -> list[str]:
+    """Write the pictures to the folder ``out``; a line on each, or none for data that is no images.
+
+    ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; ``interpolations.png`` and
+    ``reconstructions.png`` of test images, dequantized.
+    """
+    if data.levels is None or not is_image(data.shape):
+        return []
+    levels, lines = data.levels, []
+
+    def save(images: torch.Tensor, name: str, what: str) -> None:
+        save_grid(to_pixels(images, levels), out / name, columns=_SIDE)
+        lines.append(f"{what} in {out / name}")
+
+    context = context_of(model, torch.arange(_SIDE**2, device=device) % max(1, len(data.classes)))
+    for temperature in TEMPERATURES:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            images = model.sample(_SIDE**2, context, temperature)
+        name = "samples.png" if temperature == 1.0 else f"samples-{temperature}.png"
+        save(images, name, f"samples at temperature {temperature}")
+
+    labels = data.test.labels if model.context is not None and data.test.labels is not None else np.zeros(len(data.test))
+    first, second = (_test_images(model, data, samples, device) for samples in pairs(labels, _SIDE).T)
+    lines_of_images = interpolate(model, first.x, second.x, _SIDE, context_of(model, first.labels))
+    save(lines_of_images.flatten(0, 1), "interpolations.png", "interpolations between test images")
+
+    samples = np.arange(_SIDE**2 // 2) * len(data.test) // (_SIDE**2 // 2)
+    real = _test_images(model, data, samples, device)
+    again = reconstruct(model, real.x, context_of(model, real.labels))
+    rows = torch.stack([real.x.unflatten(0, (-1, _SIDE)), again.unflatten(0, (-1, _SIDE))], 1)
+    error = float((again - real.x).abs().max())
+    save(rows.flatten(0, 2), "reconstructions.png", f"test images over their reconstructions (largest error {error:.1e})")
+    return lines
+
+
+def _test_images(model: FlowModel, data: Dataset, samples: np.ndarray, device: str) -> Batch:
+    batch = batch_of(data, "test", samples, seed=EVALUATION_SEED, epoch=0)
+    labels = None if batch.labels is None else batch.labels.to(device)
+    return batch._replace(x=batch.x.to(device, next(model.parameters()).dtype), labels=labels)

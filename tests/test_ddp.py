@@ -1,0 +1,200 @@
+"""Training on several processes: the run of one process, told by one of them, and failing as one.
+
+A batch of the plan is divided anew for each number of ranks and parts, see ``data._Sampler``: two ranks with batches of B/2
+see the samples, in the order and with the noise, of one rank with batches of B.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("PIL")
+pytest.importorskip("sklearn")
+if importlib.util.find_spec("lightning") is None:
+    pytest.skip("lightning is not installed", allow_module_level=True)
+
+from flowkern import models, training  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("training_ddp.py")
+CLI = ["-m", "flowkern.cli"]
+TWO = {"devices": 2, "strategy": "ddp", "accelerator": "cpu"}
+
+#: 331 of 1000 samples a batch: ranks and parts of unequal size, 7 in the last one.
+FIELDS = {"data": "digits", "epochs": 2, "batch_size": 331, "lr": 1e-2, "warmup": 3, "ema": 0.9}
+GLOW = {"model": "glow", "config": {"levels": 2, "steps": 2, "hidden": 8}, **FIELDS}
+
+
+#: ActNorm starts from the first part.
+PARTS = {**GLOW, "accumulate": 2}
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -W ignore command`` to its end."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def trained(folder: Path, plan: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+    """What each rank of a run saw."""
+    folder.mkdir()
+    done = run(str(SCRIPT), str(folder), json.dumps({"plan": plan, "options": options}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
+
+
+def curve(ranks: list[dict[str, Any]], parts: int = 1) -> list[float]:
+    """The loss of each step: the mean over all ranks and parts."""
+    sums = np.array([[total for total, _, _ in rank["train"]] for rank in ranks]).sum(0).reshape(-1, parts).sum(1)
+    return (sums / [total for _, _, total in ranks[0]["train"]][::parts]).tolist()
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return models.read_checkpoint(folder / "last.ckpt")
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> list[dict[str, Any]]:
+    return trained(tmp_path_factory.mktemp("one") / "run", PARTS, precision="64-true")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict[str, Any]]:
+    plan = {**PARTS, "config": {**GLOW["config"], "memory": "reversible"}}
+    return trained(tmp_path_factory.mktemp("two") / "run", plan, precision="64-true", **TWO)
+
+
+def test_two_ranks_train_the_glow_of_one(two, one):
+    """In float64 and two parts a batch: reversible on two ranks against storing on one.
+
+    The sums of a batch differ in their order alone, 1e-16, and the inverses of reversible memory round as much. At the
+    initialization the gradients of shifts vanish but for that rounding, which Adam, dividing by 1e-8, turns into 1e-9 of a
+    weight in each of the first steps: hence 1e-6 for weights. The losses, of about 1e2, are sums of all weights' effects, which
+    at a vanishing gradient are of second order: 1e-8 of a loss.
+    """
+    assert (len(one), len(two)) == (1, 2)
+    assert [count for _, count, _ in two[0]["train"][:2]] == [83, 83]
+    assert [count for _, count, _ in two[1]["train"][:2]] == [83, 82]
+    assert len(curve(two, 2)) == 8
+    assert curve(two, 2) == pytest.approx(curve(one, 2), rel=1e-8)
+    assert curve(one, 2)[-2] < curve(one, 2)[0] - 10.0, "there is no curve to compare"
+    for name, value in two[0]["state"].items():
+        assert torch.equal(two[1]["state"][name], value), f"{name} differs between the ranks"
+    assert_same_weights(one[0]["state"], two[0]["state"], 1e-6)
+    assert one[0]["score"] == pytest.approx(two[0]["score"], rel=1e-6), "the averages of the weights differ"
+
+
+def test_ranks_initialize_alike(two, one):
+    """ActNorm starts from the statistics of both ranks, on both; compared after the first step, which is small."""
+    initialized = [name for name in one[0]["first"] if name.endswith("actnorm.initialized")]
+    assert len(initialized) == 4
+    assert one[0]["first"][initialized[0].replace("initialized", "log_scale")].abs().min() > 0.1, "there is nothing to compare"
+    for name in initialized:
+        assert all(bool(rank["first"][name]) for rank in two)
+    for name, value in two[0]["first"].items():
+        assert torch.equal(two[1]["first"][name], value), f"{name} differs between the ranks"
+    assert_same_weights(one[0]["first"], two[0]["first"], 1e-6)
+
+
+def test_one_rank_speaks_and_writes_and_validation_counts_each_image_once(tmp_path):
+    """With bfloat16 networks, in channels_last."""
+    plan = {**GLOW, "epochs": 1, "clip": 50.0}
+    ranks = trained(tmp_path / "run", plan, precision="bf16-mixed", channels_last=True, checkpoint_steps=2, **TWO)
+    out = tmp_path / "run" / "out"
+    assert ranks[0]["printed"].count("test NLL") == 1
+    assert ranks[1]["printed"] == ""
+    assert {Path(path).suffix for path in ranks[0]["written"]} >= {".tmp", ".csv", ".png", ".json"}
+    assert ranks[1]["written"] == []
+    assert ranks[1]["score"] is None
+    for name, value in ranks[0]["state"].items():
+        assert torch.equal(ranks[1]["state"][name], value), f"{name} differs between the ranks"
+    val = [entry for rank in ranks for entry in rank["val"]]
+    assert sum(count for _, count, _ in val) == 350
+    assert len(ranks[0]["val"]) == len(ranks[1]["val"]) == 1
+    # What is logged went through sums in float32.
+    logged = training.read_log(out / "log")["val_nll"][0][1]
+    assert logged == pytest.approx(sum(total for total, _, _ in val) / 350, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_diverges_ends_the_run(tmp_path, rank):
+    """Not finite on one rank alone: both end soon, in failure, and that rank says why."""
+    request = {"plan": GLOW, "options": {**TWO, "checkpoint_steps": 1}, "poison": [2, rank]}
+    done = run(str(SCRIPT), str(tmp_path), json.dumps(request))
+    assert done.returncode != 0
+    assert "flowkern.training._evaluate.Diverged: the loss is not finite at step 2 (epoch 0)" in done.stderr
+    content = last(tmp_path / "out")
+    assert content["global_step"] == 2
+    assert all(v.isfinite().all() for v in content["state_dict"].values() if v.is_floating_point())
+
+
+def test_two_machines(tmp_path):
+    """Two ``torchrun``, as on two machines, train the RealNVP of one process, and resume it: 1e-9, as in test_training.py."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"flatten": True, "couplings": 2, "hidden": 8, "dropout": 0.0}
+    fields = {"batch_size": 331, "ema": 0.9}
+    plan = ["--data=digits", "--batch-size=331", "--ema=0.9", *(f"--set={k}={json.dumps(v)}" for k, v in settings.items())]
+    how = ["--nodes=2", "--devices=1", "--strategy=ddp", "--accelerator=cpu", "--precision=64-true", "--draws=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def both(*more: str) -> str:
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+        arguments = [*CLI, "train", "realnvp", f"--out={tmp_path / 'two'}", *plan, *how, *more]
+        machines = [
+            subprocess.Popen(
+                [*command, f"--node-rank={node}", *arguments],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for node in (0, 1)
+        ]
+        try:
+            outputs = [machine.communicate(timeout=300) for machine in machines]
+        finally:
+            for machine in machines:
+                machine.kill()
+        assert [machine.returncode for machine in machines] == [0, 0], outputs
+        assert outputs[1][0] == "", "the second machine speaks"
+        assert "GLOBAL_RANK" not in outputs[0][1] + outputs[1][1], "Lightning speaks on every rank"
+        return outputs[0][0]
+
+    assert both("--epochs=1").count("test NLL") == 1
+    both("--epochs=2", "--resume")
+    training.train(
+        training.make_plan("realnvp", "digits", config=settings, epochs=2, **fields),
+        tmp_path / "one",
+        draws=1,
+        precision="64-true",
+    )
+    one, two = last(tmp_path / "one"), last(tmp_path / "two")
+    assert one["global_step"] == two["global_step"] == 8
+    assert_same_weights(one["state_dict"], two["state_dict"], 1e-9)

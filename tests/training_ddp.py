@@ -1,0 +1,71 @@
+"""One run of the trainer, on one rank or several: ``python tests/training_ddp.py FOLDER REQUEST``, REQUEST in JSON.
+
+Each rank leaves in FOLDER what it saw: its losses, its weights after the first step and at the end, what it printed and
+which files it wrote. Not collected by pytest: Lightning starts the same script for each rank, so test_ddp.py runs it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowkern import training
+from flowkern.training._task import FlowTask
+
+Record = dict[str, Any]
+
+
+def watch(out: Path) -> Record:
+    """Record what the trainer does in this process from here on."""
+    record: Record = {"train": [], "val": [], "written": [], "first": None}
+    training_step, nll = FlowTask.training_step, FlowTask._nll
+
+    def keep(part: str, values: torch.Tensor, total: int) -> None:
+        record[part].append((float(values.detach().double().sum()), len(values), total))
+
+    def watched_nll(self: FlowTask, batch: Any) -> torch.Tensor:
+        values = nll(self, batch)
+        if record.get("poison") == [self.global_step, self.global_rank]:
+            values = values * torch.nan
+        keep("train" if self.trainer.training else "val", values, batch.total)
+        return values
+
+    def watched_step(self: FlowTask, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 1 and record["first"] is None:
+            record["first"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return training_step(self, batch, batch_idx)
+
+    def at_end(self: FlowTask) -> None:
+        record["rank"], record["state"] = self.global_rank, {k: v.clone() for k, v in self.model.state_dict().items()}
+
+    FlowTask._nll, FlowTask.training_step, FlowTask.on_train_end = watched_nll, watched_step, at_end  # type: ignore[method-assign]
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "open" or not isinstance(arguments[0], str) or not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        if Path(arguments[0]).is_relative_to(out):
+            record["written"].append(arguments[0])
+
+    sys.addaudithook(audit)
+    return record
+
+
+def main(folder: Path, request: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    record = watch(folder / "out")
+    record["poison"] = request.get("poison")
+    plan = training.make_plan(**request["plan"])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        score = training.train(plan, folder / "out", draws=1, **request["options"])
+    record |= {"printed": printed.getvalue(), "score": None if score is None else score.nats}
+    torch.save(record, folder / f"rank{record['rank']}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
