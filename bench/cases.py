@@ -85,6 +85,11 @@ def additive_checkerboard_traffic(x: torch.Tensor, shift: torch.Tensor) -> Traff
     return 2 * size(x) + size(shift), size(x) + size(shift)
 
 
+def linear_traffic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Traffic:
+    """x and y in the forward; dy, x and dx in the backward. What belongs to the channels alone is little beside them."""
+    return 2 * size(x), 3 * size(x)
+
+
 _FUSED = {
     (BOTH, "retained"): Target(3.5, 1.5, 100.0),
     (FORWARD, "cold"): Target(1.0, None, 95.0),
@@ -134,8 +139,37 @@ def _coupling_cases(
     )
 
 
+def _linear_case(shape: tuple[int, ...], suffix: str = "", last: bool = False, **rest: Any) -> Case:
+    """A well-conditioned W. On a GPU it is to run at copy speed while the product is cheaper than the copy."""
+
+    def inputs(draw: Draw) -> Tensors:
+        x, weight = draw(*shape), draw(shape[1], shape[1])
+        weight = torch.eye(shape[1], device=x.device).roll(1, 0) + 0.3 * weight / shape[1] ** 0.5
+        return x.to(memory_format=torch.channels_last) if last else x, weight, draw(shape[1])
+
+    return Case("x".join(map(str, shape)) + suffix, inputs, linear_traffic, **rest)
+
+
+def _linear_cases() -> tuple[Case, ...]:
+    at_copy_speed = {(direction, "cold"): Target(1.0, None, 90.0) for direction in (FORWARD, BOTH)}
+    return (
+        _linear_case((32, 48, 32, 32)),
+        _linear_case((32, 48, 32, 32), "-inverse", kwargs={"inverse": True}),
+        _linear_case((32, 48, 32, 32), "-channels-last", last=True),
+        *(
+            _linear_case(shape)
+            for shape in ((32, 12, 16, 16), (32, 12, 32, 32), (32, 48, 16, 16), (32, 96, 8, 8), (32, 192, 8, 8))
+        ),
+        _linear_case((256, 12, 128, 128), targets=at_copy_speed, devices=("cuda",)),
+        _linear_case((256, 48, 64, 64), targets=at_copy_speed, devices=("cuda",)),
+        _linear_case((256, 96, 32, 32), targets=at_copy_speed, devices=("cuda",)),
+        *(_linear_case(shape, small=True) for shape in ((4, 8), (64, 64), (64, 12, 16, 16))),
+    )
+
+
 #: Every op of ``flowkern.OPS``, with what is measured of it.
 CASES: dict[str, tuple[Case, ...]] = {
     "affine_coupling": _coupling_cases(1.0, affine_traffic, affine_checkerboard_traffic),
     "additive_coupling": _coupling_cases(0.5, additive_traffic, additive_checkerboard_traffic),
+    "invertible_linear": _linear_cases(),
 }
