@@ -10,6 +10,7 @@ from torch import nn
 from .. import ops
 from ..ops._checks import accumulation_dtype
 from ..ops._invertible_linear import undo
+from ..ops._plu_weight import compact_plu
 from ._bijection import Bijection, Pair, Replay
 
 __all__ = ["PARAMETRIZATIONS", "InvertibleConv1x1", "InvertibleLinear"]
@@ -54,11 +55,7 @@ class _PLU(nn.Module):
         self.register_buffer("permutation", p.argmax(1))
 
     def forward(self) -> Weight:
-        lu = self.lu.to(accumulation_dtype(self.lu))
-        log_diagonal = lu.diagonal()
-        # Dynamo refuses one tensor as two inputs of an autograd Function.
-        upper = lu.view_as(lu) if torch.compiler.is_compiling() else lu
-        return ops.plu_weight(lu, upper, log_diagonal, self.sign, self.permutation), log_diagonal.sum()
+        return compact_plu(self.lu.to(accumulation_dtype(self.lu)), self.sign, self.permutation)
 
 
 class _Householder(nn.Module):
