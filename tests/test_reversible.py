@@ -821,7 +821,7 @@ def test_a_compiled_stack_breaks_its_graph_and_is_right() -> None:
 
 def test_two_processes_under_ddp(tmp_path: Path) -> None:
     script = Path(__file__).with_name("reversible_ddp.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(reversible_ddp.WORLD)]
     for found in ranks:
