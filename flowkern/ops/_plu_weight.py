@@ -175,8 +175,9 @@ class _CompactPLU(torch.autograd.Function):
             return None if grad_sum is None else grad_sum * torch.eye(len(lu), dtype=lu.dtype, device=lu.device), None, None
         differentiated = _differentiate if torch.is_grad_enabled() else _backward
         dlower, dupper, dlog = differentiated(grad, lu, lu, lu.diagonal(), sign, permutation)
-        dlog = dlog if grad_sum is None else dlog + grad_sum
-        return dlower + dupper + dlog.diag(), None, None
+        dlu = dlower.add_(dupper)
+        dlu.diagonal().add_(dlog if grad_sum is None else dlog + grad_sum)
+        return dlu, None, None
 
 
 def compact_plu(lu: torch.Tensor, sign: torch.Tensor, permutation: torch.Tensor) -> Pair:
