@@ -22,14 +22,14 @@ PERMUTATIONS = ("alternate", "reverse", "random")
 
 
 class FlowModel(nn.Flow):
-    """A flow over samples of one ``shape`` with a standard normal base, which knows how it was built.
+    """A flow over samples of one ``shape`` with a standard normal base, or another, which knows how it was built.
 
     ``config`` holds all that the constructor takes and is JSON-able; ``context`` is the K of its context, or None.
     """
 
-    def __init__(self, bijection: Bijection, config: dict[str, Any]):
+    def __init__(self, bijection: Bijection, config: dict[str, Any], base: nn.Base | None = None):
         shape = tuple(config["shape"])
-        super().__init__(bijection, nn.StandardNormal(bijection.output_shape(shape)))
+        super().__init__(bijection, nn.StandardNormal(bijection.output_shape(shape)) if base is None else base)
         self.shape: tuple[int, ...] = shape
         self.config = config
         self.context: int | None = config["context"]

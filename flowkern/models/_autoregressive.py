@@ -1,0 +1,171 @@
+"""MAF and IAF: masked autoregressive layers one after the other, for vectors and for images taken as vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import nn, ops
+from ..nn._bijection import Bijection
+from ._model import FlowModel, model_shape, preprocessing
+
+__all__ = ["IAF", "MAF"]
+
+_SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
+
+PERMUTATIONS = ("reverse", "random", "none")
+
+
+def _between(permutation: str, features: int, layers: int, seed: int) -> list[list[Bijection]]:
+    """What stands between two layers: nothing, or a permutation. Raises ValueError for an unknown name."""
+    if permutation not in PERMUTATIONS:
+        raise ValueError(f"permutation: unknown name {permutation!r}; expected one of {', '.join(map(repr, PERMUTATIONS))}")
+    if permutation == "none":
+        return [[] for _ in range(layers - 1)]
+    if permutation == "reverse":
+        return [[nn.Permutation.reverse(features)] for _ in range(layers - 1)]
+    return [[nn.Permutation.random(features, seed + i)] for i in range(layers - 1)]
+
+
+class _AutoregressiveFlow(FlowModel):
+    """What MAF and IAF share: all but the kind of the layer."""
+
+    def __init__(
+        self,
+        layer: type[nn.MaskedAutoregressive] | type[nn.InverseAutoregressive],
+        shape: int | Sequence[int],
+        *,
+        layers: int,
+        hidden: Sequence[int],
+        permutation: str,
+        seed: int,
+        batch_norm: bool,
+        preprocess: Mapping[str, Any] | None,
+        context: int | None,
+        scale: ops.ScaleMap | Mapping[str, Any],
+        base: nn.Base | None = None,
+        further: Mapping[str, Any] | None = None,
+        **network: Any,
+    ):
+        sizes, _ = model_shape(shape, flatten=True)
+        if layers < 1:
+            raise ValueError(f"layers: expected at least 1, got {layers}")
+        features = math.prod(sizes)
+        scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
+        built = preprocessing(preprocess)
+        if len(sizes) == 3:
+            c, h, w = sizes
+            built.append(nn.Flatten((c, h, w)))
+        between = [*_between(permutation, features, layers, seed), []]
+        for permuted in between:
+            built.append(layer(features, tuple(hidden), context=context, scale=scale, **network))
+            if batch_norm:
+                built.append(nn.BatchNormFlow(features))
+            built += permuted
+        config = {"shape": list(sizes), "layers": layers, "hidden": [*hidden], "permutation": permutation, "seed": seed}
+        config |= {"batch_norm": batch_norm, "preprocess": preprocess, "context": context, "scale": dataclasses.asdict(scale)}
+        super().__init__(nn.Compose(*built), config | network | dict(further or {}), base)
+
+
+class MAF(_AutoregressiveFlow):
+    """Masked autoregressive flow: log p(x) in one pass, and sampling for the price of one pass too.
+
+    ``layers`` times ``nn.MaskedAutoregressive``, with a permutation of the features between two of them. An image is taken as
+    a vector, row by row.
+
+    Args:
+        shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
+        layers: their number.
+        hidden, activation, residual: of the networks, ``nn.MADE``.
+        scale: the ``ScaleMap``, or its fields ``{"kind", "a", "b"}``.
+        permutation: ``"reverse"``, ``"random"`` (by ``seed``, ``seed + 1``, ...) or ``"none"``, between two layers.
+        batch_norm: an ``nn.BatchNormFlow`` after each layer.
+        components: of a mixture of Gaussians as base (``nn.Mixture``, the paper's MAF MoG has one in its last layer); None
+            for a standard normal.
+        preprocess: before the first layer: None, ``{"rescale": s}``, ``{"rescale": [s, t]}`` or ``{"logit": alpha}``.
+        context: K of a context (B, K) for a conditional flow, or None.
+
+    Raises ValueError for settings that do not fit the shape, and unknown names.
+    Source: Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation" (2017).
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        layers: int = 5,
+        hidden: Sequence[int] = (512, 512),
+        activation: str = "relu",
+        residual: bool = False,
+        scale: ops.ScaleMap | Mapping[str, Any] = _SOFT_CLIP,
+        permutation: str = "reverse",
+        seed: int = 0,
+        batch_norm: bool = False,
+        components: int | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+        context: int | None = None,
+    ):
+        sizes, _ = model_shape(shape, flatten=True)
+        super().__init__(
+            nn.MaskedAutoregressive,
+            shape,
+            layers=layers,
+            hidden=hidden,
+            activation=activation,
+            residual=residual,
+            scale=scale,
+            permutation=permutation,
+            seed=seed,
+            batch_norm=batch_norm,
+            preprocess=preprocess,
+            context=context,
+            base=None if components is None else nn.Mixture(math.prod(sizes), components),
+            further={"components": components},
+        )
+
+
+class IAF(_AutoregressiveFlow):
+    """Inverse autoregressive flow: samples and their density in one pass, log p of given x for the price of one pass too.
+
+    ``layers`` times ``nn.InverseAutoregressive``. Arguments, errors and shapes as for ``MAF``, and:
+
+    Args:
+        gated: the update s z + (1 - s) m of the paper, with a sigmoid ``scale``.
+
+    Source: Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), section 4.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        layers: int = 5,
+        hidden: Sequence[int] = (512, 512),
+        activation: str = "relu",
+        residual: bool = False,
+        scale: ops.ScaleMap | Mapping[str, Any] | None = None,
+        gated: bool = False,
+        permutation: str = "reverse",
+        seed: int = 0,
+        preprocess: Mapping[str, Any] | None = None,
+        context: int | None = None,
+    ):
+        if scale is None:
+            scale = ops.ScaleMap.sigmoid() if gated else _SOFT_CLIP
+        super().__init__(
+            nn.InverseAutoregressive,
+            shape,
+            layers=layers,
+            hidden=hidden,
+            activation=activation,
+            residual=residual,
+            scale=scale,
+            gated=gated,
+            permutation=permutation,
+            seed=seed,
+            batch_norm=False,
+            preprocess=preprocess,
+            context=context,
+        )
