@@ -17,6 +17,7 @@ al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -164,11 +165,39 @@ def _flat(p: Parameters) -> list[torch.Tensor]:
     return [*p.weights, *p.biases, *([] if p.context is None else [p.context])]
 
 
+@functools.lru_cache(maxsize=256)
+def _table(text: str) -> torch.Tensor:
+    """A plan as the kernels read it: numbers, widths, then order, prefix and ends of each layer, the source, and the panels."""
+    (plan,) = plans(text)
+    network, layers = plan.network, plan.layers
+    rows = [part for rows in network.output_rows for part in (rows.start, rows.step)]
+    kind = [*ACTIVATIONS].index(network.activation), network.scale.code, int(network.residual), int(network.gated)
+    numbers = [network.layers, plan.depth, len(plan.panels), *kind, *rows, *(len(layer.order) for layer in layers)]
+    for layer in layers:
+        numbers += [*layer.order, *layer.prefix, *layer.ends]
+    numbers += plan.source
+    for panel in plan.panels:
+        numbers += [panel.begin, panel.end, *panel.known]
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def _cpp_forward(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]) -> Pair:
+    x, logabsdet = _outputs(z, tensors, text, contexts)
+    describe, found = _backend._describe, plans(text)
+    chain = []
+    for plan, p in zip(found, parameters_of(tensors, [plan.network for plan in found], contexts), strict=True):
+        scale, pairs = plan.network.scale, zip(p.weights, p.biases, strict=True)
+        given = [describe(t) for pair in pairs for t in pair]
+        chain.append((given, describe(p.context), describe(_table(plan.network.text)), scale.a, scale.b))
+    _backend.call_native("autoregressive_inverse_forward", chain, z, x, logabsdet)
+    return x, logabsdet
+
+
 _forward = define(
     "autoregressive_inverse(Tensor z, Tensor[] tensors, str networks, bool[] contexts) -> (Tensor, Tensor)",
     fake=_outputs,
     torch_=_torch_forward,
-    cpp=_torch_forward,
+    cpp=_cpp_forward,
 )
 _backward = define(
     "autoregressive_inverse_backward(Tensor grad, Tensor? grad_logabsdet, Tensor x, Tensor[] tensors, str networks,"
