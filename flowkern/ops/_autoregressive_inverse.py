@@ -28,7 +28,7 @@ from .._registry import Sample, define
 from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, plans
 from ._autoregressive_sweep import Parameters, affine, invert, parameters_of, pull_back
 from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
-from ._parametrization import ScaleMap
+from ._parametrization import LAYOUTS, ScaleMap
 
 __all__ = ["autoregressive_inverse"]
 
@@ -102,6 +102,55 @@ def density(x: torch.Tensor, tensors: Tensors, networks: Networks, contexts: Seq
         s, shift, log_s = affine(network, *_network_outputs(network, z, p))
         z, total = s * z + shift, total + log_s.sum(1)
     return z, total
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.float64).to(dtype)
+
+    def made(features: int, *widths: int, **options: Any) -> AutoregressiveNetwork:
+        top = max(1, features - 1)
+        hidden = tuple(tuple(i % top + min(1, features - 1) for i in range(width)) for width in widths)
+        return AutoregressiveNetwork(tuple(range(1, features + 1)), hidden, **options)
+
+    def tensors(*networks: AutoregressiveNetwork, dtype: torch.dtype = dtype) -> list[torch.Tensor]:
+        found = []
+        for network in networks:
+            for columns, rows in zip(network.widths[:-1], network.widths[1:], strict=True):
+                found += [0.5 * randn(rows, columns, dtype=dtype) / columns**0.5, 0.3 * randn(rows, dtype=dtype)]
+        return found
+
+    def sample(name: str, z: torch.Tensor, *networks: AutoregressiveNetwork, **kwargs: Any) -> Sample:
+        return Sample(name, (z, kwargs.pop("parameters", None) or tensors(*networks), [*networks]), kwargs)
+
+    shuffled = AutoregressiveNetwork((3, 1, 4, 2, 5), ((4, 1, 2, 0, 3, 2), (1, 3, 5, 2, 2)), permutation=(2, 0, 4, 1, 3))
+    for activation in ACTIVATIONS:
+        yield sample(f"activation-{activation}", randn(5, 4), made(4, 7, 6, activation=activation))
+        residual = made(4, 6, 5, 6, activation=activation, residual=True)
+        yield sample(f"residual-{activation}", randn(3, 4), residual)
+    maps = (ScaleMap.exp(), ScaleMap.sigmoid(), ScaleMap.sigmoid(1.0, 1e-3), ScaleMap.softplus(), ScaleMap.tanh(2.0), ScaleMap.atan(1.5))
+    for scale, layout in zip(maps, LAYOUTS, strict=True):
+        yield sample(f"scale-{scale.kind}-{scale.b}-{layout}", randn(4, 3), made(3, 5, scale=scale, layout=layout))
+    gate = ScaleMap.sigmoid(1.0)
+    yield sample("gated", randn(6, 5), AutoregressiveNetwork((1, 2, 3, 4, 5), ((1, 2, 3, 4, 1, 2),), scale=gate, gated=True))
+    yield sample("shuffled", randn(9, 5), shuffled)
+    yield sample("equal-degrees", randn(4, 6), AutoregressiveNetwork((1, 1, 2, 2, 3, 3), ((1, 2, 2, 1, 9),)))
+    yield sample("few-degrees", randn(4, 6), AutoregressiveNetwork((1, 2, 3, 4, 5, 6), ((1, 4), (1, 2, 3, 4, 5))))
+    yield sample("no-hidden", randn(4, 5), AutoregressiveNetwork((2, 1, 3, 5, 4), ()))
+    yield sample("one-feature", randn(4, 1), made(1, 3, 2))
+    yield sample("one-element", randn(1, 1), made(1, 1))
+    yield sample("empty-batch", randn(0, 4), made(4, 5))
+    chain = shuffled, made(5, 6, 6, activation="elu"), made(5, 4, 4, 4, residual=True, permutation=(4, 3, 2, 1, 0))
+    yield sample("chain", randn(5, 5), *chain, contexts=[randn(5, 6), None, randn(5, 4)])
+    yield sample("context-expanded", randn(4, 3), made(3, 5), contexts=[randn(1, 5).expand(4, 5)])
+    yield sample("context-no-hidden", randn(4, 3), made(3), contexts=[randn(4, 6)])
+    yield sample("several-panels", randn(37, 40), made(40, 90, 50), made(40, 70, permutation=tuple(reversed(range(40)))))
+    yield sample("residual-panels", randn(19, 30), made(30, 60, 50, 60, 40, 60, residual=True, activation="silu"))
+    strided = [t.t().contiguous().t() if t.ndim == 2 else t.repeat_interleave(2)[::2] for t in tensors(made(6, 8))]
+    yield sample("strided", randn(4, 12)[:, ::2], made(6, 8), parameters=strided)
+    yield sample("expanded", randn(1, 3).expand(4, 3), made(3, 5))
+    yield sample("bfloat16-weights", randn(5, 4), made(4, 9), parameters=tensors(made(4, 9), dtype=torch.bfloat16))
+    yield sample("half-state", randn(5, 4, dtype=torch.float16), made(4, 9))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +297,8 @@ def _differentiate(
     def function(z: torch.Tensor, *tensors: torch.Tensor) -> Pair:
         return reference(z, tensors, networks, contexts)
 
-    return differentiate(function, (z, *tensors), {}, (grad, grad_logabsdet))
+    # As variables of their own: z depends on the tensors too, and on this very node.
+    return differentiate(function, [t.view_as(t) for t in (z, *tensors)], {}, (grad, grad_logabsdet))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,6 +353,10 @@ def autoregressive_inverse(
     flags = [context is not None for context in given]
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return reference(z, tensors, networks, flags)
+    dtype = accumulation_dtype(z, *tensors)
+    if z.dtype is not dtype:  # what is kept for the gradients is not rounded
+        x, logabsdet = autoregressive_inverse(z.to(dtype), parameters, networks, contexts=contexts)
+        return x.to(z.dtype), logabsdet
     text = "\n".join([network.text for network in networks])
     if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *tensors)):
         return _AutoregressiveInverse.apply(z, text, flags, *tensors)
