@@ -3,6 +3,8 @@
 from ._additive_coupling import additive_coupling as additive_coupling
 from ._affine_coupling import affine_coupling as affine_coupling
 from ._invertible_linear import invertible_linear as invertible_linear
+from ._masked_linear import DegreeMask as DegreeMask
+from ._masked_linear import masked_linear as masked_linear
 from ._parametrization import LAYOUTS as LAYOUTS
 from ._parametrization import ScaleMap as ScaleMap
 from ._plu_weight import plu_weight as plu_weight
