@@ -68,8 +68,7 @@ namespace flowkern {
                                   const Tensor& dx, const Tensor& dweight, const Tensor& dbias, const Tensor& dknown,  \
                                   bool inverse, int threads);                                                          \
   void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach,           \
-                             const Tensor& first, const Tensor& rows, const Tensor& columns, const Tensor& y,          \
-                             int threads);                                                                             \
+                             const Tensor& rows, const Tensor& columns, const Tensor& y, int threads);                 \
   void masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,           \
                               const Tensor& reach, const Tensor& first, const Tensor& rows, const Tensor& columns,     \
                               const Tensor& dx, const Tensor& dweight, const Tensor& dbias, int threads);              \
@@ -95,7 +94,7 @@ struct Kernels {
   void (*invertible_linear_backward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                      const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, int);
   void (*masked_linear_forward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                const Tensor&, const Tensor&, int);
+                                const Tensor&, int);
   void (*masked_linear_backward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int);
 };
@@ -264,11 +263,11 @@ void invertible_linear_backward(const Tensor& grad, const Tensor& grad_logabsdet
                                      threads);
 }
 
-void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach, const Tensor& first,
-                           const Tensor& rows, const Tensor& columns, const Tensor& y, int threads) {
+void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach, const Tensor& rows,
+                           const Tensor& columns, const Tensor& y, int threads) {
   py::gil_scoped_release release;
   advise_huge_pages(y);
-  in_use->masked_linear_forward(x, weight, bias, reach, first, rows, columns, y, threads);
+  in_use->masked_linear_forward(x, weight, bias, reach, rows, columns, y, threads);
 }
 
 void masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach,

@@ -303,10 +303,10 @@ bool in_double(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 
 }  // namespace
 
-void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach, const Tensor& first,
-                           const Tensor& rows, const Tensor& columns, const Tensor& y, int threads) {
+void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach, const Tensor& rows,
+                           const Tensor& columns, const Tensor& y, int threads) {
   const auto run = in_double(x, weight, bias) ? forward<double> : forward<float>;
-  run(x, weight, bias, Degrees(reach, first, rows, columns), y, threads);
+  run(x, weight, bias, Degrees(reach, Tensor(), rows, columns), y, threads);
 }
 
 void masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach,

@@ -21,6 +21,7 @@ from ._glow_step import NormalizedLinear as NormalizedLinear
 from ._invertible_linear import PARAMETRIZATIONS as PARAMETRIZATIONS
 from ._invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
 from ._invertible_linear import InvertibleLinear as InvertibleLinear
+from ._masked_linear import MaskedLinear as MaskedLinear
 from ._multiscale import MultiScale as MultiScale
 from ._permutation import Permutation as Permutation
 from ._preprocess import Logit as Logit
