@@ -32,22 +32,22 @@ def unit(p_index, i, n):
 @triton.jit(do_not_specialize=["B"])
 def forward_kernel(
     p_x, p_weight, p_bias, p_reach, p_rows, p_columns, p_y,
-    B, I, O, n_blocks, x_b, x_i, w_o, w_i, s_bias, y_b, y_o,
+    B, N_IN, N_OUT, n_blocks, x_b, x_i, w_o, w_i, s_bias, y_b, y_o,
     BATCH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # The blocks that see furthest come first: they take longest.
     i_block = n_blocks - 1 - tl.program_id(0) % n_blocks
     b = (tl.program_id(0) // n_blocks).to(tl.int64) * BATCH + tl.arange(0, BATCH)
     r = i_block * BLOCK + tl.arange(0, BLOCK)
-    m_b, m_r = b < B, r < O
+    m_b, m_r = b < B, r < N_OUT
     reach = tl.load(p_reach + r, mask=m_r, other=0)
-    furthest = tl.load(p_reach + tl.minimum(i_block * BLOCK + BLOCK, O) - 1)
-    o = unit(p_rows, r, O)
+    furthest = tl.load(p_reach + tl.minimum(i_block * BLOCK + BLOCK, N_OUT) - 1)
+    o = unit(p_rows, r, N_OUT)
     total = tl.zeros((BATCH, BLOCK), ACC)
     for k in range(0, furthest, INNER):
         c = k + tl.arange(0, INNER)
         m_c = c < furthest
-        i = unit(p_columns, c, I)
+        i = unit(p_columns, c, N_IN)
         b_x = tl.load(p_x + b[:, None] * x_b + i[None, :] * x_i, mask=m_b[:, None] & m_c[None, :], other=0.0).to(ACC)
         p_w = p_weight + i[:, None] * w_i + o[None, :] * w_o
         b_w = tl.load(p_w, mask=c[:, None] < reach[None, :], other=0.0).to(ACC)
@@ -61,20 +61,20 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["B"])
 def input_kernel(
     p_grad, p_weight, p_reach, p_first, p_rows, p_columns, p_dx,
-    B, I, O, n_blocks, g_b, g_o, w_o, w_i, x_b, x_i,
+    B, N_IN, N_OUT, n_blocks, g_b, g_o, w_o, w_i, x_b, x_i,
     BATCH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_block = tl.program_id(0) % n_blocks
     b = (tl.program_id(0) // n_blocks).to(tl.int64) * BATCH + tl.arange(0, BATCH)
     c = i_block * BLOCK + tl.arange(0, BLOCK)
-    m_b, m_c = b < B, c < I
-    i = unit(p_columns, c, I)
+    m_b, m_c = b < B, c < N_IN
+    i = unit(p_columns, c, N_IN)
     total = tl.zeros((BATCH, BLOCK), ACC)
-    for k in range(tl.load(p_first + i_block * BLOCK), O, INNER):
+    for k in range(tl.load(p_first + i_block * BLOCK), N_OUT, INNER):
         r = k + tl.arange(0, INNER)
-        m_r = r < O
+        m_r = r < N_OUT
         reach = tl.load(p_reach + r, mask=m_r, other=0)
-        o = unit(p_rows, r, O)
+        o = unit(p_rows, r, N_OUT)
         b_g = tl.load(p_grad + b[:, None] * g_b + o[None, :] * g_o, mask=m_b[:, None] & m_r[None, :], other=0.0).to(ACC)
         p_w = p_weight + o[:, None] * w_o + i[None, :] * w_i
         b_w = tl.load(p_w, mask=c[None, :] < reach[:, None], other=0.0).to(ACC)
@@ -86,15 +86,15 @@ def input_kernel(
 @triton.jit(do_not_specialize=["B"])
 def weight_kernel(
     p_grad, p_x, p_reach, p_rows, p_columns, p_dweight,
-    B, I, O, n_blocks, g_b, g_o, x_b, x_i, w_o, w_i,
+    B, N_IN, N_OUT, n_blocks, g_b, g_o, x_b, x_i, w_o, w_i,
     BLOCK: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_row, i_column = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
     r, c = i_row * BLOCK + tl.arange(0, BLOCK), i_column * BLOCK + tl.arange(0, BLOCK)
-    m_r, m_c = r < O, c < I
+    m_r, m_c = r < N_OUT, c < N_IN
     reach = tl.load(p_reach + r, mask=m_r, other=0)
-    furthest = tl.load(p_reach + tl.minimum(i_row * BLOCK + BLOCK, O) - 1)
-    o, i = unit(p_rows, r, O), unit(p_columns, c, I)
+    furthest = tl.load(p_reach + tl.minimum(i_row * BLOCK + BLOCK, N_OUT) - 1)
+    o, i = unit(p_rows, r, N_OUT), unit(p_columns, c, N_IN)
     total = tl.zeros((BLOCK, BLOCK), ACC)
     # A block that is hidden has no sum to take, but zeros to write.
     for k in range(0, tl.where(i_column * BLOCK < furthest, B, 0), INNER):
@@ -111,14 +111,14 @@ def weight_kernel(
 def _plan(batch: int, units: int, double: bool, integers: tuple[int, ...]) -> Plan:
     """Of a product with the batch: its blocks of units, and tiles of samples."""
     block = 32 if double else 64
-    samples = min(max(triton.next_power_of_2(batch), 16), block)
+    samples = min(max(triton.next_power_of_2(batch), 16), 32)
     blocks = triton.cdiv(units, block)
     keywords = {
         "BATCH": samples,
         "BLOCK": block,
         "INNER": 16,
         "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 8 if samples * block > 2048 else 4,
+        "num_warps": 4,
         "num_stages": 2,
         "enable_fp_fusion": True,
     }
@@ -149,9 +149,7 @@ def _forward_launch(
     reach, _, rows, columns, _ = mask
     sizes, double = _sizes(x, weight), _accumulation_dtype(x, weight, bias) is torch.float64
     steps = (*x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *y.stride())
-    return Launch(
-        forward_kernel, (x, weight, bias, reach, rows, columns, y), _plan(sizes[0], sizes[2], double, (*sizes, *steps))
-    )
+    return Launch(forward_kernel, (x, weight, bias, reach, rows, columns, y), _plan(sizes[0], sizes[2], double, (*sizes, *steps)))
 
 
 def _input_launch(grad: torch.Tensor, weight: torch.Tensor, mask: tuple[Any, ...], dx: torch.Tensor, double: bool) -> Launch:
