@@ -144,7 +144,7 @@ def test_gradients_and_double_gradients(sample: Sample, backend: str) -> None:
     tensors = [t.contiguous().requires_grad_() for t in tensors]
     with flowkern.backend(backend):
         assert torch.autograd.gradcheck(lambda *t: call(sample, *t), tensors)
-        if backend == "auto":
+        if backend == "auto" and sum(t.numel() for t in tensors) <= 70:
             assert torch.autograd.gradgradcheck(lambda *t: call(sample, *t), tensors)
 
 
@@ -343,26 +343,26 @@ def test_round_trip_in_float32_at_784_features(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_it_stays_finite_where_passes_over_half_known_features_overflow(backend: str) -> None:
-    """x_i = z_i - 4 (x_1 + ... + x_(i-1)) alternates and stays small, but every pass amplifies what is not known yet."""
-    features = 96
-    network = made(features, features, activation="leaky_relu", scale=ScaleMap.exp())
-    lower = torch.ones(features, features).tril()
-    output = torch.zeros(2 * features, features)
-    output[1::2] = 4 * torch.ones(features, features).tril(-1)
-    parameters = [lower, torch.zeros(features), output, torch.zeros(2 * features)]
-    torch.manual_seed(1)
+    """z = x + (sum of the x before): x_i = z_i - z_(i-1) + x_(i-1) - ... is harmless, but passes over features of which
+    the last are wrong make those grow by binomial coefficients, and infinity times a masked zero is NaN for all."""
+    features = 200
+    degrees = tuple(range(1, features + 1))
+    network = AutoregressiveNetwork(degrees, (degrees + degrees,), scale=ScaleMap.exp())
+    eye, before = torch.eye(features), torch.ones(features, features).tril(-1)
+    output = torch.zeros(features, 2, 2 * features)
+    output[:, 1] = torch.cat([before, -before], 1)  # relu(x) - relu(-x) = x
+    zeros = torch.zeros(2 * features)
+    parameters = [torch.cat([eye, -eye]), zeros, output.flatten(0, 1), zeros]
     x = torch.randn(3, features)
-    z = op.density(x.double(), [p.double() for p in parameters], [network], [False])[0].float()
+    z = op.density(x, parameters, [network], [False])[0]
     looped = torch.zeros_like(z)
-    for _ in range(features):
+    for _ in range(network.depth):
         u, t = op._network_outputs(network, looped, op.Parameters(parameters[0::2], parameters[1::2], None))
         looped = (z - t) / u.exp()
-    assert not looped.isfinite().all()
+    assert looped.isnan().any()
     with flowkern.backend(backend):
-        actual, logabsdet = ops.autoregressive_inverse(z.double(), [p.double() for p in parameters], network)
-        single, _ = ops.autoregressive_inverse(z, parameters, network)
-    torch.testing.assert_close(actual[:, :12].float(), x[:, :12], rtol=1e-3, atol=1e-3)
-    assert single.isfinite().all()
+        actual, logabsdet = ops.autoregressive_inverse(z, parameters, network)
+    torch.testing.assert_close(actual, x, rtol=1e-4, atol=1e-4)
     assert (logabsdet == 0).all()
 
 
