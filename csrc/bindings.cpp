@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "autoregressive.h"
 #include "coupling.h"
 #include "tensor.h"
 
@@ -67,11 +68,20 @@ namespace flowkern {
                                   const Tensor& weight, const Tensor& bias, const Tensor& weight_inverse,              \
                                   const Tensor& dx, const Tensor& dweight, const Tensor& dbias, const Tensor& dknown,  \
                                   bool inverse, int threads);                                                          \
+  void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach,           \
+                             const Tensor& rows, const Tensor& columns, const Tensor& y, int threads);                 \
+  void masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,           \
+                              const Tensor& reach, const Tensor& first, const Tensor& rows, const Tensor& columns,     \
+                              const Tensor& dx, const Tensor& dweight, const Tensor& dbias, int threads);              \
+  void autoregressive_inverse_forward(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x, \
+                                      const Tensor& logabsdet, int threads);                                           \
   }                                                                                                                    \
   constexpr Kernels isa##_kernels = {#isa, isa::affine_coupling_partials, isa::affine_coupling_forward,                \
                                      isa::affine_coupling_backward, isa::additive_coupling_forward,                    \
                                      isa::plu_weight_forward,       isa::plu_weight_backward,                          \
-                                     isa::invertible_linear_forward, isa::invertible_linear_backward};
+                                     isa::invertible_linear_forward, isa::invertible_linear_backward,                  \
+                                     isa::masked_linear_forward,    isa::masked_linear_backward,                       \
+                                     isa::autoregressive_inverse_forward};
 
 struct Kernels {
   const char* isa;
@@ -87,6 +97,11 @@ struct Kernels {
                                     const Tensor&, const Tensor&, bool, int);
   void (*invertible_linear_backward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                      const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, int);
+  void (*masked_linear_forward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                const Tensor&, int);
+  void (*masked_linear_backward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                 const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int);
+  void (*autoregressive_inverse_forward)(const Autoregressive*, int64_t, const Tensor&, const Tensor&, const Tensor&, int);
 };
 
 FLOWKERN_DECLARE(baseline)
@@ -253,6 +268,50 @@ void invertible_linear_backward(const Tensor& grad, const Tensor& grad_logabsdet
                                      threads);
 }
 
+void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach, const Tensor& rows,
+                           const Tensor& columns, const Tensor& y, int threads) {
+  py::gil_scoped_release release;
+  advise_huge_pages(y);
+  in_use->masked_linear_forward(x, weight, bias, reach, rows, columns, y, threads);
+}
+
+void masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach,
+                            const Tensor& first, const Tensor& rows, const Tensor& columns, const Tensor& dx, const Tensor& dweight,
+                            const Tensor& dbias, int threads) {
+  py::gil_scoped_release release;
+  advise_huge_pages(dx);
+  advise_huge_pages(dweight);
+  in_use->masked_linear_backward(grad, x, weight, bias, reach, first, rows, columns, dx, dweight, dbias, threads);
+}
+
+// A chain of networks, each (weights and biases, context or None, table, a, b).
+struct Chain {
+  std::vector<std::vector<Tensor>> tensors;
+  std::vector<Autoregressive> networks;
+
+  explicit Chain(const py::list& given) {
+    tensors.reserve(given.size());
+    for (const auto& item : given) {
+      const py::tuple parts = py::reinterpret_borrow<py::tuple>(item);
+      tensors.emplace_back();
+      for (const auto& tensor : py::cast<py::list>(parts[0])) tensors.back().push_back(tensor.cast<Tensor>());
+      Autoregressive network;
+      network.tensors = tensors.back().data();
+      network.context = parts[1].cast<Tensor>();
+      network.table = reinterpret_cast<const int32_t*>(parts[2].cast<Tensor>().data);
+      network.a = parts[3].cast<double>();
+      network.b = parts[4].cast<double>();
+      networks.push_back(network);
+    }
+  }
+};
+
+void autoregressive_inverse_forward(const py::list& given, const Tensor& z, const Tensor& x, const Tensor& logabsdet, int threads) {
+  const Chain chain(given);
+  py::gil_scoped_release release;
+  in_use->autoregressive_inverse_forward(chain.networks.data(), int64_t(chain.networks.size()), z, x, logabsdet, threads);
+}
+
 }  // namespace flowkern
 
 PYBIND11_MODULE(_native, m) {
@@ -281,6 +340,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("additive_coupling_forward", additive_coupling_forward);
   m.def("invertible_linear_forward", invertible_linear_forward);
   m.def("invertible_linear_backward", invertible_linear_backward);
+  m.def("masked_linear_forward", masked_linear_forward);
+  m.def("masked_linear_backward", masked_linear_backward);
   m.def("plu_weight_forward", plu_weight_forward);
   m.def("plu_weight_backward", plu_weight_backward);
+  m.def("autoregressive_inverse_forward", autoregressive_inverse_forward);
 }

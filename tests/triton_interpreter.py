@@ -12,6 +12,7 @@ from typing import Any
 
 import mpmath
 import pytest
+import test_masked_linear as test_masked_linear_everywhere
 import test_plu_weight as test_plu_weight_everywhere
 import torch
 import triton
@@ -234,6 +235,21 @@ def test_plu_weight(dtype: torch.dtype, launches: list[_coupling.Launch], canari
 
 def test_plu_weight_of_mixed_dtypes_and_strides(launches: list[_coupling.Launch]) -> None:
     test_plu_weight_everywhere.test_mixed_dtypes_strides_and_expanded_gradients()
+    assert launches
+
+
+@pytest.mark.parametrize("kind", test_masked_linear_everywhere.KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_linear(dtype: torch.dtype, kind: str, launches: list[_coupling.Launch], canaries: Any) -> None:
+    sizes = test_masked_linear_everywhere.SIZES
+    for size in sizes:
+        test_masked_linear_everywhere.check(test_masked_linear_everywhere.problem(size, kind, dtype))
+    canaries.assert_alive()
+    assert len(launches) == 3 * len(sizes)
+
+
+def test_masked_linear_of_mixed_dtypes_and_strides(launches: list[_coupling.Launch]) -> None:
+    test_masked_linear_everywhere.test_any_strides_dtypes_and_gradients("triton")
     assert launches
 
 

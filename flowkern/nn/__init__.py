@@ -1,6 +1,9 @@
 """Layers of normalizing flows: bijections, base distributions, conditioner networks, and ``Flow`` that joins them."""
 
 from ._actnorm import ActNorm as ActNorm
+from ._autoregressive import AutoregressiveChain as AutoregressiveChain
+from ._autoregressive import InverseAutoregressive as InverseAutoregressive
+from ._autoregressive import MaskedAutoregressive as MaskedAutoregressive
 from ._base import Base as Base
 from ._base import DiagonalNormal as DiagonalNormal
 from ._base import Mixture as Mixture
@@ -22,6 +25,9 @@ from ._glow_step import NormalizedLinear as NormalizedLinear
 from ._invertible_linear import PARAMETRIZATIONS as PARAMETRIZATIONS
 from ._invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
 from ._invertible_linear import InvertibleLinear as InvertibleLinear
+from ._made import MADE as MADE
+from ._made_density import MADEDensity as MADEDensity
+from ._masked_linear import MaskedLinear as MaskedLinear
 from ._multiscale import MultiScale as MultiScale
 from ._permutation import Permutation as Permutation
 from ._preprocess import Logit as Logit

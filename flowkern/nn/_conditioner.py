@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
 }
 
 

@@ -1,0 +1,320 @@
+// y = x (W * M)^T + b and its backward, where M lets output r see the first reach[r] inputs, once both are sorted by
+// degree. The formulas stand at the top of flowkern/ops/_masked_linear.py. Every product ends where the mask does; the
+// weights that it hides are not read.
+//
+// The vectors of y run over the batch, so that W's elements are broadcast from where they lie; those of the gradients
+// run over the inputs. Rows of little work are given to a thread together with rows of much.
+
+#include "matrix.h"
+
+namespace flowkern {
+namespace FLOWKERN_ISA {
+namespace {
+
+constexpr int64_t group = 48;  // rows that a thread takes at a time: a multiple of all max_rows and all lanes but one
+constexpr int64_t most_count = 512;  // terms of a sum that are taken at a time, so that the operands stay in the cache
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+struct Degrees {
+  const int32_t *reach, *first, *rows, *columns;  // rows and columns: null where the units come sorted
+
+  Degrees(const Tensor& reach, const Tensor& first, const Tensor& rows, const Tensor& columns)
+      : reach(numbers(reach)), first(numbers(first)), rows(numbers(rows)), columns(numbers(columns)) {}
+
+  static const int32_t* numbers(const Tensor& t) { return reinterpret_cast<const int32_t*>(t.data); }
+  int64_t row(int64_t r) const { return rows ? rows[r] : r; }
+};
+
+// A matrix as Python holds it.
+struct Matrix {
+  char* data;
+  Dtype dtype;
+  int64_t row, step;  // strides
+
+  explicit Matrix(const Tensor& t) : data(t.data), dtype(t.dtype), row(t.stride[0]), step(t.stride[1]) {}
+
+  template <class A>
+  A* direct() const {
+    return dtype == dtype_of<A>() ? reinterpret_cast<A*>(data) : nullptr;
+  }
+
+  // Elements [begin, end) of row i, or of `index`.
+  template <class A>
+  void read(int64_t i, int64_t begin, int64_t end, const int32_t* index, A* to) const {
+    with_dtype(dtype, [&](auto* type) {
+      const auto* from = reinterpret_cast<decltype(type)>(data) + i * row;
+      if (index) {
+        load_run(from, step, index + begin, end - begin, to);
+      } else {
+        load_run(from + begin * step, step, nullptr, end - begin, to);
+      }
+    });
+  }
+
+  template <class A>
+  void write(int64_t i, int64_t begin, int64_t end, const int32_t* index, const A* from) const {
+    with_dtype(dtype, [&](auto* type) {
+      auto* to = reinterpret_cast<decltype(type)>(data) + i * row;
+      if (index) {
+        store_run(from, to, step, index + begin, end - begin);
+      } else {
+        store_run(from, to + begin * step, step, nullptr, end - begin);
+      }
+    });
+  }
+};
+
+template <class A>
+void fill(A* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = A(0);
+}
+
+// Calls f(chunk, i) for i in [0, count) of each chunk; a task has one from the start and one from the end, as those at one
+// end have all the work.
+template <class F>
+void for_both_ends(int64_t chunks, int64_t count, int64_t products, int threads, F&& f) {
+  const int64_t pairs = (count + 1) / 2;
+  parallel_for(chunks * pairs, products / 16, threads, [&](int64_t task) {
+    const int64_t chunk = task / pairs, i = task % pairs;
+    f(chunk, i);
+    if (count - 1 - i != i) f(chunk, count - 1 - i);
+  });
+}
+
+// --- forward ---
+
+// A few samples of x, sorted, [input][sample]: `width` samples to a row.
+template <class A>
+void flip(const Matrix& x, const int32_t* columns, int64_t inputs, int64_t start, int64_t samples, int64_t width, A* to, int threads) {
+  constexpr int64_t together = 4 * lanes<A>;
+  parallel_for(blocks_of(inputs, together), inputs * width, threads, [&](int64_t task) {
+    const int64_t begin = task * together, end = least(inputs, begin + together);
+    const Buffer<A> some(width * together);
+    fill(some + 0, width * together);
+    for (int64_t j = 0; j < samples; ++j) x.read<A>(start + j, begin, end, columns, some + j * together);
+    transpose<A>(some, together, width, padded<A>(end - begin), to + begin * width, width);
+  });
+}
+
+// Rows [begin, end), [row][sample]: those that see further go on where the others end.
+template <class A>
+void staircase(Product<A> p, const int32_t* reach, int64_t begin, int64_t end, int64_t width) {
+  const A *a = p.a, *b = p.b;
+  for (int64_t done = 0; begin < end; p.plus = Plus::out) {
+    p.count = reach[begin] - done;
+    p.a = a + done * p.a_step;
+    p.b = b + done * p.b_step;
+    multiply(p, begin, end, width);
+    done = reach[begin];
+    while (begin < end && reach[begin] == done) ++begin;
+  }
+}
+
+template <class A>
+void forward_group(const Matrix& weight, const A* bias, const Degrees& d, int64_t begin, int64_t end, const A* x, int64_t width,
+                   const Matrix& y, int64_t start, int64_t samples) {
+  const int64_t seen = d.reach[end - 1];
+  const bool direct = weight.dtype == dtype_of<A>() && !d.rows && !d.columns;
+  const Buffer<A> packed(direct ? 0 : group * seen), out(group * width), flipped(width * group);
+  for (int64_t r = begin; !direct && r < end; ++r)
+    weight.read<A>(d.row(r), 0, d.reach[r], d.columns, packed + (r - begin) * seen);
+  Product<A> p;
+  p.a = direct ? weight.direct<A>() + begin * weight.row : packed;
+  p.a_row = direct ? weight.row : seen;
+  p.a_step = direct ? weight.step : 1;
+  p.b = x;
+  p.b_step = width;
+  p.out = out;
+  p.out_row = width;
+  p.plus = bias ? Plus::rows : Plus::nothing;
+  p.start = bias ? bias + begin : nullptr;
+  for (int64_t r = 0; r < end - begin; r += max_rows)
+    staircase(p, d.reach + begin, r, least(r + max_rows, end - begin), width);
+  fill(out + (end - begin) * width, (padded<A>(end - begin) - (end - begin)) * width);
+  transpose<A>(out, width, padded<A>(end - begin), width, flipped, group);
+  for (int64_t j = 0; j < samples; ++j) y.write<A>(start + j, begin, end, d.rows, flipped + j * group);
+}
+
+template <class A>
+void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Degrees& d, const Tensor& y, int threads) {
+  const int64_t batch = x.size[0], outputs = weight.size[0];
+  const int64_t tile = 256 / int64_t(sizeof(A)), width = least(tile, padded<A>(batch)), seen = outputs ? d.reach[outputs - 1] : 0;
+  const int64_t chunks = blocks_of(batch, width);
+  const Buffer<A> flipped(chunks * padded<A>(seen) * width), shift(outputs);
+  for (int64_t r = 0; bias.data && r < outputs; ++r)
+    with_dtype(bias.dtype, [&](auto* type) {
+      shift[r] = A(widen(reinterpret_cast<decltype(type)>(bias.data)[d.row(r) * bias.stride[0]]));
+    });
+  for (int64_t c = 0; c < chunks; ++c)
+    flip<A>(Matrix(x), d.columns, seen, c * width, least(width, batch - c * width), width, flipped + c * padded<A>(seen) * width, threads);
+  for_both_ends(chunks, blocks_of(outputs, group), chunks * width * outputs * seen / 2, threads, [&](int64_t c, int64_t i) {
+    forward_group<A>(Matrix(weight), bias.data ? shift + 0 : nullptr, d, i * group, least(outputs, (i + 1) * group),
+                     flipped + c * padded<A>(seen) * width, width, Matrix(y), c * width, least(width, batch - c * width));
+  });
+}
+
+// --- backward ---
+
+// Values of all samples, sorted, [sample][unit]; where they lie, if that will do.
+template <class A>
+struct Sorted {
+  const A* data;
+  int64_t row, step;
+  Buffer<A> packed;
+
+  // `whole`: vectors are read from it, so that rows must be filled up to whole ones.
+  Sorted(const Tensor& t, const int32_t* index, bool whole, int threads)
+      : packed(lies(t, index, whole) ? 0 : t.size[0] * padded<A>(t.size[1])) {
+    const Matrix from(t);
+    const int64_t width = padded<A>(t.size[1]);
+    const bool there = lies(t, index, whole);
+    data = there ? from.direct<A>() : packed;
+    row = there ? from.row : width;
+    step = there ? from.step : 1;
+    if (there) return;
+    parallel_for(t.size[0], t.size[0] * width, threads, [&](int64_t b) {
+      from.read<A>(b, 0, t.size[1], index, packed + b * width);
+      fill(packed + b * width + t.size[1], width - t.size[1]);
+    });
+  }
+
+  static bool lies(const Tensor& t, const int32_t* index, bool whole) {
+    return t.dtype == dtype_of<A>() && !index && (!whole || (t.stride[1] == 1 && t.size[1] % lanes<A> == 0));
+  }
+};
+
+// The product in steps of most_count terms. Elements of `out` that no step reaches are not written.
+template <class A>
+void multiply_long(Product<A> p, int64_t begin, int64_t end, int64_t columns) {
+  const int64_t count = p.count;
+  for (int64_t k = 0; k == 0 || k < count; k += most_count) {
+    p.count = least(most_count, count - k);
+    multiply(p, begin, end, columns);
+    p.a += p.count * p.a_step;
+    p.b += p.count * p.b_step;
+    p.plus = Plus::out;
+  }
+}
+
+// Columns [begin, end) of the gradient of x, of some samples. The rows that see all of them are multiplied where they lie
+// unless many samples want them; of the others the weights that are hidden become zeros.
+template <class A>
+void input_gradient(const Sorted<A>& grad, const Matrix& weight, const Degrees& d, int64_t outputs, int64_t begin, int64_t end,
+                    const Matrix& dx, int64_t start, int64_t samples) {
+  const int64_t width = padded<A>(end - begin), from = d.first[begin];
+  const bool direct = weight.dtype == dtype_of<A>() && !d.rows && !d.columns && weight.step == 1 && samples <= max_rows;
+  const int64_t until = direct && end - begin == width ? d.first[end - 1] : outputs;  // rows that are packed
+  const Buffer<A> packed((until - from) * width), out(samples * width);
+  for (int64_t r = from; r < until; ++r) {
+    A* to = packed + (r - from) * width;
+    const int64_t seen = least(end, d.reach[r]);
+    weight.read<A>(d.row(r), begin, seen, d.columns, to);
+    fill(to + seen - begin, width - (seen - begin));
+  }
+  Product<A> p;
+  p.a = grad.data + start * grad.row + from * grad.step;
+  p.a_row = grad.row;
+  p.a_step = grad.step;
+  p.b = packed;
+  p.b_step = width;
+  p.count = until - from;
+  p.out = out;
+  p.out_row = width;
+  multiply_long(p, 0, samples, width);
+  if (until < outputs) {
+    p.a += (until - from) * p.a_step;
+    p.b = weight.direct<A>() + until * weight.row + begin;
+    p.b_step = weight.row;
+    p.count = outputs - until;
+    p.plus = Plus::out;
+    multiply_long(p, 0, samples, width);
+  }
+  for (int64_t j = 0; j < samples; ++j) dx.write<A>(start + j, begin, end, d.columns, out + j * width);
+}
+
+// Rows [begin, end) of the gradient of W.
+template <class A>
+void weight_gradient(const Sorted<A>& grad, const Sorted<A>& x, const Degrees& d, int64_t batch, int64_t inputs, int64_t begin,
+                     int64_t end, const Matrix& dweight) {
+  const int64_t width = padded<A>(d.reach[end - 1]);
+  const Buffer<A> out((end - begin) * width), zeros(inputs);
+  fill(zeros + 0, inputs);
+  Product<A> p;
+  p.a = grad.data + begin * grad.step;
+  p.a_row = grad.step;
+  p.a_step = grad.row;
+  p.b = x.data;
+  p.b_step = x.row;
+  p.count = batch;
+  p.out = out;
+  p.out_row = width;
+  multiply_long(p, 0, end - begin, width);
+  for (int64_t r = begin; r < end; ++r) {
+    dweight.write<A>(d.row(r), 0, d.reach[r], d.columns, out + (r - begin) * width);
+    dweight.write<A>(d.row(r), d.reach[r], inputs, d.columns, zeros);
+  }
+}
+
+template <class A>
+void bias_gradient(const Tensor& grad, const Tensor& dbias) {
+  constexpr int64_t together = 64;
+  const Matrix from(grad);
+  for (int64_t begin = 0; begin < grad.size[1]; begin += together) {
+    const int64_t n = least(together, grad.size[1] - begin);
+    double totals[together] = {};
+    A row[together];
+    for (int64_t b = 0; b < grad.size[0]; ++b) {
+      from.read<A>(b, begin, begin + n, nullptr, row);
+      for (int64_t i = 0; i < n; ++i) totals[i] += double(row[i]);
+    }
+    with_dtype(dbias.dtype, [&](auto* type) {
+      auto* to = reinterpret_cast<decltype(type)>(dbias.data) + begin * dbias.stride[0];
+      store_run(totals, to, dbias.stride[0], nullptr, n);
+    });
+  }
+}
+
+template <class A>
+void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Degrees& d, const Tensor& dx, const Tensor& dweight,
+              const Tensor& dbias, int threads) {
+  const int64_t batch = x.size[0], inputs = x.size[1], outputs = weight.size[0], products = batch * inputs * outputs / 2;
+  if (dbias.data) bias_gradient<A>(grad, dbias);
+  const Sorted<A> g(grad, d.rows, false, threads);
+  if (dx.data && inputs && batch) {
+    constexpr int64_t columns = 2 * lanes<A>, samples = 256;
+    for_both_ends(blocks_of(batch, samples), blocks_of(inputs, columns), products, threads, [&](int64_t c, int64_t i) {
+      input_gradient<A>(g, Matrix(weight), d, outputs, i * columns, least(inputs, (i + 1) * columns), Matrix(dx), c * samples,
+                        least(samples, batch - c * samples));
+    });
+  }
+  if (dweight.data && outputs) {
+    const Sorted<A> operand(x, d.columns, true, threads);
+    for_both_ends(1, blocks_of(outputs, max_rows), products, threads, [&](int64_t, int64_t i) {
+      weight_gradient<A>(g, operand, d, batch, inputs, i * max_rows, least(outputs, (i + 1) * max_rows), Matrix(dweight));
+    });
+  }
+}
+
+bool in_double(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  return x.dtype == Dtype::float64 || weight.dtype == Dtype::float64 || (bias.data && bias.dtype == Dtype::float64);
+}
+
+}  // namespace
+
+void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach, const Tensor& rows,
+                           const Tensor& columns, const Tensor& y, int threads) {
+  const auto run = in_double(x, weight, bias) ? forward<double> : forward<float>;
+  run(x, weight, bias, Degrees(reach, Tensor(), rows, columns), y, threads);
+}
+
+void masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach,
+                            const Tensor& first, const Tensor& rows, const Tensor& columns, const Tensor& dx, const Tensor& dweight,
+                            const Tensor& dbias, int threads) {
+  const auto run = in_double(x, weight, bias) ? backward<double> : backward<float>;
+  run(grad, x, weight, Degrees(reach, first, rows, columns), dx, dweight, dbias, threads);
+}
+
+}  // namespace FLOWKERN_ISA
+}  // namespace flowkern

@@ -1,0 +1,232 @@
+"""Masked autoregressive flows: one direction is a pass of a MADE, the other the incremental inverse, at the price of one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..ops._checks import accumulation_dtype
+from ._bijection import Bijection, Pair
+from ._conditioner import _check_context
+from ._made import MADE, Degrees
+from ._permutation import Permutation
+
+__all__ = ["AutoregressiveChain", "InverseAutoregressive", "MaskedAutoregressive"]
+
+_SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
+_SIGMOID = ops.ScaleMap.sigmoid()
+
+
+class _Autoregressive(Bijection):
+    """The two directions of z = s(u) y + t with (u, t) = made(y); subclasses say which of them is ``forward``."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int],
+        context: int | None,
+        activation: str,
+        residual: bool,
+        scale: ops.ScaleMap,
+        gated: bool,
+        order: str | torch.Tensor,
+        degrees: Degrees | None,
+        seed: int,
+    ):
+        super().__init__()
+        # The last layer starts as nflows' and zuko's do, not at zero: scales near 1, and gradients in every layer at once.
+        rule: Degrees = "sorted" if degrees is None else degrees
+        self.made = MADE(features, hidden, 2, context, activation, residual, order, rule, seed)
+        self.scale, self.gated = scale, gated
+        self._masks: list[ops.DegreeMask] = []
+        self._network: ops.AutoregressiveNetwork
+        self._describe()
+
+    def _describe(self) -> ops.AutoregressiveNetwork:
+        """The static description of the MADE, anew if it was given other masks."""
+        masks = self.made.masks()
+        if len(masks) != len(self._masks) or any(a is not b for a, b in zip(masks, self._masks, strict=True)):
+            self._masks = masks
+            made, options = self.made, {"scale": self.scale, "gated": self.gated, "layout": "pair_scale_shift"}
+            degrees = tuple(made.in_degrees.tolist()), tuple(tuple(h.tolist()) for h in made.hidden_degrees)
+            self._network = ops.AutoregressiveNetwork(*degrees, made.activation, made.residual, **options)  # type: ignore[arg-type]
+        return self._network
+
+    @property
+    def network(self) -> ops.AutoregressiveNetwork:
+        """What ``ops.autoregressive_inverse`` is told: the degrees, the activation and the scale."""
+        return self._describe()
+
+    def parameters_of_layers(self) -> list[torch.Tensor]:
+        """Weight and bias of each layer, as ``ops.autoregressive_inverse`` takes them."""
+        return [t for layer in self.made.layers for t in (cast(torch.Tensor, layer.weight), cast(torch.Tensor, layer.bias))]
+
+    def context_term(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor | None:
+        """What the context adds to the first layer, or None. Raises ValueError for a context of a wrong shape."""
+        _check_context(context, self.made.context, len(y))
+        if context is not None:
+            context = context.to(self.made.context_layer.weight.dtype)  # type: ignore[union-attr]
+        return self.made.preactivation_context(context)
+
+    def _check(self, y: torch.Tensor) -> None:
+        if y.ndim != 2 or y.shape[1] != self.made.features:
+            raise ValueError(f"x: expected shape (B, {self.made.features}), got {tuple(y.shape)}")
+
+    def parallel(self, y: torch.Tensor, context: torch.Tensor | None) -> Pair:
+        """s(u) y + t, all features at once."""
+        self._check(y)
+        u, t = self.made(y, context).unbind(-1)
+        dtype = accumulation_dtype(y, u)
+        u, t, moved = u.to(dtype), t.to(dtype), y.to(dtype)
+        s, log_s = self.scale(u)
+        return (s * moved + ((1 - s) * t if self.gated else t)).to(y.dtype), log_s.sum(1)
+
+    def incremental(self, z: torch.Tensor, context: torch.Tensor | None) -> Pair:
+        """The y that ``parallel`` takes to z: every unit of the network once."""
+        self._check(z)
+        return ops.autoregressive_inverse(
+            z, self.parameters_of_layers(), self._describe(), contexts=[self.context_term(z, context)]
+        )
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, gated={self.gated}, depth={self.network.depth}, used weights={self.network.used_weights:.1%}"
+
+
+class MaskedAutoregressive(_Autoregressive):
+    """Masked autoregressive flow: z_i = s(u_i) x_i + t_i, where u_i and t_i see the features before x_i.
+
+    ``forward`` (density) is one pass of a MADE; ``inverse`` (sampling) computes every unit of it once, in
+    ``network.depth`` steps. logabsdet is the sum of log s(u).
+
+    Args:
+        features: D.
+        hidden, context, activation, residual, order, seed: as in ``MADE``.
+        scale: how u becomes s.
+        degrees: of the hidden units, as in ``MADE``; None for its own.
+
+    Attributes:
+        made: the ``MADE``; its outputs are pairs (u, t).
+        network: the ``ops.AutoregressiveNetwork``, with ``depth`` and ``used_weights``.
+
+    Shapes: x and z (B, D), context (B, C), logabsdet (B,) in nats.
+    Raises ValueError for what ``MADE`` refuses, and for an input of a wrong shape.
+
+    Source: Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation" (2017), eq. 3 to 5.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int] = (512, 512),
+        *,
+        context: int | None = None,
+        activation: str = "relu",
+        residual: bool = False,
+        scale: ops.ScaleMap = _SOFT_CLIP,
+        order: str | torch.Tensor = "sequential",
+        degrees: Degrees | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(features, hidden, context, activation, residual, scale, False, order, degrees, seed)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self.parallel(x, context)
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self.incremental(z, context)
+
+
+class InverseAutoregressive(_Autoregressive):
+    """Inverse autoregressive flow: x_i = s(u_i) z_i + t_i, where u_i and t_i see the features before z_i.
+
+    ``inverse`` (sampling) is one pass of a MADE; ``forward`` (density) computes every unit of it once, in
+    ``network.depth`` steps. logabsdet of ``inverse`` is the sum of log s(u).
+
+    Args:
+        gated: x = s z + (1 - s) t with s a sigmoid, which starts near z and keeps states bounded (Kingma et al., eq. 14).
+        scale: None for ``soft_clip(1e-3)``, and with a gate for ``sigmoid()``. The other arguments, attributes and shapes are those
+            of ``MaskedAutoregressive``.
+
+    Raises ValueError for what ``MADE`` refuses, a gate whose scale is not a sigmoid, and an input of a wrong shape.
+
+    Source: Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), eq. 10 and 14.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int] = (512, 512),
+        *,
+        gated: bool = False,
+        context: int | None = None,
+        activation: str = "relu",
+        residual: bool = False,
+        scale: ops.ScaleMap | None = None,
+        order: str | torch.Tensor = "sequential",
+        degrees: Degrees | None = None,
+        seed: int = 0,
+    ):
+        scale = (_SIGMOID if gated else _SOFT_CLIP) if scale is None else scale
+        super().__init__(features, hidden, context, activation, residual, scale, gated, order, degrees, seed)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self.incremental(x, context)
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self.parallel(z, context)
+
+
+class AutoregressiveChain:
+    """The slow direction of autoregressive layers and permutations one after the other, in one call of the op.
+
+    ``find(bijections)`` gives the chain for bijections as ``Compose`` takes them, or None if they are none:
+    ``MaskedAutoregressive`` layers (then the call is Compose's ``inverse``) or ``InverseAutoregressive`` ones (its
+    ``forward``), not both, with any number of ``Permutation`` among them. Called as ``chain(y, context) -> (y', logabsdet)``.
+    """
+
+    def __init__(self, layers: list[_Autoregressive], permutations: list[list[int]], last: list[int]):
+        self.layers, self._permutations, self._last = layers, permutations, last
+        self._found: list[ops.AutoregressiveNetwork] = []
+        self._networks: list[ops.AutoregressiveNetwork] = []
+
+    @classmethod
+    def find(cls, bijections: Sequence[nn.Module]) -> AutoregressiveChain | None:
+        kinds = {type(b) for b in bijections if not isinstance(b, Permutation)}
+        if kinds not in ({MaskedAutoregressive}, {InverseAutoregressive}):
+            return None
+        # In the order of the parallel direction: for inverse autoregressive layers that is Compose's inverse.
+        backwards = kinds == {InverseAutoregressive}
+        layers: list[_Autoregressive] = []
+        permutations: list[list[int]] = []
+        pending: list[int] = []
+        for bijection in reversed(bijections) if backwards else bijections:
+            if isinstance(bijection, Permutation):
+                order = (bijection.order.argsort() if backwards else bijection.order).tolist()
+                pending = [pending[i] for i in order] if pending else order
+            else:
+                layers.append(cast(_Autoregressive, bijection))
+                permutations.append(pending)
+                pending = []
+        return cls(layers, permutations, pending)
+
+    def networks(self) -> list[ops.AutoregressiveNetwork]:
+        """Those of the layers with the permutations before them, in the order of the parallel direction."""
+        current = [layer.network for layer in self.layers]
+        if len(current) != len(self._found) or any(a is not b for a, b in zip(current, self._found, strict=True)):
+            pairs = zip(current, self._permutations, strict=True)
+            self._networks = [dataclasses.replace(n, permutation=tuple(p)) if p else n for n, p in pairs]
+            self._found = current
+        return self._networks
+
+    def __call__(self, y: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        self.layers[-1]._check(y)
+        if self._last:
+            y = torch.empty_like(y).index_copy(1, torch.tensor(self._last, device=y.device), y)
+        parameters = [t for layer in self.layers for t in layer.parameters_of_layers()]
+        contexts = [layer.context_term(y, context if layer.made.context is not None else None) for layer in self.layers]
+        return ops.autoregressive_inverse(y, parameters, self.networks(), contexts=contexts)

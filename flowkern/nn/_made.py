@@ -1,0 +1,252 @@
+"""MADE: a network whose outputs for a feature see only the features that come before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .. import ops
+from ._conditioner import ACTIVATIONS, _check_context, _named_activation
+from ._masked_linear import MaskedLinear
+
+__all__ = ["MADE"]
+
+#: A rule for the degrees of all hidden units, or the degrees themselves, one tensor for each hidden layer.
+Degrees = str | Sequence[torch.Tensor]
+DEGREES = ("sorted", "cyclic", "random")
+
+
+def _spread(width: int, low: int, high: int) -> torch.Tensor:
+    """``width`` degrees from low to high, sorted and evenly spread; with fewer units than degrees both ends are among them."""
+    units, count = torch.arange(width), high - low + 1
+    return low + (units * count // width if width >= count or width == 1 else units * (count - 1) // (width - 1))
+
+
+def _drawn(rule: str, width: int, features: int, low: int, generator: torch.Generator) -> torch.Tensor:
+    """The degrees of a hidden layer, from ``low`` to D-1. A single feature leaves only degree 0."""
+    high = features - 1
+    low = min(low, high)
+    if rule == "sorted":
+        return _spread(width, low, high)
+    if rule == "cyclic":
+        return torch.arange(width) % max(1, high) + min(1, high)
+    return torch.randint(low, features, (width,), generator=generator).sort()[0]
+
+
+def _hidden_degrees(
+    rule: Degrees, hidden: Sequence[int], features: int, residual: bool, context: bool, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """Those of every masked layer but the last. Units of degree 0 show the context, and nothing else, to the first feature."""
+    widths = _widths(hidden, residual)
+    if not isinstance(rule, str):
+        degrees = [torch.as_tensor(d).detach().cpu() for d in rule]
+        if [d.shape for d in degrees] != [(w,) for w in widths] or any(d.is_floating_point() for d in degrees):
+            raise ValueError(
+                f"degrees: expected integer tensors of lengths {widths}, got shapes {[tuple(d.shape) for d in degrees]}"
+            )
+        return [d.long() for d in degrees]
+    if rule not in DEGREES:
+        raise ValueError(f"degrees: unknown rule {rule!r}; expected tensors or one of {', '.join(map(repr, DEGREES))}")
+    found: list[torch.Tensor] = []
+    for i, width in enumerate(widths):
+        stream = residual and i and i % 2 == 0
+        low = int(found[-1].min()) if found and rule == "random" else int(not context)
+        found.append(found[0] if stream else _drawn(rule, width, features, low, generator))
+    return found
+
+
+def _widths(hidden: Sequence[int], residual: bool) -> list[int]:
+    """The widths of every masked layer but the last: a residual block has its own and that of what it is added to."""
+    if any(width < 1 for width in hidden) or (residual and not hidden):
+        raise ValueError(f"hidden: expected widths of at least 1, and one at least with residual=True, got {tuple(hidden)}")
+    if not residual:
+        return [*hidden]
+    return [hidden[0], *(width for inner in hidden[1:] for width in (inner, hidden[0]))]
+
+
+def _order(order: str | torch.Tensor, features: int, generator: torch.Generator) -> torch.Tensor:
+    if isinstance(order, torch.Tensor):
+        if order.shape != (features,) or not torch.equal(order.cpu().sort()[0], torch.arange(features)):
+            raise ValueError(f"order: expected each of 0..{features - 1} once, shape ({features},), got {order}")
+        return order.detach().cpu().long()
+    if order not in ("sequential", "random"):
+        raise ValueError(f"order: unknown name {order!r}; expected 'sequential', 'random' or a tensor")
+    return torch.randperm(features, generator=generator) if order == "random" else torch.arange(features)
+
+
+def _refuse(layer: int, wrong: torch.Tensor, degrees: torch.Tensor, why: str) -> None:
+    if wrong.any():
+        unit = int(wrong.nonzero()[0])
+        raise ValueError(f"degrees: layers[{layer}]: unit {unit} of degree {int(degrees[unit])} {why}")
+
+
+def _check_degrees(features: int, hidden: Sequence[torch.Tensor], residual: bool) -> None:
+    """Raises ValueError for units that would show an output its own input, and for those that see nothing and feed nothing."""
+    for i, degrees in enumerate(hidden):
+        _refuse(
+            i, degrees >= features, degrees, f"sees every input: an output that it fed would see its own; expected < {features}"
+        )
+        if residual and i and i % 2 == 0:
+            wrong = degrees != hidden[0]
+            _refuse(i, wrong, degrees, "is added to one of another degree, by which an output would see its own input")
+    if residual:
+        return  # what is added to feeds the outputs itself
+    lowest, blind = 1.0, []
+    for degrees in hidden:
+        blind.append(degrees < lowest)
+        lowest = min((float(d) for d in degrees[~blind[-1]]), default=math.inf)
+    highest = math.inf
+    for i, degrees in reversed([*enumerate(hidden)]):
+        feeds = degrees <= highest
+        _refuse(i, blind[i] & ~feeds, degrees, "sees nothing and feeds nothing")
+        highest = max((float(d) for d in degrees[feeds]), default=-math.inf)
+
+
+class MADE(nn.Module):
+    """Masked autoencoder: (B, D) -> (B, D, K), where the K outputs of a feature see only the features before it.
+
+    Feature i has degree order[i] + 1, hidden units have degrees from 0 to D-1. A hidden unit sees units of its degree and
+    below, an output those below its own. Plain: h = act(layer(h)) for each hidden layer. With ``residual=True`` the network
+    is that of nflows 0.14: h = layers[0](x), then for each further width of ``hidden`` one block
+    h = h + layers[2](act(layers[1](act(h)))), and the last layer is linear in h. In both, the context adds
+    ``context_layer(context)``, linear without bias, to the first hidden layer's output (before its activation).
+
+    The weights of nflows' MADE fit, without context: ``initial_layer``, then ``blocks.i.linear`` (plain) or
+    ``blocks.i.linear_layers.{0,1}`` (residual), then ``final_layer`` are ``layers`` in order, for ``hidden`` of
+    num_blocks + 1 equal widths and ``degrees="cyclic"``. Row d * K + k of the last layer belongs to feature d.
+
+    Args:
+        features: D.
+        hidden: widths of the hidden layers, or residual: that of h, then the inner one of each block.
+        params_per_feature: K.
+        context: the length of a context (B, C); None for a network without.
+        activation: one of ``ACTIVATIONS``.
+        order: ``"sequential"``, ``"random"``, or (D,) integers: order[i] is the place at which feature i comes.
+        degrees: ``"sorted"`` spreads them evenly over 1..D-1, ascending, so that no layer needs a gather; ``"cyclic"`` is
+            nflows' arange(h) % (D-1) + 1; ``"random"`` draws them from the lowest of the layer before to D-1, and sorts them; or
+            one integer tensor for each layer of ``layers`` but the last. With a context the first and the third begin at 0: the
+            first feature sees it through units of degree 0, which see nothing else. (By ``"cyclic"``, as in nflows, the first
+            feature does not depend on the context.) A single feature has hidden units of degree 0 alone.
+        seed: of what is drawn.
+
+    Attributes:
+        layers: the ``MaskedLinear`` layers in order of use.
+        order, in_degrees: (D,) int64; ``hidden_degrees``: a list of (H,) int64, for every layer but the last.
+        depth: how many sequential steps an inverse takes: the number of distinct sets of hidden units that outputs see.
+        share: the share of the weights that is not masked.
+
+    Raises ValueError for a wrong size, name, order or context; for degrees under which an output would see its own input, or
+    a hidden unit sees nothing and feeds nothing, with the layer and the unit.
+
+    Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (2015), sections 3 and 4.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int] = (512, 512),
+        params_per_feature: int = 2,
+        context: int | None = None,
+        activation: str = "relu",
+        residual: bool = False,
+        order: str | torch.Tensor = "sequential",
+        degrees: Degrees = "sorted",
+        seed: int = 0,
+    ):
+        super().__init__()
+        if features < 1 or params_per_feature < 1:
+            raise ValueError(f"features, params_per_feature: expected at least 1, got {features} and {params_per_feature}")
+        if context is not None and not hidden:
+            raise ValueError("context: expected a hidden layer that it can be added to, got hidden=()")
+        self.features, self.params_per_feature = features, params_per_feature
+        self.hidden, self.residual, self.context = tuple(hidden), residual, context
+        self.activation = _named_activation(activation)
+        generator = torch.Generator().manual_seed(seed)
+        masks = self._masks(_order(order, features, generator), degrees, generator)
+        self.layers = nn.ModuleList(MaskedLinear(mask.in_degrees, mask.out_degrees, strict=mask.strict) for mask in masks)
+        self.context_layer = None if context is None else nn.Linear(context, hidden[0], bias=False)
+
+    def _masks(self, order: torch.Tensor, degrees: Degrees, generator: torch.Generator) -> list[ops.DegreeMask]:
+        hidden = _hidden_degrees(degrees, self.hidden, self.features, self.residual, self.context is not None, generator)
+        _check_degrees(self.features, hidden, self.residual)
+        all_degrees = [order + 1, *hidden]
+        masks = [ops.DegreeMask(out, into) for into, out in zip(all_degrees[:-1], hidden, strict=True)]
+        out = (order + 1).repeat_interleave(self.params_per_feature)
+        return [*masks, ops.DegreeMask(out, all_degrees[-1], strict=True)]
+
+    def masks(self) -> list[ops.DegreeMask]:
+        """The masks of ``layers``."""
+        return [layer.mask for layer in self.layers]  # type: ignore[misc]
+
+    def use_masks(self, masks: Sequence[nn.Module]) -> None:
+        """Give ``layers`` other masks, those of a network of the same sizes."""
+        for layer, mask in zip(self.layers, masks, strict=True):
+            layer.mask = mask
+
+    def resample_masks(self, generator: torch.Generator) -> None:
+        """Draw another order of the features and other degrees of the hidden units, as Germain et al. do in section 4."""
+        masks = self._masks(_order("random", self.features, generator), "random", generator)
+        self.use_masks([mask.to(next(self.parameters()).device) for mask in masks])
+
+    @property
+    def in_degrees(self) -> torch.Tensor:
+        return self.layers[0].mask.in_degrees  # type: ignore[union-attr,return-value]
+
+    @property
+    def order(self) -> torch.Tensor:
+        return self.in_degrees - 1
+
+    @property
+    def hidden_degrees(self) -> list[torch.Tensor]:
+        return [layer.mask.out_degrees for layer in self.layers[:-1]]  # type: ignore[union-attr,misc]
+
+    def levels(self) -> list[torch.Tensor]:
+        """The features in the order in which they can be computed one after the other; those of one level all at once."""
+        last = self.masks()[-1].in_degrees.cpu().sort()[0]
+        seen = torch.searchsorted(last, self.in_degrees.cpu())
+        return [(seen == n).nonzero().flatten() for n in seen.unique()]
+
+    @property
+    def depth(self) -> int:
+        return len(self.levels())
+
+    @property
+    def share(self) -> float:
+        masks = self.masks()
+        return sum(m.unmasked for m in masks) / sum(m.out_features * m.in_features for m in masks)
+
+    def preactivation_context(self, context: torch.Tensor | None) -> torch.Tensor | None:
+        """What the context adds to the output of the first layer: (B, H), or None for a network without."""
+        return None if self.context_layer is None or context is None else self.context_layer(context)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, D), context (B, C) or None -> (B, D, K) in the dtype of x. Raises ValueError for other shapes."""
+        if x.ndim != 2 or x.shape[1] != self.features:
+            raise ValueError(f"x: expected shape (B, {self.features}), got {tuple(x.shape)}")
+        _check_context(context, self.context, len(x))
+        return self.layers[-1](self._hidden(x, context)).unflatten(1, (self.features, self.params_per_feature))
+
+    def _hidden(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        act = ACTIVATIONS[self.activation]
+        if not self.hidden:
+            return x
+        h = self.layers[0](x)
+        if context is not None:
+            h = h + self.preactivation_context(context.to(self.context_layer.weight.dtype)).to(h.dtype)  # type: ignore[union-attr]
+        if not self.residual:
+            h = act(h)
+            for layer in self.layers[1:-1]:
+                h = act(layer(h))
+            return h
+        for first, second in zip(self.layers[1:-1:2], self.layers[2:-1:2], strict=True):
+            h = h + second(act(first(act(h))))
+        return h
+
+    def extra_repr(self) -> str:
+        return (
+            f"features={self.features}, params_per_feature={self.params_per_feature}, context={self.context}, "
+            f"activation={self.activation!r}, residual={self.residual}, depth={self.depth}, not masked={self.share:.1%}"
+        )

@@ -1,0 +1,209 @@
+"""MADE as a density model of its own: a distribution for every feature, given the features before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops import ScaleMap
+from ..ops._checks import accumulation_dtype
+from ._flow import _rows
+from ._made import MADE
+
+__all__ = ["MADEDensity"]
+
+_SCALE = ScaleMap.soft_clip(1e-3)  # standard deviations between 1e-3 and 1e3
+
+
+class _Output:
+    """The distribution of a feature, from K ``params``: log_prob and sample of shapes (B, D) for params (B, D, K)."""
+
+    params = 1
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """What the network is shown of x."""
+        return x
+
+    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def sample(self, params: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def _normal(x: torch.Tensor, mean: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+    scale, log_scale = _SCALE(raw)
+    return -0.5 * ((x - mean) / scale).square() - log_scale - 0.5 * math.log(2.0 * math.pi)
+
+
+class _Gaussian(_Output):
+    """Mean and raw log-scale."""
+
+    params = 2
+
+    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return _normal(x, *params.unbind(-1))
+
+    def sample(self, params: torch.Tensor) -> torch.Tensor:
+        mean, raw = params.unbind(-1)
+        return mean + _SCALE(raw)[0] * torch.randn_like(mean)
+
+
+class _Mixture(_Output):
+    """C logits, C means and C raw log-scales."""
+
+    def __init__(self, components: int):
+        self.params = 3 * components
+
+    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        logits, mean, raw = params.chunk(3, -1)
+        return (logits.log_softmax(-1) + _normal(x[..., None], mean, raw)).logsumexp(-1)
+
+    def sample(self, params: torch.Tensor) -> torch.Tensor:
+        logits, mean, raw = params.chunk(3, -1)
+        component = torch.distributions.Categorical(logits=logits, validate_args=False).sample()[..., None]
+        mean, raw = mean.gather(-1, component)[..., 0], raw.gather(-1, component)[..., 0]
+        return mean + _SCALE(raw)[0] * torch.randn_like(mean)
+
+
+class _Bernoulli(_Output):
+    """The logit of 1. Values between 0 and 1 count as probabilities: the cross-entropy."""
+
+    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        logit = params[..., 0]
+        return x * F.logsigmoid(logit) + (1.0 - x) * F.logsigmoid(-logit)
+
+    def sample(self, params: torch.Tensor) -> torch.Tensor:
+        return params[..., 0].sigmoid().bernoulli()
+
+
+class _Categorical(_Output):
+    """One logit per level; levels are shown to the network as values from -1 to 1."""
+
+    def __init__(self, levels: int):
+        self.params = levels
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x / (self.params - 1) - 1.0
+
+    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return params.log_softmax(-1).gather(-1, x.long()[..., None])[..., 0]
+
+    def sample(self, params: torch.Tensor) -> torch.Tensor:
+        return torch.distributions.Categorical(logits=params, validate_args=False).sample().to(params.dtype)
+
+
+OUTPUTS = ("gaussian", "mixture", "bernoulli", "categorical")
+
+
+def _output(name: str, components: int, levels: int) -> _Output:
+    if components < 1 or levels < 2:
+        raise ValueError(f"components, levels: expected at least 1 and 2, got {components} and {levels}")
+    if name not in OUTPUTS:
+        raise ValueError(f"output: unknown name {name!r}; expected one of {', '.join(map(repr, OUTPUTS))}")
+    return {
+        "gaussian": _Gaussian(),
+        "mixture": _Mixture(components),
+        "bernoulli": _Bernoulli(),
+        "categorical": _Categorical(levels),
+    }[name]
+
+
+class MADEDensity(nn.Module):
+    """log p(x) = sum_i log p(x_i | the features before i), with the parameters of each factor from one pass of a ``MADE``.
+
+    Args:
+        features, hidden, context, activation, residual, order, degrees, seed: as for ``MADE``.
+        output: the distribution of a feature: ``"gaussian"`` (mean and log-scale, standard deviations from 1e-3 to 1e3),
+            ``"mixture"`` (of ``components`` such), ``"bernoulli"`` (x in {0, 1}) or ``"categorical"`` (x in 0..levels-1).
+        masks: how many sets of masks the network has. With several, each set has an order of the features and degrees of its
+            own, drawn with ``seed``: training takes the next set at each step, evaluation averages the probability over all.
+
+    Called as a module it returns ``log_prob``. Raises ValueError for an unknown name or a wrong size.
+
+    Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (2015), sections 3 and 4 (order-agnostic and
+    connectivity-agnostic training, and averaging over masks).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int] = (512, 512),
+        *,
+        output: str = "gaussian",
+        components: int = 10,
+        levels: int = 256,
+        masks: int = 1,
+        seed: int = 0,
+        **network: Any,
+    ):
+        super().__init__()
+        if masks < 1:
+            raise ValueError(f"masks: expected at least 1, got {masks}")
+        self.output, self.distribution = output, _output(output, components, levels)
+        self.network = MADE(features, hidden, self.distribution.params, seed=seed, **network)
+        self.mask_sets = nn.ModuleList([nn.ModuleList(self.network.masks())])
+        self.steps = 0  # of training, by which the next set of masks is chosen
+        if masks > 1:
+            generator = torch.Generator().manual_seed(seed)
+            self.mask_sets = nn.ModuleList(self._drawn_masks(generator) for _ in range(masks))
+
+    def _drawn_masks(self, generator: torch.Generator) -> nn.ModuleList:
+        self.network.resample_masks(generator)
+        return nn.ModuleList(self.network.masks())
+
+    def resample_masks(self, generator: torch.Generator) -> None:
+        """Draw every set of masks anew: another order of the features and other degrees of the hidden units."""
+        self.mask_sets = nn.ModuleList(self._drawn_masks(generator) for _ in self.mask_sets)
+
+    def _log_prob(self, masks: nn.Module, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        self.network.use_masks([*masks.children()])
+        dtype = accumulation_dtype(x) if x.is_floating_point() else torch.float32
+        shown = self.distribution.encode(x if x.is_floating_point() else x.to(next(self.network.parameters()).dtype))
+        params = self.network(shown, context)
+        return self.distribution.log_prob(x.to(dtype), params.to(dtype)).sum(1)
+
+    def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, D), context (B, C) or None -> (B,) in nats, float64 if x is, else float32.
+
+        Raises ValueError for a wrong shape.
+        """
+        if self.training:
+            masks = self.mask_sets[self.steps % len(self.mask_sets)]
+            self.steps += 1
+            return self._log_prob(masks, x, context)
+        parts = [self._log_prob(masks, x, context) for masks in self.mask_sets]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0) - math.log(len(parts))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.log_prob(x, context)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: torch.Tensor | None = None) -> torch.Tensor:
+        """n samples (n, D); ``context`` (n, C), or (1, C) for all. With several sets of masks each sample draws one.
+
+        Level by level: one pass of the network for each of its ``depth`` levels, at most D.
+        Raises ValueError for a context of a wrong shape.
+        """
+        context = _rows(context, n)
+        x = next(self.network.parameters()).new_zeros((n, self.network.features))
+        which = torch.randint(len(self.mask_sets), (n,)).to(x.device)
+        for i, masks in enumerate(self.mask_sets):
+            mine = (which == i).nonzero().flatten()
+            self.network.use_masks([*masks.children()])
+            x[mine] = self._sample(x[mine], None if context is None else context[mine])
+        return x
+
+    def _sample(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        for features in self.network.levels():
+            params = self.network(self.distribution.encode(x), context)[:, features]
+            x[:, features] = self.distribution.sample(params.to(accumulation_dtype(params))).to(x.dtype)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"output={self.output!r}, masks={len(self.mask_sets)}"

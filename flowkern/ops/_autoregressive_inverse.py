@@ -1,0 +1,393 @@
+"""The exact inverse of masked autoregressive affine layers, for the work of one pass, and its log-determinant.
+
+A layer f takes x to z: y = x[:, permutation], (u, t) = network(y), z = s(u) y + t (gated: s y + (1 - s) t), L = sum log s. Given z,
+a feature follows from features of lower degree: y_i = (z_i - t_i) / s_i. With the units sorted by degree each sees a
+prefix of the layer before; the sweep computes every hidden unit once, as soon as what it sees is known, and reads nothing else.
+
+Gradients are implicit: of the forward only x is kept. With g and l the gradients of x and of logabsdet = -L, and J = dz/dx:
+
+=============== ==================================================================
+of z            v, which solves J^T v = g - l dL/dx: the sweep, highest degree first
+of a parameter  -(v^T dz + l dL) by it: as one pass of f at x has it
+=============== ==================================================================
+
+Sources: Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation" (2017), eq. 3 to 5; Kingma et
+al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), eq. 14.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .. import _backend
+from .._registry import Sample, define
+from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, plans
+from ._autoregressive_sweep import Parameters, affine, invert, parameters_of, pull_back
+from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
+from ._parametrization import LAYOUTS, ScaleMap
+
+__all__ = ["autoregressive_inverse"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Tensors = Sequence[torch.Tensor]
+Networks = Sequence[AutoregressiveNetwork]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The definition
+
+
+def _masks(network: AutoregressiveNetwork, device: torch.device) -> list[torch.Tensor]:
+    """(out, in) for each linear layer: which weights count."""
+    degrees = [torch.tensor(d, device=device) for d in (network.in_degrees, *network.hidden_degrees)]
+    hidden = [after[:, None] >= before for before, after in zip(degrees[:-1], degrees[1:], strict=True)]
+    visible = degrees[0][:, None] > degrees[-1]
+    output = visible.new_empty((2 * network.features, len(degrees[-1])), dtype=torch.bool)
+    for rows in network.output_rows:
+        output[torch.tensor(rows, device=device)] = visible
+    return [*hidden, output]
+
+
+def _network_outputs(network: AutoregressiveNetwork, y: torch.Tensor, p: Parameters) -> Pair:
+    """(u, t) of features y (B, D) by one pass, all of one dtype."""
+    activation, dtype = ACTIVATIONS[network.activation][0], y.dtype
+    value, before = y, [y]
+    for i, (weight, bias, mask) in enumerate(zip(p.weights, p.biases, _masks(network, y.device), strict=True), 1):
+        masked = torch.where(mask, weight.to(dtype), torch.zeros((), dtype=dtype, device=y.device))
+        a = value @ masked.t() + bias.to(dtype)
+        if i == 1 and p.context is not None:
+            a = a + p.context.to(dtype)
+        if network.added(i):
+            a = a + before[i - 2]
+        before.append(a)
+        value = activation(a) if i < network.layers and network.activated(i) else a
+    raw, shift = (torch.tensor(rows, device=y.device) for rows in network.output_rows)
+    return value.index_select(1, raw), value.index_select(1, shift)
+
+
+@outside_autocast
+def reference(z: torch.Tensor, tensors: Tensors, networks: Networks, contexts: Sequence[bool]) -> Pair:
+    """The definition in plain torch: the network is run once for each step, with zeros for what is not known yet."""
+    dtype = accumulation_dtype(z, *tensors)
+    x, logabsdet = z.to(dtype), z.new_zeros(z.shape[0], dtype=dtype)
+    given = parameters_of(tensors, networks, contexts)
+    for network, p in reversed([*zip(networks, given, strict=True)]):
+        plan = plans(network.text)[0]
+        steps = torch.empty(network.features, dtype=torch.int64, device=z.device)
+        for step in range(plan.depth):
+            features = plan.layers[0].order[plan.layers[0].ends[step] : plan.layers[0].ends[step + 1]]
+            steps[features] = step
+        y = torch.zeros_like(x)
+        for step in range(plan.depth):
+            s, shift, log_s = affine(network, *_network_outputs(network, y, p))
+            y = torch.where(steps == step, (x - shift) / s, y)
+            logabsdet = logabsdet - torch.where(steps == step, log_s, torch.zeros_like(log_s)).sum(1)
+        if network.permutation is not None:
+            y = torch.empty_like(y).index_copy(1, torch.tensor(network.permutation, device=z.device), y)
+        x = y
+    return x.to(z.dtype), logabsdet
+
+
+def density(x: torch.Tensor, tensors: Tensors, networks: Networks, contexts: Sequence[bool]) -> Pair:
+    """z and sum log s of x: what the op inverts, in plain torch, in the accumulation dtype; differentiable."""
+    dtype = accumulation_dtype(x, *tensors)
+    z, total = x.to(dtype), x.new_zeros(x.shape[0], dtype=dtype)
+    for network, p in zip(networks, parameters_of(tensors, networks, contexts), strict=True):
+        if network.permutation is not None:
+            z = z.index_select(1, torch.tensor(network.permutation, device=z.device))
+        s, shift, log_s = affine(network, *_network_outputs(network, z, p))
+        z, total = s * z + shift, total + log_s.sum(1)
+    return z, total
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.float64).to(dtype)
+
+    def made(features: int, *widths: int, **options: Any) -> AutoregressiveNetwork:
+        top = max(1, features - 1)
+        hidden = tuple(tuple(i % top + min(1, features - 1) for i in range(width)) for width in widths)
+        return AutoregressiveNetwork(tuple(range(1, features + 1)), hidden, **options)
+
+    def tensors(*networks: AutoregressiveNetwork, dtype: torch.dtype = dtype) -> list[torch.Tensor]:
+        found = []
+        for network in networks:
+            for columns, rows in zip(network.widths[:-1], network.widths[1:], strict=True):
+                found += [0.5 * randn(rows, columns, dtype=dtype) / columns**0.5, 0.3 * randn(rows, dtype=dtype)]
+        return found
+
+    def sample(name: str, z: torch.Tensor, *networks: AutoregressiveNetwork, **kwargs: Any) -> Sample:
+        return Sample(name, (z, kwargs.pop("parameters", None) or tensors(*networks), [*networks]), kwargs)
+
+    shuffled = AutoregressiveNetwork((3, 1, 4, 2, 5), ((4, 1, 2, 0, 3, 2), (1, 3, 5, 2, 2)), permutation=(2, 0, 4, 1, 3))
+    for activation in ACTIVATIONS:
+        yield sample(f"activation-{activation}", randn(5, 4), made(4, 7, 6, activation=activation))
+        residual = made(4, 6, 5, 6, activation=activation, residual=True)
+        yield sample(f"residual-{activation}", randn(3, 4), residual)
+    maps = (ScaleMap.exp(), ScaleMap.sigmoid(), ScaleMap.sigmoid(1.0, 1e-3), ScaleMap.softplus(), ScaleMap.tanh(2.0), ScaleMap.atan(1.5))
+    for scale, layout in zip(maps, LAYOUTS, strict=True):
+        yield sample(f"scale-{scale.kind}-{scale.b}-{layout}", randn(4, 3), made(3, 5, scale=scale, layout=layout))
+    gate = ScaleMap.sigmoid(1.0)
+    yield sample("gated", randn(6, 5), AutoregressiveNetwork((1, 2, 3, 4, 5), ((1, 2, 3, 4, 1, 2),), scale=gate, gated=True))
+    yield sample("shuffled", randn(9, 5), shuffled)
+    yield sample("equal-degrees", randn(4, 6), AutoregressiveNetwork((1, 1, 2, 2, 3, 3), ((1, 2, 2, 1, 9),)))
+    yield sample("few-degrees", randn(4, 6), AutoregressiveNetwork((1, 2, 3, 4, 5, 6), ((1, 4), (1, 2, 3, 4, 5))))
+    yield sample("no-hidden", randn(4, 5), AutoregressiveNetwork((2, 1, 3, 5, 4), ()))
+    yield sample("one-feature", randn(4, 1), made(1, 3, 2))
+    yield sample("one-element", randn(1, 1), made(1, 1))
+    yield sample("empty-batch", randn(0, 4), made(4, 5))
+    chain = shuffled, made(5, 6, 6, activation="elu"), made(5, 4, 4, 4, residual=True, permutation=(4, 3, 2, 1, 0))
+    yield sample("chain", randn(5, 5), *chain, contexts=[randn(5, 6), None, randn(5, 4)])
+    yield sample("context-expanded", randn(4, 3), made(3, 5), contexts=[randn(1, 5).expand(4, 5)])
+    yield sample("context-no-hidden", randn(4, 3), made(3), contexts=[randn(4, 6)])
+    yield sample("several-panels", randn(37, 40), made(40, 90, 50), made(40, 70, permutation=tuple(reversed(range(40)))))
+    yield sample("residual-panels", randn(19, 30), made(30, 60, 50, 60, 40, 60, residual=True, activation="silu"))
+    strided = [t.t().contiguous().t() if t.ndim == 2 else t.repeat_interleave(2)[::2] for t in tensors(made(6, 8))]
+    yield sample("strided", randn(4, 12)[:, ::2], made(6, 8), parameters=strided)
+    yield sample("expanded", randn(1, 3).expand(4, 3), made(3, 5))
+    yield sample("bfloat16-weights", randn(5, 4), made(4, 9), parameters=tensors(made(4, 9), dtype=torch.bfloat16))
+    yield sample("half-state", randn(5, 4, dtype=torch.float16), made(4, 9))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registered ops
+
+
+def _outputs(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]) -> Pair:
+    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
+    return empty_as(z), z.new_empty((z.shape[0],), dtype=accumulation_dtype(z, *tensors))
+
+
+def _gradients(
+    grad: torch.Tensor,
+    grad_logabsdet: torch.Tensor | None,
+    x: torch.Tensor,
+    tensors: Tensors,
+    text: str,
+    contexts: Sequence[bool],
+    needs_parameters: bool,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What the backward returns, uninitialized: the fake, and what every kernel fills. Empty where nothing is needed."""
+    return empty_as(x), [t.new_empty(t.shape if needs_parameters else (0,)) for t in tensors]
+
+
+@outside_autocast
+def _torch_forward(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]) -> Pair:
+    x, logabsdet = _outputs(z, tensors, text, contexts)
+    found = plans(text)
+    state, total = z.to(logabsdet.dtype).t(), torch.zeros_like(logabsdet)
+    for plan, p in reversed([*zip(found, parameters_of(tensors, [p.network for p in found], contexts), strict=True)]):
+        state, logs = invert(state, plan, p)
+        total -= logs
+    return x.copy_(state.t()), logabsdet.copy_(total)
+
+
+@outside_autocast
+def _torch_backward(
+    grad: torch.Tensor,
+    grad_logabsdet: torch.Tensor | None,
+    x: torch.Tensor,
+    tensors: Tensors,
+    text: str,
+    contexts: Sequence[bool],
+    needs_parameters: bool,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    dz, outputs = _gradients(grad, grad_logabsdet, x, tensors, text, contexts, needs_parameters)
+    dtype, found = accumulation_dtype(x, *tensors), plans(text)
+    state, v = x.to(dtype).t(), grad.to(dtype).t()
+    grad_log = None if grad_logabsdet is None else grad_logabsdet.to(dtype)
+    given = parameters_of(tensors, [plan.network for plan in found], contexts)
+    for plan, p, outs in zip(found, given, parameters_of(outputs, [plan.network for plan in found], contexts), strict=True):
+        gradients = pull_back(state, v, grad_log, plan, p, needs_parameters)
+        state, v = gradients.z, gradients.grad
+        if gradients.parameters is not None:
+            for out, value in zip(_flat(outs), _flat(gradients.parameters), strict=True):
+                out.copy_(value)
+    return dz.copy_(v.t()), outputs
+
+
+def _flat(p: Parameters) -> list[torch.Tensor]:
+    return [*p.weights, *p.biases, *([] if p.context is None else [p.context])]
+
+
+@functools.lru_cache(maxsize=256)
+def _table(text: str) -> torch.Tensor:
+    """A plan as the kernels read it: numbers, widths, then order, prefix and ends of each layer, the source, and the panels."""
+    (plan,) = plans(text)
+    network, layers = plan.network, plan.layers
+    rows = [part for rows in network.output_rows for part in (rows.start, rows.step)]
+    kind = [*ACTIVATIONS].index(network.activation), network.scale.code, int(network.residual), int(network.gated)
+    numbers = [network.layers, plan.depth, len(plan.panels), *kind, *rows, *(len(layer.order) for layer in layers)]
+    for layer in layers:
+        numbers += [*layer.order, *layer.prefix, *layer.ends]
+    numbers += plan.source
+    for panel in plan.panels:
+        numbers += [panel.begin, panel.end, *panel.known]
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def _cpp_forward(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]) -> Pair:
+    x, logabsdet = _outputs(z, tensors, text, contexts)
+    describe, found = _backend._describe, plans(text)
+    chain = []
+    for plan, p in zip(found, parameters_of(tensors, [plan.network for plan in found], contexts), strict=True):
+        scale, pairs = plan.network.scale, zip(p.weights, p.biases, strict=True)
+        given = [describe(t) for pair in pairs for t in pair]
+        chain.append((given, describe(p.context), describe(_table(plan.network.text)), scale.a, scale.b))
+    _backend.call_native("autoregressive_inverse_forward", chain, z, x, logabsdet)
+    return x, logabsdet
+
+
+_forward = define(
+    "autoregressive_inverse(Tensor z, Tensor[] tensors, str networks, bool[] contexts) -> (Tensor, Tensor)",
+    fake=_outputs,
+    torch_=_torch_forward,
+    cpp=_cpp_forward,
+)
+_backward = define(
+    "autoregressive_inverse_backward(Tensor grad, Tensor? grad_logabsdet, Tensor x, Tensor[] tensors, str networks,"
+    " bool[] contexts, bool needs_parameters) -> (Tensor, Tensor[])",
+    fake=_gradients,
+    torch_=_torch_backward,
+    cpp=_torch_backward,
+)
+
+
+class _AutoregressiveInverse(torch.autograd.Function):
+    """Saves the output alone."""
+
+    @staticmethod
+    def forward(ctx: Any, z: torch.Tensor, text: str, contexts: list[bool], *tensors: torch.Tensor) -> Pair:
+        ctx.set_materialize_grads(False)
+        ctx.text, ctx.contexts = text, contexts
+        x, logabsdet = _forward(z, [*tensors], text, contexts)
+        ctx.save_for_backward(x, *tensors)
+        return x, logabsdet
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
+        x, *tensors = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dz, *grads = _differentiate(grad, grad_logabsdet, x, tensors, ctx.text, ctx.contexts)
+        else:
+            needs = any(ctx.needs_input_grad[3:])
+            dz, grads = _backward(grad, grad_logabsdet, x, tensors, ctx.text, ctx.contexts, needs)
+            grads = grads if needs else [None] * len(tensors)
+        return dz, None, None, *grads
+
+
+def _differentiate(
+    grad: torch.Tensor,
+    grad_logabsdet: torch.Tensor | None,
+    x: torch.Tensor,
+    tensors: Tensors,
+    text: str,
+    contexts: Sequence[bool],
+) -> tuple[torch.Tensor, ...]:
+    """Gradients that can be differentiated: those of the reference at the z that x came from."""
+    networks = [plan.network for plan in plans(text)]
+    z = density(x, tensors, networks, contexts)[0].to(x.dtype)
+
+    def function(z: torch.Tensor, *tensors: torch.Tensor) -> Pair:
+        return reference(z, tensors, networks, contexts)
+
+    # As variables of their own: z depends on the tensors too, and on this very node.
+    return differentiate(function, [t.view_as(t) for t in (z, *tensors)], {}, (grad, grad_logabsdet))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The function
+
+
+def autoregressive_inverse(
+    z: torch.Tensor,
+    parameters: Tensors,
+    networks: AutoregressiveNetwork | Networks,
+    *,
+    contexts: Sequence[torch.Tensor | None] | None = None,
+) -> Pair:
+    """Exact inverse of a masked autoregressive affine layer, or of a chain of them, for the work of one pass each.
+
+    A layer takes x to z: y = x[:, permutation], (u, t) = network(y), z = s(u) * y + t (gated: s * y + (1 - s) * t); the
+    layers of a chain follow each other. Returned are the x that they take to z, and log|det dx/dz| = -sum log s. Weights that the
+    masks hide are never read; a hidden unit is evaluated once, when what it sees is known.
+
+    Args:
+        z: (..., D); float64, float32, bfloat16 or float16; any strides.
+        parameters: weight (out, in) and bias (out,) of every linear layer of the first network, then those of the next. They may
+            differ from z in floating dtype.
+        networks: what the layers are, in the order in which they take x to z.
+        contexts: for each network a term (..., H) that is added to its first hidden layer before the activation, or None.
+
+    Returns:
+        (x, logabsdet): x as z in shape and dtype; logabsdet of shape (...) in nats, float64 if z or a parameter is, else
+        float32.
+
+    Gradients with respect to z, the parameters and the contexts are implicit: only x is kept for them, and they cost one pass
+    and one sweep in reverse. With ``create_graph=True``, and in ``torch.func`` transforms, they are those of ``depth`` passes.
+
+    Raises:
+        TypeError: an input that is not a floating tensor, or a network that is no ``AutoregressiveNetwork``.
+        ValueError: a wrong number of parameters, a wrong shape or device; the message says what was expected.
+
+    Sources: Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation" (2017), eq. 3 to 5; Kingma
+    et al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), eq. 14.
+    """
+    networks = [networks] if isinstance(networks, AutoregressiveNetwork) else [*networks]
+    given = [None] * len(networks) if contexts is None else [*contexts]
+    _check(z, parameters, networks, given)
+    if z.ndim != 2:
+        leading = z.shape[:-1]
+        flat = [None if c is None else c.flatten(0, -2) for c in given]
+        x, logabsdet = autoregressive_inverse(z.reshape(-1, z.shape[-1]), parameters, networks, contexts=flat)
+        return x.view(z.shape), logabsdet.view(leading)
+    remaining, tensors = iter(parameters), []
+    for network, context in zip(networks, given, strict=True):
+        tensors += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
+    flags = [context is not None for context in given]
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return reference(z, tensors, networks, flags)
+    dtype = accumulation_dtype(z, *tensors)
+    if z.dtype is not dtype:  # what is kept for the gradients is not rounded
+        x, logabsdet = autoregressive_inverse(z.to(dtype), parameters, networks, contexts=contexts)
+        return x.to(z.dtype), logabsdet
+    text = "\n".join([network.text for network in networks])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *tensors)):
+        return _AutoregressiveInverse.apply(z, text, flags, *tensors)
+    return _forward(z, tensors, text, flags)
+
+
+def _check(z: torch.Tensor, parameters: Tensors, networks: Networks, contexts: Sequence[torch.Tensor | None]) -> None:
+    check_floating("z", z)
+    if not networks:
+        raise ValueError("networks: expected at least one")
+    for i, network in enumerate(networks):
+        if not isinstance(network, AutoregressiveNetwork):
+            raise TypeError(f"networks: expected AutoregressiveNetworks, got {type(network).__name__} at {i}")
+        if z.ndim < 1 or z.shape[-1] != network.features:
+            raise ValueError(f"z: expected shape (..., {network.features}) for network {i}, got {tuple(z.shape)}")
+    if len(contexts) != len(networks):
+        raise ValueError(f"contexts: expected one for each of {len(networks)} networks, got {len(contexts)}")
+    expected = 2 * sum(network.layers for network in networks)
+    if len(parameters) != expected:
+        raise ValueError(f"parameters: expected {expected} (a weight and a bias for each layer), got {len(parameters)}")
+    remaining = iter(parameters)
+    for i, (network, context) in enumerate(zip(networks, contexts, strict=True)):
+        for layer, (columns, rows) in enumerate(zip(network.widths[:-1], network.widths[1:], strict=True)):
+            _check_tensor(f"weight {layer} of network {i}", next(remaining), (rows, columns), z)
+            _check_tensor(f"bias {layer} of network {i}", next(remaining), (rows,), z)
+        if context is not None:
+            _check_tensor(f"context of network {i}", context, (*z.shape[:-1], network.widths[1]), z)
+
+
+def _check_tensor(name: str, value: torch.Tensor, shape: tuple[int, ...], z: torch.Tensor) -> None:
+    check_floating(name, value)
+    check_same_device(name, value, z)
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")

@@ -1,0 +1,240 @@
+"""The inverse of one masked autoregressive layer and its backward in plain torch: panel by panel, and step by step inside.
+
+States are (features, B), so that the units of a step are rows that lie together. What is known before a panel of steps enters
+by one product per layer; inside a panel the products are as small as the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, Plan
+from ._parametrization import ScaleMap
+
+__all__ = ["Gradients", "Parameters", "affine", "invert", "parameters_of", "pull_back"]
+
+
+class Parameters(NamedTuple):
+    """The tensors of one network: weights (out, in) and biases (out,) of its linear layers, and the context's term."""
+
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor]
+    context: torch.Tensor | None  # (B, units of the first layer after the features)
+
+
+def parameters_of(tensors: Sequence[torch.Tensor], networks: Sequence[AutoregressiveNetwork], contexts: Sequence[bool]) -> list[Parameters]:
+    """The flat list of tensors by network: (weight, bias) of each layer, and then the context's term where there is one."""
+    remaining, found = iter(tensors), []
+    for network, context in zip(networks, contexts, strict=True):
+        pairs = [(next(remaining), next(remaining)) for _ in range(network.layers)]
+        found.append(Parameters([w for w, _ in pairs], [b for _, b in pairs], next(remaining) if context else None))
+    return found
+
+
+class Gradients(NamedTuple):
+    """What ``pull_back`` finds: z and its gradient, (features, B), and the gradients of the parameters."""
+
+    z: torch.Tensor
+    grad: torch.Tensor
+    parameters: Parameters | None
+
+
+class _Sorted(NamedTuple):
+    """Weights and biases with their units in the plan's order, two rows (u, t) for each feature of the output layer."""
+
+    weights: list[torch.Tensor]
+    biases: list[torch.Tensor]  # (out, 1)
+    context: torch.Tensor | None  # (units, B)
+
+    @classmethod
+    def of(cls, plan: Plan, p: Parameters, dtype: torch.dtype) -> _Sorted:
+        orders = _orders(plan, p.weights[0].device)
+        weights = [
+            w.to(dtype).index_select(0, rows).index_select(1, columns)
+            for w, rows, columns in zip(p.weights, orders[1:], orders[:-1], strict=True)
+        ]
+        biases = [b.to(dtype).index_select(0, rows)[:, None] for b, rows in zip(p.biases, orders[1:], strict=True)]
+        context = None if p.context is None else p.context.to(dtype).index_select(1, orders[1]).t()
+        return cls(weights, biases, context)
+
+
+def _orders(plan: Plan, device: torch.device) -> list[torch.Tensor]:
+    """The units at each place, by layer, as far as they are computed; of the last layer the rows of u and t by turns."""
+    raw, shift = plan.network.output_rows
+    rows = [row for i in plan.layers[-1].order for row in (raw[i], shift[i])]
+    return [torch.tensor(order, device=device) for order in (*(layer.order[: layer.count] for layer in plan.layers[:-1]), rows)]
+
+
+def _ends(plan: Plan, layer: int, step: int) -> int:
+    """Rows of a layer with stages below ``step``; the last layer has two for each feature."""
+    return plan.layers[layer].ends[step] * (2 if layer == len(plan.layers) - 1 else 1)
+
+
+def affine(network: AutoregressiveNetwork, raw: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(scale, shift, log scale) of z = scale * y + shift."""
+    s, log_s = network.scale(raw)
+    return s, (1 - s) * t if network.gated else t, log_s
+
+
+def invert(z: torch.Tensor, plan: Plan, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (features, B) and the sum of log s (B,) from z (features, B)."""
+    network, last = plan.network, plan.network.layers
+    activation = ACTIVATIONS[network.activation][0]
+    weights, biases, context = _Sorted.of(plan, parameters, z.dtype)
+    orders = _orders(plan, z.device)
+    z = z.index_select(0, orders[0])
+    # Before and after the activation. What is not known yet is never read.
+    before = [z.new_empty((layer.count, z.shape[1])) for layer in plan.layers[:-1]]
+    kept = [network.residual and i % 2 == 1 and network.activated(i) for i in range(last)]
+    values = [torch.empty_like(a) if keep else a for a, keep in zip(before, kept, strict=True)]
+    before.append(z.new_empty((2 * network.features, z.shape[1])))
+    logs = []
+    for panel in plan.panels:
+        for i, known in enumerate(panel.known, 1):
+            rows = slice(_ends(plan, i, panel.begin), _ends(plan, i, panel.end))
+            torch.addmm(biases[i - 1][rows], weights[i - 1][rows, :known], values[i - 1][:known], out=before[i][rows])
+            if i == 1 and context is not None:
+                before[i][rows] += context[rows]
+        for step in range(panel.begin, panel.end):
+            for i in range(1, last + 1):
+                double = 2 if i == last else 1
+                for begin, end, prefix in plan.groups(i, step):
+                    rows, known = slice(double * begin, double * end), panel.known[i - 1]
+                    if prefix > known:
+                        before[i][rows].addmm_(weights[i - 1][rows, known:prefix], values[i - 1][known:prefix])
+                rows = slice(plan.layers[i].ends[step], plan.layers[i].ends[step + 1])
+                if i == last:
+                    outputs = before[i][2 * rows.start : 2 * rows.stop]
+                    s, shift, log_s = affine(network, outputs[0::2], outputs[1::2])
+                    torch.div(z[rows] - shift, s, out=values[0][rows])
+                    logs.append(log_s)
+                elif rows.start < rows.stop:
+                    if network.added(i):
+                        before[i][rows] += before[i - 2][rows]
+                    if network.activated(i):
+                        values[i][rows] = activation(before[i][rows])
+    x = torch.empty_like(z).index_copy_(0, torch.tensor(plan.source, device=z.device), values[0])
+    return x, torch.cat(logs).sum(0)
+
+
+def slope_of_log(scale: ScaleMap, u: torch.Tensor) -> torch.Tensor:
+    """The derivative of log s by u."""
+    if scale.kind == "exp":
+        return torch.ones_like(u)
+    if scale.kind == "sigmoid":
+        v = u + scale.a
+        return torch.sigmoid(-v) if scale.b == 0 else torch.sigmoid(v) * torch.sigmoid(-v) / scale(u)[0]
+    if scale.kind == "softplus":
+        return torch.sigmoid(u) / scale(u)[0]
+    if scale.kind == "tanh":
+        return 1 - torch.tanh(u / scale.a) ** 2
+    if scale.kind == "atan":
+        return 0.636 * scale.a / (1 + u * u)
+    return 1 / (1 + (u / scale.a).abs()) ** 2
+
+
+def pull_back(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    grad_log: torch.Tensor | None,
+    plan: Plan,
+    parameters: Parameters,
+    needs_parameters: bool,
+) -> Gradients:
+    """From the inverse's output x back to z, with the gradients of x (features, B) and of logabsdet (B,)."""
+    network, last = plan.network, plan.network.layers
+    weights, biases, context = _Sorted.of(plan, parameters, x.dtype)
+    masks = [_visible(plan, i, x.device) for i in range(1, last + 1)]
+    weights = [w.masked_fill(~mask, 0) for w, mask in zip(weights, masks, strict=True)]
+    source, orders = torch.tensor(plan.source, device=x.device), _orders(plan, x.device)
+    values, before = _pass(x.index_select(0, source), network, weights, biases, context)
+    u, t = before[-1][0::2], before[-1][1::2]
+    s, shift, _ = affine(network, u, t)
+    z = s * values[0] + shift
+    # (s y + shift) by u is slope * s * (y - t or y); the log-determinant of the inverse is -sum log s.
+    slope = slope_of_log(network.scale, u)
+    by_raw = slope * s * (values[0] - t if network.gated else values[0])
+    by_shift = 1 - s if network.gated else torch.ones_like(s)
+    from_log = None if grad_log is None else slope * grad_log
+    grad = grad.index_select(0, source)
+    solved = torch.empty_like(grad)
+    deltas = [torch.zeros_like(a) for a in before]
+    for panel in reversed(plan.panels):
+        above, ends = [], [_ends(plan, i, panel.end) for i in range(last + 1)]
+        for i in range(last):
+            columns = slice(plan.layers[i].ends[panel.begin], plan.layers[i].ends[panel.end])
+            above.append(weights[i][ends[i + 1] :, columns].t() @ deltas[i + 1][ends[i + 1] :])
+        for step in reversed(range(panel.begin, panel.end)):
+            for i in (0, *reversed(range(1, last))):
+                columns = slice(plan.layers[i].ends[step], plan.layers[i].ends[step + 1])
+                if columns.start == columns.stop:
+                    continue
+                rows = slice(_ends(plan, i + 1, step + (i == 0)), ends[i + 1])
+                start = plan.layers[i].ends[panel.begin]
+                got = above[i][columns.start - start : columns.stop - start]
+                got = torch.addmm(got, weights[i][rows, columns].t(), deltas[i + 1][rows])
+                if i == 0:
+                    solved[columns] = v = (grad[columns] - got) / s[columns]
+                    outputs = deltas[last][2 * columns.start : 2 * columns.stop]
+                    outputs[0::2] = by_raw[columns] * v if from_log is None else by_raw[columns] * v + from_log[columns]
+                    outputs[1::2] = by_shift[columns] * v
+                else:
+                    if network.activated(i):
+                        got = got * ACTIVATIONS[network.activation][1](before[i][columns])
+                    if network.residual and i + 2 < last and network.added(i + 2):
+                        got = got + deltas[i + 2][columns]
+                    deltas[i][columns] = got
+    found = None
+    if needs_parameters:
+        found = _parameter_gradients(deltas, values, masks, orders, parameters)
+    z, solved = (torch.empty_like(v).index_copy_(0, orders[0], v) for v in (z, solved))
+    return Gradients(z, solved, found)
+
+
+def _visible(plan: Plan, layer: int, device: torch.device) -> torch.Tensor:
+    """(rows, columns) of the sorted weights: which count."""
+    rows, columns = plan.layers[layer], plan.layers[layer - 1]
+    prefix = torch.tensor(rows.prefix[: rows.count], device=device)
+    if layer == len(plan.layers) - 1:
+        prefix = prefix.repeat_interleave(2)
+    return torch.arange(columns.count, device=device) < prefix[:, None]
+
+
+def _pass(
+    y: torch.Tensor,
+    network: AutoregressiveNetwork,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    context: torch.Tensor | None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The network from features to outputs: the layers' values, and those before the activations."""
+    activation = ACTIVATIONS[network.activation][0]
+    values, before = [y], [y]
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
+        a = torch.addmm(bias, weight, values[-1])
+        if i == 1 and context is not None:
+            a = a + context
+        if i < network.layers:
+            if network.added(i):
+                a = a + before[i - 2]
+            values.append(activation(a) if network.activated(i) else a)
+        before.append(a)
+    return values, before
+
+
+def _parameter_gradients(
+    deltas: list[torch.Tensor], values: list[torch.Tensor], masks: list[torch.Tensor], orders: list[torch.Tensor], p: Parameters
+) -> Parameters:
+    """Those of one pass with the gradients ``deltas`` before the activations, negated, in the parameters' own order."""
+    dtype, weights, biases = values[0].dtype, [], []
+    for i, mask in enumerate(masks, 1):
+        weights.append(torch.zeros_like(p.weights[i - 1], dtype=dtype))
+        weights[-1][orders[i][:, None], orders[i - 1]] = -(deltas[i] @ values[i - 1].t()).masked_fill_(~mask, 0)
+        biases.append(torch.zeros_like(p.biases[i - 1], dtype=dtype).index_copy_(0, orders[i], -deltas[i].sum(1)))
+    context = None
+    if p.context is not None:
+        context = torch.zeros_like(p.context, dtype=dtype).index_copy_(1, orders[1], -deltas[1].t())
+    return Parameters(weights, biases, context)

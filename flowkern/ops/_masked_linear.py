@@ -1,0 +1,384 @@
+"""Linear map whose weights are masked by degrees: y = x (W * M)^T + b with M[o, i] = out_degrees[o] >= in_degrees[i].
+
+Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (2015), eq. 12 and 13. With the units of
+both sides sorted by degree, M is lower triangular in blocks: output r sees the first reach[r] inputs, and reach never
+falls. So nothing is multiplied by a mask: every product ends where the mask does.
+
+============== ======================================================================
+y              row r: x[:, :reach[r]] W[r, :reach[r]]^T + b[r]
+gradient of x  column c: g[:, first[c]:] W[first[c]:, c], where first[c] is the first row that sees c
+of W           row r: g[:, r]^T x[:, :reach[r]], then zeros
+of b           sum g
+============== ======================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import _backend
+from .._registry import define, reference_runs
+from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
+
+__all__ = ["DegreeMask", "masked_linear"]
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+# The torch code computes large layers in panels of rows. Time as a share of that of the one product with masked weights,
+# measured on a CPU (MKL, batches of 16 to 256), forward / forward and backward: 1024 x 784 in 8 panels 0.5-0.65 / 0.7-0.8;
+# 512 x 512 in 4 panels 0.7-0.8 / 0.9-1.1; 256 x 256 in 2 panels 0.9-1.2 / 1.2-1.7. More than 8 panels gain nothing.
+_PANEL_ROWS, _MOST_PANELS, _PANELS_FROM = 128, 8, 1024 * 512
+
+
+def _checked_degrees(name: str, degrees: torch.Tensor) -> torch.Tensor:
+    if not isinstance(degrees, torch.Tensor) or degrees.is_floating_point() or degrees.is_complex():
+        raise TypeError(f"{name}: expected an integer tensor, got {getattr(degrees, 'dtype', type(degrees).__name__)}")
+    if degrees.ndim != 1:
+        raise ValueError(f"{name}: expected one degree per unit, shape (N,), got shape {tuple(degrees.shape)}")
+    return degrees.detach().cpu().to(torch.int64)
+
+
+def _panels(reach: list[int]) -> tuple[int, ...]:
+    """(end, whole, seen) for one panel of rows after the other: its rows see `whole` columns all, and up to `seen` some."""
+    rows = len(reach)
+    count = min(_MOST_PANELS, rows // _PANEL_ROWS)
+    ends = [rows * (i + 1) // count for i in range(count)]
+    starts = [0, *ends[:-1]]
+    return tuple(n for start, end in zip(starts, ends, strict=True) for n in (end, reach[start], reach[end - 1]))
+
+
+class DegreeMask(nn.Module):
+    """The mask M[o, i] = out_degrees[o] >= in_degrees[i] (``strict``: >) of a masked linear layer, prepared once on the host.
+
+    A module, so that its index tensors move with ``.to()`` together with the layer that holds it; they are rebuilt from
+    the degrees and are not part of a state_dict. Any integers are degrees.
+
+    Attributes:
+        out_degrees, in_degrees: (O,), (I,) int64.
+        reach: (O,) int32: how many of the sorted inputs the sorted outputs see, from the one of lowest degree up.
+        first: (I,) int32: the first of the sorted outputs that sees each sorted input; O where none does.
+        rows, columns: int32, the outputs and the inputs sorted by degree; None where they come sorted.
+        unmasked, share: how many weights are not masked, and which share of all.
+
+    Raises TypeError for degrees that are not integer tensors and ValueError for those that are not 1-D.
+    """
+
+    out_degrees: torch.Tensor
+    in_degrees: torch.Tensor
+    reach: torch.Tensor
+    first: torch.Tensor
+    rows: torch.Tensor | None
+    columns: torch.Tensor | None
+
+    def __init__(self, out_degrees: torch.Tensor, in_degrees: torch.Tensor, *, strict: bool = False):
+        super().__init__()
+        home = out_degrees.device if isinstance(out_degrees, torch.Tensor) else None
+        out_degrees, in_degrees = _checked_degrees("out_degrees", out_degrees), _checked_degrees("in_degrees", in_degrees)
+        from_low, columns = in_degrees.sort(stable=True)
+        to_high, rows = out_degrees.sort(stable=True)
+        reach = torch.searchsorted(from_low, to_high, right=not strict)
+        numbers = torch.arange(len(in_degrees))
+        tensors = {
+            "out_degrees": out_degrees,
+            "in_degrees": in_degrees,
+            "reach": reach.int(),
+            "first": torch.searchsorted(reach, numbers, right=True).int(),
+            "rows": None if torch.equal(to_high, out_degrees) else rows.int(),
+            "columns": None if torch.equal(from_low, in_degrees) else columns.int(),
+        }
+        for name, value in tensors.items():
+            self.register_buffer(name, None if value is None else value.to(home), persistent=False)
+        self.strict = strict
+        self.out_features, self.in_features = len(out_degrees), len(in_degrees)
+        self.unmasked = int(reach.sum())
+        self.sorted = tensors["rows"] is None and tensors["columns"] is None
+        self.panels = _panels(reach.tolist()) if self.sorted and len(out_degrees) * len(in_degrees) >= _PANELS_FROM else ()
+        self.indices = self._indices()
+
+    def _indices(self) -> tuple[Any, ...]:
+        """What the registered ops take of a mask; kept as a plain attribute, which is found ten times faster than a buffer."""
+        return self.reach, self.first, self.rows, self.columns, self.panels
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DegreeMask:
+        super()._apply(fn, recurse)
+        self.indices = self._indices()
+        return self
+
+    @property
+    def share(self) -> float:
+        return self.unmasked / max(1, self.out_features * self.in_features)
+
+    def dense(self) -> torch.Tensor:
+        """M, (O, I) bool, for inspection."""
+        return _dense(self.reach, self.rows, self.columns, self.in_features)
+
+    def extra_repr(self) -> str:
+        kind = "" if self.sorted else ", unsorted"
+        return f"{self.out_features} x {self.in_features}, strict={self.strict}, not masked={self.share:.1%}{kind}"
+
+
+def _dense(reach: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, inputs: int) -> torch.Tensor:
+    place = torch.arange(inputs, device=reach.device) if columns is None else columns.argsort()
+    ends = reach if rows is None else reach[rows.argsort()]
+    return place < ends[:, None]
+
+
+def _accumulation_dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
+    return accumulation_dtype(x, weight) if bias is None else accumulation_dtype(x, weight, bias)
+
+
+@outside_autocast
+def _reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    reach: torch.Tensor,
+    first: torch.Tensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    panels: tuple[int, ...],
+) -> torch.Tensor:
+    dtype = _accumulation_dtype(x, weight, bias)
+    masked = torch.where(_dense(reach, rows, columns, weight.shape[1]), weight.to(dtype), 0.0)
+    return F.linear(x.to(dtype), masked, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask: DegreeMask) -> torch.Tensor:
+    """The definition in plain torch: the weights that are masked are replaced by zeros, whatever they are."""
+    return _reference(x, weight, bias, *mask.indices)
+
+
+def _output(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    reach: torch.Tensor,
+    first: torch.Tensor,
+    rows: torch.Tensor | None,
+    columns: torch.Tensor | None,
+    panels: tuple[int, ...],
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> Triple:
+    """What the backward returns, uninitialized: the fake, and what every kernel fills. Empty where nothing is needed."""
+    nothing = (0,)
+    like = weight if bias is None else bias
+    return (
+        x.new_empty(x.shape if needs_x else nothing),
+        weight.new_empty(weight.shape if needs_weight else nothing),
+        like.new_empty((weight.shape[0],) if needs_bias else nothing),
+    )
+
+
+def _each_panel(panels: tuple[int, ...], reach: torch.Tensor) -> Any:
+    """(rows, columns that all of them see, the others that some see, the mask there) of one panel after the other."""
+    start = 0
+    for end, whole, seen in zip(panels[::3], panels[1::3], panels[2::3], strict=True):
+        rows, some = slice(start, end), slice(whole, seen)
+        numbers = torch.arange(whole, seen, device=reach.device)
+        yield rows, slice(0, whole), some, numbers < reach[rows, None]
+        start = end
+
+
+def _torch_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any) -> torch.Tensor:
+    y = _output(x, weight)
+    reach, *_, panels = mask
+    dtype = _accumulation_dtype(x, weight, bias)
+    if not panels:
+        return y.copy_(_reference(x, weight, bias, *mask))
+    result = y if y.dtype is dtype else y.to(dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
+    shift = x.new_zeros(len(weight)) if bias is None else bias.to(dtype)
+    for rows, whole, some, seen in _each_panel(panels, reach):
+        part = result[:, rows]
+        torch.addmm(shift[rows], x[:, whole], weight[rows, whole].t(), out=part)
+        part.addmm_(x[:, some], torch.where(seen, weight[rows, some], 0.0).t())
+    return y if result is y else y.copy_(result)
+
+
+def _torch_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Triple:
+    *mask, needs_x, needs_weight, needs_bias = rest
+    outputs = dx, dweight, dbias = _gradients(grad, x, weight, bias, *mask, needs_x, needs_weight, needs_bias)  # type: ignore[call-arg]
+    dtype = _accumulation_dtype(x, weight, bias)
+    if needs_bias:
+        dbias.copy_(grad.sum(0, dtype=dtype))
+    reach, _, rows, columns, panels = mask
+    grad, x, weight = grad.to(dtype), x.to(dtype), weight.to(dtype)
+    if not panels:
+        seen = _dense(reach, rows, columns, weight.shape[1])
+        if needs_x:
+            dx.copy_(grad @ torch.where(seen, weight, 0.0))
+        if needs_weight:
+            dweight.copy_(torch.where(seen, grad.t() @ x, 0.0))
+        return outputs
+    by_x = torch.zeros_like(x) if needs_x else dx
+    by_weight = torch.zeros_like(weight) if needs_weight else dweight
+    for own, whole, some, visible in _each_panel(panels, reach):
+        g = grad[:, own]
+        if needs_x:
+            by_x[:, whole].addmm_(g, weight[own, whole])
+            by_x[:, some].addmm_(g, torch.where(visible, weight[own, some], 0.0))
+        if needs_weight:
+            by_weight[own, whole].addmm_(g.t(), x[:, whole], beta=0)
+            by_weight[own, some] = torch.where(visible, g.t() @ x[:, some], 0.0)
+    if needs_x:
+        dx.copy_(by_x)
+    if needs_weight:
+        dweight.copy_(by_weight)
+    return outputs
+
+
+def _cpp_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any) -> torch.Tensor:
+    y = _output(x, weight)
+    if y.numel():
+        reach, _, rows, columns, _ = mask
+        _backend.call_native("masked_linear_forward", x, weight, bias, reach, rows, columns, y)
+    return y
+
+
+def _cpp_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Triple:
+    outputs = _gradients(grad, x, weight, bias, *rest)
+    filled = (out if needed else None for out, needed in zip(outputs, rest[-3:], strict=True))
+    _backend.call_native("masked_linear_backward", grad, x, weight, bias, *rest[:4], *filled)
+    return outputs
+
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor reach, Tensor first, Tensor? rows, Tensor? columns, int[] panels"
+
+_forward = define(
+    f"masked_linear({_INPUTS}) -> Tensor",
+    fake=_output,
+    torch_=_torch_forward,
+    cpp=_cpp_forward,
+    triton="masked_linear.forward",
+)
+_backward = define(
+    f"masked_linear_backward(Tensor grad, {_INPUTS}, bool needs_x, bool needs_weight, bool needs_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_gradients,
+    torch_=_torch_backward,
+    cpp=_cpp_backward,
+    triton="masked_linear.backward",
+)
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any) -> torch.Tensor:
+        *indices, ctx.panels = mask
+        ctx.save_for_backward(x, weight, bias, *indices)
+        return _forward(x, weight, bias, *mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight, bias, *indices = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = _differentiate(grad, x, weight, bias, *indices, ctx.panels)
+        else:
+            gradients = _backward(grad, x, weight, bias, *indices, ctx.panels, *needs)
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 5
+
+
+def _differentiate(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients by autograd of the reference, differentiable themselves."""
+
+    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+        return (_reference(x, weight, bias, *mask),)
+
+    variables = (x, weight) if bias is None else (x, weight, bias)
+    dx, dweight, *dbias = differentiate(function, variables, {}, (grad,))
+    return dx, dweight, dbias[0] if dbias else None
+
+
+def _check(name: str, value: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:
+    check_floating(name, value)
+    check_same_device(name, value, x)
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape} for these degrees, got {tuple(value.shape)}")
+
+
+def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask: DegreeMask) -> None:
+    check_floating("x", x)
+    if x.ndim < 1 or x.shape[-1] != mask.in_features:
+        raise ValueError(f"x: expected shape (..., {mask.in_features}), one value per in_degree, got {tuple(x.shape)}")
+    _check("weight", weight, (mask.out_features, mask.in_features), x)
+    if bias is not None:
+        _check("bias", bias, (mask.out_features,), x)
+    if (device := mask.indices[0].device) != x.device:
+        raise ValueError(f"out_degrees: the DegreeMask is on {device}, x on {x.device}; move it with .to()")
+
+
+def _as_mask(out_degrees: torch.Tensor | DegreeMask, in_degrees: torch.Tensor | None, strict: bool) -> DegreeMask:
+    if not isinstance(out_degrees, DegreeMask):
+        if in_degrees is None:
+            raise TypeError("in_degrees: expected an integer tensor, got NoneType")
+        return DegreeMask(out_degrees, in_degrees, strict=strict)
+    if in_degrees is not None or strict:
+        raise ValueError("in_degrees, strict: expected neither beside a DegreeMask, which holds them")
+    return out_degrees
+
+
+def masked_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_degrees: torch.Tensor | DegreeMask,
+    in_degrees: torch.Tensor | None = None,
+    *,
+    strict: bool = False,
+) -> torch.Tensor:
+    """y = x (W * M)^T + b with M[o, i] = 1 where out_degrees[o] >= in_degrees[i] (``strict``: >), else 0.
+
+    Weights that are masked are never read: they may be NaN, and their gradient is zero. Units that come sorted by degree
+    are computed in place; others are gathered on the way. About half of the dense product's work is left.
+
+    Args:
+        x: (..., I), any strides; float64, float32, bfloat16 or float16.
+        weight: W, (O, I). May differ from x in floating dtype, as may bias.
+        bias: b, (O,), or None.
+        out_degrees: (O,) integers, or a ``DegreeMask`` that was prepared once: then nothing is sorted anew, a GPU is not
+            waited for, and ``torch.compile`` needs no graph break.
+        in_degrees: (I,) integers; not given with a ``DegreeMask``.
+        strict: > instead of >=, for the last layer of a MADE.
+
+    Returns:
+        y, (..., O), in the dtype of x, also under autocast; sums are in float64 if any input is, else in float32.
+        A NaN in x reaches the outputs of its sample that see it, and no others; of the torch backend all of its sample.
+
+    Raises:
+        TypeError: an input that is not a floating tensor, degrees that are not integer tensors.
+        ValueError: a wrong shape or device; degrees that are not 1-D, or given beside a ``DegreeMask``.
+
+    Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (2015), eq. 12 and 13.
+    """
+    mask = _as_mask(out_degrees, in_degrees, strict)
+    _check_inputs(x, weight, bias, mask)
+    if x.ndim != 2:
+        y = masked_linear(x.reshape(-1, x.shape[-1]), weight, bias, mask)
+        return y.view(*x.shape[:-1], mask.out_features)
+    arguments = (x, weight, bias, *mask.indices)
+    if reference_runs(x) and not (mask.panels and _panels_run(x)):
+        return _reference(*arguments)
+    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3])
+    return (_MaskedLinear.apply if recording else _forward)(*arguments)
+
+
+def _panels_run(x: torch.Tensor) -> bool:
+    """Whether plain torch code computes in panels: nobody traces or transforms it, who would rather see one product."""
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return not (transformed or torch.compiler.is_compiling())

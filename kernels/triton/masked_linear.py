@@ -1,0 +1,213 @@
+"""y = x (W * M)^T + b and its backward, where M lets output r see the first reach[r] inputs, once both are sorted.
+
+The formulas are at the top of flowkern/ops/_masked_linear.py. A program owns a block of the product and walks over
+the inner dimension only as far as the mask lets its block see: blocks that are hidden are neither read nor multiplied.
+"""
+
+# mypy: allow-untyped-defs
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from flowkern.ops._masked_linear import DegreeMask, _accumulation_dtype, _gradients, _output
+
+from ._coupling import DTYPES, Launch, Plan, example
+from .lang import narrow
+
+__all__ = ["backward", "forward"]
+
+#: Its launches are products of matrices: their operands pass through shared memory.
+STREAMING = False
+
+
+@triton.jit
+def unit(p_index, i, n):
+    # Where sorted unit i lies, as an offset that may be multiplied by any stride.
+    return (i if p_index is None else tl.load(p_index + i, mask=i < n, other=0)).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["B"])
+def forward_kernel(
+    p_x, p_weight, p_bias, p_reach, p_rows, p_columns, p_y,
+    B, N_IN, N_OUT, n_blocks, x_b, x_i, w_o, w_i, s_bias, y_b, y_o,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # The blocks that see furthest come first: they take longest.
+    i_block = n_blocks - 1 - tl.program_id(0) % n_blocks
+    b = (tl.program_id(0) // n_blocks).to(tl.int64) * BATCH + tl.arange(0, BATCH)
+    r = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_b, m_r = b < B, r < N_OUT
+    reach = tl.load(p_reach + r, mask=m_r, other=0)
+    furthest = tl.load(p_reach + tl.minimum(i_block * BLOCK + BLOCK, N_OUT) - 1)
+    o = unit(p_rows, r, N_OUT)
+    total = tl.zeros((BATCH, BLOCK), ACC)
+    for k in range(0, furthest, INNER):
+        c = k + tl.arange(0, INNER)
+        m_c = c < furthest
+        i = unit(p_columns, c, N_IN)
+        b_x = tl.load(p_x + b[:, None] * x_b + i[None, :] * x_i, mask=m_b[:, None] & m_c[None, :], other=0.0).to(ACC)
+        p_w = p_weight + i[:, None] * w_i + o[None, :] * w_o
+        b_w = tl.load(p_w, mask=c[:, None] < reach[None, :], other=0.0).to(ACC)
+        total = tl.dot(b_x, b_w, total, input_precision="ieee", out_dtype=ACC)
+    if p_bias is not None:
+        total += tl.load(p_bias + o * s_bias, mask=m_r, other=0.0).to(ACC)[None, :]
+    p_to = p_y + b[:, None] * y_b + o[None, :] * y_o
+    tl.store(p_to, narrow(total, p_y.dtype.element_ty), mask=m_b[:, None] & m_r[None, :])
+
+
+@triton.jit(do_not_specialize=["B"])
+def input_kernel(
+    p_grad, p_weight, p_reach, p_first, p_rows, p_columns, p_dx,
+    B, N_IN, N_OUT, n_blocks, g_b, g_o, w_o, w_i, x_b, x_i,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    i_block = tl.program_id(0) % n_blocks
+    b = (tl.program_id(0) // n_blocks).to(tl.int64) * BATCH + tl.arange(0, BATCH)
+    c = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_b, m_c = b < B, c < N_IN
+    i = unit(p_columns, c, N_IN)
+    total = tl.zeros((BATCH, BLOCK), ACC)
+    for k in range(tl.load(p_first + i_block * BLOCK), N_OUT, INNER):
+        r = k + tl.arange(0, INNER)
+        m_r = r < N_OUT
+        reach = tl.load(p_reach + r, mask=m_r, other=0)
+        o = unit(p_rows, r, N_OUT)
+        b_g = tl.load(p_grad + b[:, None] * g_b + o[None, :] * g_o, mask=m_b[:, None] & m_r[None, :], other=0.0).to(ACC)
+        p_w = p_weight + o[:, None] * w_o + i[None, :] * w_i
+        b_w = tl.load(p_w, mask=c[None, :] < reach[:, None], other=0.0).to(ACC)
+        total = tl.dot(b_g, b_w, total, input_precision="ieee", out_dtype=ACC)
+    p_to = p_dx + b[:, None] * x_b + i[None, :] * x_i
+    tl.store(p_to, narrow(total, p_dx.dtype.element_ty), mask=m_b[:, None] & m_c[None, :])
+
+
+@triton.jit(do_not_specialize=["B"])
+def weight_kernel(
+    p_grad, p_x, p_reach, p_rows, p_columns, p_dweight,
+    B, N_IN, N_OUT, n_blocks, g_b, g_o, x_b, x_i, w_o, w_i,
+    BLOCK: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    i_row, i_column = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
+    r, c = i_row * BLOCK + tl.arange(0, BLOCK), i_column * BLOCK + tl.arange(0, BLOCK)
+    m_r, m_c = r < N_OUT, c < N_IN
+    reach = tl.load(p_reach + r, mask=m_r, other=0)
+    furthest = tl.load(p_reach + tl.minimum(i_row * BLOCK + BLOCK, N_OUT) - 1)
+    o, i = unit(p_rows, r, N_OUT), unit(p_columns, c, N_IN)
+    total = tl.zeros((BLOCK, BLOCK), ACC)
+    # A block that is hidden has no sum to take, but zeros to write.
+    for k in range(0, tl.where(i_column * BLOCK < furthest, B, 0), INNER):
+        b = (k + tl.arange(0, INNER)).to(tl.int64)
+        m_b = b < B
+        b_g = tl.load(p_grad + o[:, None] * g_o + b[None, :] * g_b, mask=m_r[:, None] & m_b[None, :], other=0.0).to(ACC)
+        b_x = tl.load(p_x + b[:, None] * x_b + i[None, :] * x_i, mask=m_b[:, None] & m_c[None, :], other=0.0).to(ACC)
+        total = tl.dot(b_g, b_x, total, input_precision="ieee", out_dtype=ACC)
+    total = tl.where(c[None, :] < reach[:, None], total, 0.0)
+    p_to = p_dweight + o[:, None] * w_o + i[None, :] * w_i
+    tl.store(p_to, narrow(total, p_dweight.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
+
+
+def _plan(batch: int, units: int, double: bool, integers: tuple[int, ...]) -> Plan:
+    """Of a product with the batch: its blocks of units, and tiles of samples."""
+    block = 32 if double else 64
+    samples = min(max(triton.next_power_of_2(batch), 16), 32)
+    blocks = triton.cdiv(units, block)
+    keywords = {
+        "BATCH": samples,
+        "BLOCK": block,
+        "INNER": 16,
+        "ACC": tl.float64 if double else tl.float32,
+        "num_warps": 4,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+    return Plan(triton.cdiv(batch, samples) * blocks, blocks, (*integers[:3], blocks, *integers[3:]), keywords)
+
+
+def _weight_plan(outputs: int, inputs: int, double: bool, integers: tuple[int, ...]) -> Plan:
+    block = 32 if double else 64
+    columns = triton.cdiv(inputs, block)
+    keywords = {
+        "BLOCK": block,
+        "INNER": 16,
+        "ACC": tl.float64 if double else tl.float32,
+        "num_warps": 8,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+    return Plan(triton.cdiv(outputs, block) * columns, columns, (*integers[:3], columns, *integers[3:]), keywords)
+
+
+def _sizes(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int]:
+    return x.shape[0], weight.shape[1], weight.shape[0]
+
+
+def _forward_launch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask: tuple[Any, ...], y: torch.Tensor
+) -> Launch:
+    reach, _, rows, columns, _ = mask
+    sizes, double = _sizes(x, weight), _accumulation_dtype(x, weight, bias) is torch.float64
+    steps = (*x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *y.stride())
+    return Launch(forward_kernel, (x, weight, bias, reach, rows, columns, y), _plan(sizes[0], sizes[2], double, (*sizes, *steps)))
+
+
+def _input_launch(grad: torch.Tensor, weight: torch.Tensor, mask: tuple[Any, ...], dx: torch.Tensor, double: bool) -> Launch:
+    reach, first, rows, columns, _ = mask
+    sizes, steps = _sizes(dx, weight), (*grad.stride(), *weight.stride(), *dx.stride())
+    return Launch(
+        input_kernel, (grad, weight, reach, first, rows, columns, dx), _plan(sizes[0], sizes[1], double, (*sizes, *steps))
+    )
+
+
+def _weight_launch(grad: torch.Tensor, x: torch.Tensor, mask: tuple[Any, ...], dweight: torch.Tensor, double: bool) -> Launch:
+    reach, _, rows, columns, _ = mask
+    sizes, steps = _sizes(x, dweight), (*grad.stride(), *x.stride(), *dweight.stride())
+    plan = _weight_plan(sizes[2], sizes[1], double, (*sizes, *steps))
+    return Launch(weight_kernel, (grad, x, reach, rows, columns, dweight), plan)
+
+
+def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any) -> torch.Tensor:
+    """y: ``flowkern::masked_linear``."""
+    y = _output(x, weight)
+    if y.numel():
+        _forward_launch(x, weight, bias, mask, y).run()
+    return y
+
+
+def backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    """(dx, dweight, dbias): ``flowkern::masked_linear_backward``."""
+    dx, dweight, dbias = outputs = _gradients(grad, x, weight, bias, *rest)
+    *mask, needs_x, needs_weight, needs_bias = rest
+    dtype = _accumulation_dtype(x, weight, bias)
+    if needs_x and dx.numel():
+        _input_launch(grad, weight, tuple(mask), dx, dtype is torch.float64).run()
+    if needs_weight and dweight.numel():
+        _weight_launch(grad, x, tuple(mask), dweight, dtype is torch.float64).run()
+    if needs_bias:
+        dbias.copy_(grad.sum(0, dtype=dtype))
+    return outputs
+
+
+FACTORS: dict[str, Any] = {
+    "sizes": ((64, 784, 1024), (1000, 37, 50), (8, 512, 512)),
+    "ordered": (True, False),
+    "dtypes": tuple(DTYPES),
+}
+
+
+def compile_cases(sizes: tuple[int, int, int], ordered: bool, dtypes: str) -> Iterator[tuple[str, Launch]]:
+    """The launches (named) of one choice from FACTORS."""
+    of_x, of_weight = DTYPES[dtypes]
+    batch, inputs, outputs = sizes
+    mask = DegreeMask(torch.arange(outputs), torch.arange(inputs)).to("meta").indices
+    if not ordered:
+        mask = (*mask[:2], mask[0], mask[1], ())
+    x, weight = example((batch, inputs), of_x, "vector"), example((outputs, inputs), of_weight, "vector")
+    bias, y = example((outputs,), of_weight, "vector"), example((batch, outputs), of_x, "vector")
+    double = _accumulation_dtype(x, weight, bias) is torch.float64
+    yield "forward", _forward_launch(x, weight, bias, mask, y)
+    yield "input", _input_launch(y, weight, mask, x, double)
+    yield "weight", _weight_launch(y, x, mask, weight, double)

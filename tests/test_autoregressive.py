@@ -1,0 +1,234 @@
+"""``MaskedAutoregressive`` and ``InverseAutoregressive``: both directions, in flows, and beside nflows and zuko."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import flowkern
+from flowkern import nn, ops
+
+ScaleMap = ops.ScaleMap
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"hidden": ()},
+    {"hidden": (9,), "activation": "tanh", "scale": ScaleMap.softplus()},
+    {"hidden": (8, 6), "residual": True, "activation": "silu", "order": "random"},
+    {"context": 3, "degrees": "cyclic"},
+    {"context": 3, "order": torch.tensor([2, 0, 1, 4, 3]), "degrees": "random"},
+]
+
+
+def layer(kind: type, features: int = 5, **options: Any) -> Any:
+    made = kind(features, **{"hidden": (12, 7), **options}).double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(1.5)
+    return made
+
+
+def inputs(module: Any, batch: int = 4) -> tuple[torch.Tensor, torch.Tensor | None]:
+    context = None if module.made.context is None else torch.randn(batch, module.made.context, dtype=torch.float64)
+    return torch.randn(batch, module.made.features, dtype=torch.float64), context
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o)) or "plain")
+@pytest.mark.parametrize("kind", [nn.MaskedAutoregressive, nn.InverseAutoregressive])
+def test_both_directions_are_exact(kind: type, options: dict[str, Any], backend: str) -> None:
+    module = layer(kind, **options)
+    x, context = inputs(module)
+    with flowkern.backend(backend):
+        z, logabsdet = module(x, context)
+        back, back_logabsdet = module.inverse(z, context)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(back_logabsdet, -logabsdet)
+    row = None if context is None else context[:1]
+    jacobian = torch.autograd.functional.jacobian(lambda v: module(v[None], row)[0][0], x[0])
+    torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], logabsdet[0])
+    place = module.made.order.argsort()
+    assert (jacobian[place][:, place].triu(1) == 0).all()
+
+
+def test_the_gate_is_that_of_kingma() -> None:
+    module = layer(nn.InverseAutoregressive, gated=True)
+    z, _ = inputs(module)
+    u, t = module.made(z).unbind(-1)
+    s = torch.sigmoid(u + 2)
+    x, logabsdet = module.inverse(z)
+    torch.testing.assert_close(x, s * z + (1 - s) * t)
+    torch.testing.assert_close(logabsdet, s.log().sum(1))
+    torch.testing.assert_close(module(x)[0], z)
+    with pytest.raises(ValueError, match="gated: expected a sigmoid scale"):
+        nn.InverseAutoregressive(3, (4,), gated=True, scale=ScaleMap.exp())
+
+
+@pytest.mark.parametrize("kind", [nn.MaskedAutoregressive, nn.InverseAutoregressive])
+def test_gradients_of_both_directions_agree_with_finite_differences(kind: type) -> None:
+    module = layer(kind, features=3, hidden=(4,), activation="tanh", context=2)
+    x, context = inputs(module, batch=2)
+    leaves = [x.requires_grad_(), context.requires_grad_()]  # type: ignore[union-attr]
+    assert torch.autograd.gradcheck(lambda x, c: module(x, c), leaves)
+    assert torch.autograd.gradcheck(lambda x, c: module.inverse(x, c), leaves)
+
+
+@pytest.mark.parametrize("memory", ["store", "reversible"])
+@pytest.mark.parametrize("kind", [nn.MaskedAutoregressive, nn.InverseAutoregressive])
+def test_in_a_flow(kind: type, memory: str) -> None:
+    layers = [layer(kind, context=2, activation="silu"), nn.Permutation.reverse(5), layer(kind, context=2, activation="elu")]
+    x, context = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    kept = nn.Compose(*layers)
+    expected = torch.autograd.grad(sum(v.sum() for v in kept(x, context)), [*kept.parameters()])
+    compose = nn.Compose(*layers, memory=memory)
+    got = torch.autograd.grad(sum(v.sum() for v in compose(x, context)), [*compose.parameters()])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    flow = nn.Flow(compose, nn.StandardNormal(5)).double()
+    assert flow.log_prob(x, context).shape == (6,)
+    drawn = flow.sample(6, context)
+    torch.testing.assert_close(compose.inverse(compose(drawn, context)[0], context)[0], drawn)
+
+
+@pytest.mark.parametrize("kind", [nn.MaskedAutoregressive, nn.InverseAutoregressive])
+def test_a_chain_runs_in_one_call(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = torch.tensor([3, 0, 4, 1, 2])
+    layers = [
+        nn.Permutation(order),
+        layer(kind, context=2),
+        nn.Permutation.reverse(5),
+        nn.Permutation(order),
+        layer(kind, residual=True, hidden=(6, 4)),
+        layer(kind, order="random", seed=3),
+        nn.Permutation(order),
+    ]
+    compose = nn.Compose(*layers)
+    x, context = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    slow = (lambda: [compose.inverse(x, None)]) if kind is nn.MaskedAutoregressive else (lambda: [compose(x, None)])
+    with pytest.raises(ValueError, match="context"):
+        slow()
+    layers[1] = layer(kind)
+    compose = nn.Compose(*layers)
+    expected = compose.inverse(x) if kind is nn.MaskedAutoregressive else compose(x)
+    chain = nn.AutoregressiveChain.find(layers)
+    assert chain is not None
+    calls = []
+    single = ops.autoregressive_inverse
+    monkeypatch.setattr(ops, "autoregressive_inverse", lambda *a, **k: (calls.append(1), single(*a, **k))[1])
+    torch.testing.assert_close(chain(x), expected)
+    assert len(calls) == 1
+    conditional = [layer(kind, context=2), nn.Permutation(order), layer(kind)]
+    chain = nn.AutoregressiveChain.find(conditional)
+    assert chain is not None
+    assert chain(x, context)[0].shape == x.shape
+    assert nn.AutoregressiveChain.find([nn.Permutation(order)]) is None
+    assert nn.AutoregressiveChain.find([layer(kind), nn.ActNorm(5)]) is None
+    both = [layer(nn.MaskedAutoregressive), layer(nn.InverseAutoregressive)]
+    assert nn.AutoregressiveChain.find(both) is None
+
+
+def test_other_masks_are_followed() -> None:
+    module = layer(nn.MaskedAutoregressive)
+    x, _ = inputs(module)
+    before = module.network
+    module.made.resample_masks(torch.Generator().manual_seed(5))
+    assert module.network is not before
+    torch.testing.assert_close(module.inverse(module(x)[0])[0], x)
+
+
+@pytest.mark.parametrize("kind", [nn.MaskedAutoregressive, nn.InverseAutoregressive])
+def test_compile_and_autocast(kind: type) -> None:
+    module = layer(kind).float()
+    x = torch.randn(4, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda v: (*module(v), *module.inverse(v)), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(x), (*module(x), *module.inverse(x)), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x)[1].dtype is torch.float32
+        assert module.inverse(x)[1].dtype is torch.float32
+
+
+def test_bad_input_is_named() -> None:
+    module = nn.MaskedAutoregressive(4, (5,), context=2)
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, 4\), got \(3, 5\)"):
+        module.inverse(torch.randn(3, 5))
+    with pytest.raises(ValueError, match=r"context: expected shape \(3, 2\), got none"):
+        module.inverse(torch.randn(3, 4))
+
+
+def test_reverse_kl_training_fits_a_correlated_normal() -> None:
+    """Samples of the slow direction carry gradients: the loss reaches -log Z, which is known."""
+    torch.manual_seed(0)
+    covariance = torch.tensor([[1.0, 0.8], [0.8, 2.0]])
+    target = torch.distributions.MultivariateNormal(torch.tensor([1.0, -1.0]), covariance)
+    flow = nn.Flow(nn.MaskedAutoregressive(2, (16,), activation="tanh"), nn.StandardNormal(2))
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
+    for _ in range(250):
+        z = torch.randn(256, 2)
+        x, logabsdet = flow.bijection.inverse(z)
+        base = -0.5 * (z**2).sum(1) - math.log(2 * math.pi)
+        loss = (base - logabsdet - target.log_prob(x)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02  # the divergence itself
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers, with equal weights
+
+
+def close_to(module: Any, theirs: Any, z: torch.Tensor) -> None:
+    for backend in ("auto", "torch"):
+        with flowkern.backend(backend):
+            for actual, expected in zip(module.inverse(z), theirs(z), strict=True):
+                torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_equals_nflows(residual: bool) -> None:
+    pytest.importorskip("nflows")
+    from nflows.transforms import MaskedAffineAutoregressiveTransform
+
+    theirs = MaskedAffineAutoregressiveTransform(6, 10, num_blocks=2, use_residual_blocks=residual, activation=torch.tanh).double()
+    net = theirs.autoregressive_net
+    blocks = [linear for b in net.blocks for linear in (b.linear_layers if residual else [b.linear])]
+    options = {"activation": "tanh", "residual": residual, "degrees": "cyclic", "scale": ScaleMap.softplus(1e-3)}
+    module = nn.MaskedAutoregressive(6, (10, 10, 10), **options).double()
+    with torch.no_grad():
+        for own, other in zip(module.made.layers, [net.initial_layer, *blocks, net.final_layer], strict=True):
+            own.weight.copy_(3 * other.weight)
+            own.bias.copy_(other.bias + 0.1)
+            other.weight.copy_(own.weight)
+            other.bias.copy_(own.bias)
+    z = torch.randn(5, 6, dtype=torch.float64)
+    close_to(module, theirs.inverse, z)
+    torch.testing.assert_close(module(z), theirs(z))
+
+
+def test_equals_zuko() -> None:
+    zuko = pytest.importorskip("zuko")
+    order = torch.tensor([2, 0, 1, 4, 3])
+    theirs = zuko.flows.MaskedAutoregressiveTransform(5, order=order, hidden_features=(8, 8)).double()
+    linears = [m for m in theirs.hyper if hasattr(m, "mask")]
+    # The degree of a unit is the number of features that it sees; those of the first layer see features themselves.
+    sees = linears[0].mask
+    hidden = [sees.sum(1)]
+    hidden.append((linears[1].mask.double() @ sees.double() > 0).sum(1))
+    options = {"order": order, "degrees": hidden, "scale": ScaleMap.soft_clip(1e-3)}
+    module = nn.MaskedAutoregressive(5, (8, 8), **options).double()
+    with torch.no_grad():
+        for own, other in zip(module.made.layers, linears, strict=True):
+            own.weight.copy_(3 * other.weight)
+            own.bias.copy_(other.bias + 0.1)
+        own.weight.copy_(own.weight.view(5, 2, 8).flip(1).flatten(0, 1))  # zuko's shift comes first
+        own.bias.copy_(own.bias.view(5, 2).flip(1).flatten())
+        for other in linears:
+            other.weight.mul_(3)
+            other.bias.add_(0.1)
+    z = torch.randn(5, 5, dtype=torch.float64)
+    close_to(module, lambda v: theirs().inv.call_and_ladj(v), z)
+    torch.testing.assert_close(module(z), theirs().call_and_ladj(z))

@@ -1,0 +1,462 @@
+"""``autoregressive_inverse``: the exact inverse of masked autoregressive layers for the work of one pass."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from comparison import assert_accurate, output_gradients
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+import flowkern
+from flowkern import _backend, ops
+from flowkern._registry import Sample
+from flowkern.ops import AutoregressiveNetwork, ScaleMap
+from flowkern.ops import _autoregressive_inverse as op
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
+Tensors = tuple[torch.Tensor, ...]
+
+
+def samples(dtype: torch.dtype = torch.float64) -> list[Sample]:
+    torch.manual_seed(0)
+    return [*op._samples("cpu", dtype)]
+
+
+def named(name: str, dtype: torch.dtype = torch.float64) -> Sample:
+    return next(s for s in samples(dtype) if s.name == name)
+
+
+def parametrized(dtype: torch.dtype = torch.float64, limit: int | None = None) -> list[Any]:
+    return [pytest.param(s, id=s.name) for s in samples(dtype) if limit is None or 0 < size(s) <= limit]
+
+
+def size(sample: Sample) -> int:
+    return sample.args[0].numel() and sum(t.numel() for t in leaves(sample))
+
+
+def leaves(sample: Sample, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """z, the parameters and the contexts, as leaves that record gradients, their strides kept."""
+    given = [sample.args[0], *sample.args[1], *(c for c in sample.kwargs.get("contexts", ()) if c is not None)]
+    return [(t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_() for t in given]
+
+
+def rebuilt(sample: Sample, tensors: Any) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
+    """(z, parameters, contexts) of leaves."""
+    z, *rest = tensors
+    count, remaining = len(sample.args[1]), iter(rest[len(sample.args[1]) :])
+    return z, rest[:count], [None if c is None else next(remaining) for c in contexts_of(sample)]
+
+
+def contexts_of(sample: Sample) -> list[torch.Tensor | None]:
+    return sample.kwargs.get("contexts", [None] * len(sample.args[2]))
+
+
+def call(sample: Sample, *tensors: torch.Tensor) -> Tensors:
+    z, parameters, contexts = rebuilt(sample, tensors)
+    return ops.autoregressive_inverse(z, parameters, sample.args[2], contexts=contexts)
+
+
+def defined(sample: Sample, *tensors: torch.Tensor) -> Tensors:
+    """The reference, which takes the contexts among the parameters."""
+    return op.reference(tensors[0], flat(sample, tensors), sample.args[2], [c is not None for c in contexts_of(sample)])
+
+
+def forward(sample: Sample, x: torch.Tensor, *tensors: torch.Tensor) -> Tensors:
+    """The density pass, which the op inverts."""
+    return op.density(x, flat(sample, tensors), sample.args[2], [c is not None for c in contexts_of(sample)])
+
+
+def flat(sample: Sample, tensors: Any) -> list[torch.Tensor]:
+    _, parameters, contexts = rebuilt(sample, tensors)
+    remaining, found = iter(parameters), []
+    for network, context in zip(sample.args[2], contexts, strict=True):
+        found += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
+    return found
+
+
+Function = Callable[..., Tensors]
+
+
+def results(function: Function, sample: Sample, dtype: torch.dtype | None = None) -> Tensors:
+    """The outputs, and the gradients of all leaves for fixed output gradients."""
+    args = leaves(sample, dtype)
+    outputs = function(sample, *args)
+    grads = [g.to(y) for y, g in zip(outputs, output_gradients(outputs), strict=True)]
+    return *outputs, *torch.autograd.grad(outputs, args, grads, allow_unused=True, materialize_grads=True)
+
+
+def check(dtype: torch.dtype) -> None:
+    for sample in samples(dtype):
+        actual = results(call, sample)
+        exact, plain = results(defined, sample, torch.float64), results(defined, sample)
+        for got, truth, same_dtype in zip(actual, exact, plain, strict=True):
+            assert_accurate(got, truth, same_dtype, ulps=64 if dtype is torch.float64 else 4)
+        assert actual[0].dtype is sample.args[0].dtype
+        assert actual[1].dtype is (torch.float64 if torch.float64 in {t.dtype for t in leaves(sample)} else torch.float32)
+        for leaf, grad in zip(leaves(sample), actual[2:], strict=True):
+            assert grad.dtype is leaf.dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_isa_is_accurate(dtype: torch.dtype, isa: str) -> None:
+    with flowkern.backend("cpp"):
+        check(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torch_backend_is_accurate(dtype: torch.dtype) -> None:
+    with flowkern.backend("torch"):
+        check(dtype)
+
+
+@pytest.mark.parametrize("sample", parametrized())
+def test_it_inverts_the_density_pass(sample: Sample) -> None:
+    tensors = leaves(sample, torch.float64)
+    x, logabsdet = call(sample, *tensors)
+    z, total = forward(sample, x, *tensors)
+    torch.testing.assert_close(z, tensors[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(total, -logabsdet)
+
+
+@pytest.mark.parametrize("sample", parametrized(limit=160))
+def test_logabsdet_is_that_of_the_jacobian(sample: Sample) -> None:
+    _, *rest = tensors = leaves(sample, torch.float64)
+    _, logabsdet = call(sample, *tensors)
+    jacobian = torch.autograd.functional.jacobian(lambda z: call(sample, z, *rest)[0], tensors[0].detach())
+    for i in range(len(logabsdet)):
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian[i, :, i])[1], logabsdet[i])
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("sample", parametrized(limit=100))
+def test_gradients_and_double_gradients(sample: Sample, backend: str) -> None:
+    if "relu" in sample.args[2][0].activation:
+        tensors = [t.detach() + 0.01 for t in leaves(sample, torch.float64)]  # off the kinks
+    else:
+        tensors = [t.detach() for t in leaves(sample, torch.float64)]
+    tensors = [t.contiguous().requires_grad_() for t in tensors]
+    with flowkern.backend(backend):
+        assert torch.autograd.gradcheck(lambda *t: call(sample, *t), tensors)
+        if backend == "auto" and sum(t.numel() for t in tensors) <= 70:
+            assert torch.autograd.gradgradcheck(lambda *t: call(sample, *t), tensors)
+
+
+@pytest.mark.parametrize("name", ["chain", "shuffled", "several-panels"])
+def test_gradients_of_some_inputs_alone(name: str) -> None:
+    sample = named(name)
+    expected = results(call, sample)[2:]
+    for wanted in (0, 1, len(leaves(sample)) - 1):
+        tensors = [t.detach() for t in leaves(sample)]
+        tensors[wanted].requires_grad_()
+        outputs = call(sample, *tensors)
+        grads = torch.autograd.grad(outputs, tensors[wanted], output_gradients(outputs))
+        torch.testing.assert_close(grads[0], expected[wanted])
+    tensors = leaves(sample)
+    for i, y in enumerate(call(sample, *tensors)):  # one output alone
+        other = defined(sample, *tensors)[i]
+        for a, b in zip(*(torch.autograd.grad(v.sum(), tensors, retain_graph=True) for v in (y, other)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_only_the_output_is_kept() -> None:
+    sample = named("several-panels", torch.float32)
+    tensors = leaves(sample)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        x, _ = call(sample, *tensors)
+    given = {t.data_ptr() for t in tensors[1:]}
+    assert [t.shape for t in kept if t.data_ptr() not in given] == [x.shape]
+
+
+@pytest.mark.parametrize("sample", parametrized(limit=100))
+def test_func_transforms(sample: Sample) -> None:
+    z, *rest = (t.detach().contiguous() for t in leaves(sample, torch.float64))
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        actual, expected = (transform(lambda z, f=f: f(sample, z, *rest))(z) for f in (call, defined))
+        torch.testing.assert_close(actual, expected)
+    stacked = torch.vmap(lambda z: call(sample, z, *rest))(torch.stack([z, 2 * z]))
+    for value, expected in zip(stacked, call(sample, 2 * z, *rest), strict=True):
+        torch.testing.assert_close(value[1], expected)
+
+
+@needs_native
+@pytest.mark.parametrize("sample", parametrized(torch.float32))
+def test_outputs_are_written_whole_and_nothing_else(sample: Sample, canaries: Any) -> None:
+    for value in results(call, sample):
+        assert not value.isnan().any()
+    canaries.assert_alive()
+
+
+def recorded(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]]]:
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    for kernel in (op._forward, op._backward):
+        monkeypatch.setitem(kernel.__dict__, "run", lambda *a, k=kernel: (calls.append((k.overload, a)), k.overload(*a))[1])
+    results(call, sample)
+    monkeypatch.undo()
+    return calls
+
+
+def detached(value: Any) -> Any:
+    return [detached(v) for v in value] if isinstance(value, list) else value.detach() if isinstance(value, torch.Tensor) else value
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["shuffled", "chain", "empty-batch", "strided", "bfloat16-weights", "half-state"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_opcheck(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with flowkern.backend(backend):
+        calls = recorded(named(name, torch.float32), monkeypatch)
+        assert len(calls) == 2
+        for overload, args in calls:
+            tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+            torch.library.opcheck(overload, tuple(detached(a) for a in args), test_utils=tests)
+
+
+@needs_native
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["shuffled", "chain", "gated"])
+def test_compiled_graphs_hold_the_op(name: str, dynamic: bool) -> None:
+    sample = named(name, torch.float32)
+    targets: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    compiled = torch.compile(lambda *t: call(sample, *t), fullgraph=True, dynamic=dynamic, backend=backend)
+    for a, b in zip(results(lambda _, *t: compiled(*t), sample), results(call, sample), strict=True):
+        torch.testing.assert_close(a, b)
+    assert targets.count("flowkern.autoregressive_inverse.default") == 1
+    assert targets.count("flowkern.autoregressive_inverse_backward.default") == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_autocast_does_not_round(backend: str) -> None:
+    for sample in samples(torch.float32):
+        with flowkern.backend(backend):
+            expected = results(call, sample)
+            with torch.autocast("cpu", torch.bfloat16):
+                actual = results(call, sample)
+        for a, b in zip(actual, expected, strict=True):
+            assert a.dtype is b.dtype
+            torch.testing.assert_close(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["several-panels", "residual-panels", "chain"])
+def test_same_bits_for_any_number_of_threads_and_any_company(name: str) -> None:
+    sample = named(name, torch.float32)
+    tensors = [t.detach() for t in leaves(sample)]
+    repeats = -(-1200 // len(tensors[0]))
+    z, parameters, contexts = rebuilt(sample, tensors)
+    many = [None if c is None else c.repeat(repeats, 1) for c in contexts]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(ops.autoregressive_inverse(z.repeat(repeats, 1), parameters, sample.args[2], contexts=many))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for a, b in zip(found[0], call(sample, *tensors), strict=True):  # one tile among many, and alone
+        assert torch.equal(a[: len(z)], b)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", ["shuffled", "several-panels", "residual-panels", "chain"])
+def test_nan_stays_in_its_sample(name: str, backend: str) -> None:
+    sample = named(name, torch.float32)
+    tensors = [t.detach().clone() for t in leaves(sample)]
+    clean = call(sample, *tensors)
+    tensors[0][1, 0] = float("nan")
+    if contexts_of(sample)[0] is not None:
+        tensors[-1][2, 0] = float("inf")
+    with flowkern.backend(backend):
+        x, logabsdet = call(sample, *tensors)
+        leaf = tensors[0].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(call(sample, leaf, *tensors[1:])[0].sum(), leaf)
+    touched = (1, 2) if contexts_of(sample)[0] is not None else (1,)
+    others = [i for i in range(len(x)) if i not in touched]
+    assert x[1].isnan().any()
+    assert logabsdet[1].isnan()
+    assert grad[others].isfinite().all()
+    torch.testing.assert_close(x[others], clean[0][others])
+    torch.testing.assert_close(logabsdet[others], clean[1][others])
+
+
+def masked_places(sample: Sample) -> Iterator[tuple[int, torch.Tensor]]:
+    """The number of each weight among the parameters, and where its mask hides it."""
+    i = 0
+    for network in sample.args[2]:
+        for mask in op._masks(network, torch.device("cpu")):
+            yield i, ~mask
+            i += 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("sample", parametrized(torch.float32))
+def test_masked_weights_do_not_matter(sample: Sample, backend: str) -> None:
+    with flowkern.backend(backend):
+        expected = results(call, sample)
+        poisoned = copy.deepcopy(sample)
+        for i, hidden in masked_places(sample):
+            poisoned.args[1][i][hidden] = float("inf")
+        actual = results(call, poisoned)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    for i, hidden in masked_places(sample):
+        assert (actual[3 + i][hidden] == 0).all()
+
+
+def made(features: int, *widths: int, **options: Any) -> AutoregressiveNetwork:
+    hidden = tuple(tuple(i % max(1, features - 1) + 1 for i in range(width)) for width in widths)
+    return AutoregressiveNetwork(tuple(range(1, features + 1)), hidden, **options)
+
+
+def parameters_of(network: AutoregressiveNetwork, gain: float = 1.0) -> list[torch.Tensor]:
+    found = []
+    for columns, rows in zip(network.widths[:-1], network.widths[1:], strict=True):
+        found += [gain * torch.randn(rows, columns) / columns**0.5, 0.1 * torch.randn(rows)]
+    return found
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_round_trip_in_float32_at_784_features(backend: str) -> None:
+    network = made(784, 1024, 1024)
+    parameters, z = parameters_of(network), torch.randn(5, 784)
+    with flowkern.backend(backend):
+        x, logabsdet = ops.autoregressive_inverse(z, parameters, network)
+    back, total = op.density(x, parameters, [network], [False])
+    assert (back - z).abs().max() <= 1e-5 * z.abs().max()
+    torch.testing.assert_close(total, -logabsdet)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_it_stays_finite_where_passes_over_half_known_features_overflow(backend: str) -> None:
+    """z = x + (sum of the x before): x_i = z_i - z_(i-1) + x_(i-1) - ... is harmless, but passes over features of which
+    the last are wrong make those grow by binomial coefficients, and infinity times a masked zero is NaN for all."""
+    features = 200
+    degrees = tuple(range(1, features + 1))
+    network = AutoregressiveNetwork(degrees, (degrees + degrees,), scale=ScaleMap.exp())
+    eye, before = torch.eye(features), torch.ones(features, features).tril(-1)
+    output = torch.zeros(features, 2, 2 * features)
+    output[:, 1] = torch.cat([before, -before], 1)  # relu(x) - relu(-x) = x
+    zeros = torch.zeros(2 * features)
+    parameters = [torch.cat([eye, -eye]), zeros, output.flatten(0, 1), zeros]
+    x = torch.randn(3, features)
+    z = op.density(x, parameters, [network], [False])[0]
+    looped = torch.zeros_like(z)
+    for _ in range(network.depth):
+        u, t = op._network_outputs(network, looped, op.Parameters(parameters[0::2], parameters[1::2], None))
+        looped = (z - t) / u.exp()
+    assert looped.isnan().any()
+    with flowkern.backend(backend):
+        actual, logabsdet = ops.autoregressive_inverse(z, parameters, network)
+    torch.testing.assert_close(actual, x, rtol=1e-4, atol=1e-4)
+    assert (logabsdet == 0).all()
+
+
+def test_depth_and_used_weights() -> None:
+    full = made(5, 4)
+    assert full.depth == 5
+    # The first hidden layer knows features 1 and 4 alone: all that follows comes in three steps.
+    few = AutoregressiveNetwork((1, 2, 3, 4, 5, 6), ((1, 4), (1, 2, 3, 4, 5)))
+    assert few.depth == 3
+    assert AutoregressiveNetwork((1, 1, 2, 2, 3, 3), ((1, 2, 2, 1, 9),)).depth == 3
+    assert made(1, 3).depth == 1
+    assert AutoregressiveNetwork((4, 7, 9), ((0,),)).depth == 1  # sees nothing
+    assert AutoregressiveNetwork((2, 1, 3), ()).depth == 3
+    assert made(784, 512, 512).depth == 513
+    # in: degrees 1..4 see 1+2+3+4 of 4*5, out: 2 * (0+1+2+3+4) of 4*10; degree 4 of the hidden units is seen by feature 5.
+    assert full.used_weights == pytest.approx(30 / 60)
+    assert 0.50 < made(784, 1024, 1024).used_weights < 0.53
+
+
+def test_plans_visit_every_unit_once_and_never_read_ahead() -> None:
+    for sample in samples():
+        for network in sample.args[2]:
+            (plan,) = op.plans(network.text)
+            known = [0] * (network.layers)
+            for step in range(plan.depth):
+                for i in range(1, network.layers + 1):
+                    for begin, end, prefix in plan.groups(i, step):
+                        assert prefix <= known[i - 1]
+                        if i < network.layers:
+                            assert begin == known[i]
+                            known[i] = end
+                known[0] = plan.layers[0].ends[step + 1]
+            assert known[0] == network.features
+            assert [p.begin for p in plan.panels] + [plan.depth] == [0] + [p.end for p in plan.panels]
+
+
+def test_text_holds_the_network() -> None:
+    for sample in samples():
+        for network in sample.args[2]:
+            assert AutoregressiveNetwork.from_text(network.text) == network
+
+
+def test_leading_batch_dimensions() -> None:
+    z, network = torch.randn(2, 3, 4), made(4, 6)
+    parameters, context = parameters_of(network), torch.randn(2, 3, 6)
+    x, logabsdet = ops.autoregressive_inverse(z, parameters, network, contexts=[context])
+    assert x.shape == z.shape
+    assert logabsdet.shape == (2, 3)
+    for i in range(2):
+        expected = ops.autoregressive_inverse(z[i], parameters, network, contexts=[context[i]])
+        torch.testing.assert_close((x[i], logabsdet[i]), expected)
+    one, value = ops.autoregressive_inverse(z[0, 0], parameters, network)
+    assert one.shape == (4,)
+    assert value.shape == ()
+
+
+def test_bad_input_is_named() -> None:
+    network = made(4, 6)
+    z, parameters = torch.randn(3, 4), parameters_of(network)
+    inverse = ops.autoregressive_inverse
+    with pytest.raises(TypeError, match=r"z: expected a floating dtype .* got torch.int64"):
+        inverse(z.long(), parameters, network)
+    with pytest.raises(ValueError, match=r"z: expected shape \(..., 4\) for network 0, got \(3, 5\)"):
+        inverse(torch.randn(3, 5), parameters, network)
+    with pytest.raises(ValueError, match="parameters: expected 4 .* got 3"):
+        inverse(z, parameters[:-1], network)
+    with pytest.raises(ValueError, match=r"weight 1 of network 0: expected shape \(8, 6\), got \(8, 5\)"):
+        inverse(z, [*parameters[:2], parameters[2][:, :5], parameters[3]], network)
+    with pytest.raises(ValueError, match=r"bias 0 of network 0: expected device cpu .* got meta"):
+        inverse(z, [parameters[0], parameters[1].to("meta"), *parameters[2:]], network)
+    with pytest.raises(ValueError, match=r"context of network 0: expected shape \(3, 6\), got \(3, 5\)"):
+        inverse(z, parameters, network, contexts=[torch.randn(3, 5)])
+    with pytest.raises(ValueError, match="contexts: expected one for each of 1 networks, got 2"):
+        inverse(z, parameters, network, contexts=[None, None])
+    with pytest.raises(TypeError, match="networks: expected AutoregressiveNetworks, got str at 0"):
+        inverse(z, parameters, ["made"])
+    with pytest.raises(ValueError, match="networks: expected at least one"):
+        inverse(z, [], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "swish"}, "activation: unknown name 'swish'; expected one of 'relu'"),
+        ({"layout": "rows"}, "layout: unknown name 'rows'"),
+        ({"in_degrees": ()}, "in_degrees: expected at least one feature"),
+        ({"in_degrees": (1.5, 2)}, "in_degrees: expected integers"),
+        ({"hidden_degrees": ((1,), ())}, "hidden_degrees: a layer has no units"),
+        ({"permutation": (0, 0)}, r"permutation: expected each of 0..1 once, got \(0, 0\)"),
+        ({"gated": True}, "gated: expected a sigmoid scale, got ScaleMap"),
+        ({"residual": True, "hidden_degrees": ((1,), (1,))}, "residual: expected one hidden layer and then pairs, got 2"),
+        ({"residual": True, "hidden_degrees": ((1,), (1,), (2,))}, "residual: hidden layer 2 is added to layer 0, but has other"),
+    ],
+)
+def test_bad_networks_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(AutoregressiveNetwork((1, 2), ((1, 1),)), **change)

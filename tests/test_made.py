@@ -1,0 +1,309 @@
+"""``MADE`` and ``MADEDensity``: what sees what, the peers' network, and densities that sum to one."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import flowkern
+from flowkern import nn
+
+ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid")
+SHAPES: dict[str, dict[str, Any]] = {
+    "sorted": {},
+    "cyclic": {"degrees": "cyclic"},
+    "random": {"degrees": "random", "order": "random", "seed": 3},
+    "order": {"order": torch.tensor([3, 0, 4, 1, 2])},
+    "residual": {"residual": True, "activation": "tanh"},
+    "residual-random": {"residual": True, "degrees": "random", "order": "random"},
+    "context": {"context": 3},
+    "residual-context": {"residual": True, "context": 3, "degrees": "cyclic"},
+    "linear": {"hidden": ()},
+    "given": {"degrees": [torch.tensor([0, 4, 1, 3, 2, 2]), torch.tensor([1, 0, 3])], "hidden": (6, 3)},
+}
+
+
+def made(name: str, features: int = 5, **changes: Any) -> nn.MADE:
+    torch.manual_seed(1)
+    return nn.MADE(features, **{"hidden": (16, 12), "params_per_feature": 3, **SHAPES[name], **changes}).double()
+
+
+def context_of(network: nn.MADE, batch: int) -> torch.Tensor | None:
+    return None if network.context is None else torch.randn(batch, network.context, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_see_the_features_before_theirs_and_no_others(name: str, backend: str) -> None:
+    network = made(name)
+    x, context = torch.randn(8, 5, dtype=torch.float64), context_of(made(name), 8)
+    with flowkern.backend(backend):
+        jacobian = torch.autograd.functional.jacobian(lambda x: network(x, context).sum(0), x)  # (D, K, B, D)
+    before = network.order[None, :] < network.order[:, None]
+    seen = (jacobian != 0).any(2).any(1)
+    assert not (seen & ~before).any()
+    if name not in ("given", "random", "residual-random"):  # every path that the order allows is there
+        assert torch.equal(seen, before)
+    if context is not None:
+        by_context = (torch.autograd.functional.jacobian(lambda c: network(x, c).sum(0), context) != 0).any(2).any(-1)
+        assert by_context[1:].all()
+        assert by_context[0].all() == (name == "context")  # by cyclic degrees the first output sees no hidden unit
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_same_weights_give_what_nflows_gives(residual: bool) -> None:
+    theirs_of = pytest.importorskip("nflows.transforms.made", reason="nflows is not installed").MADE
+    for features, blocks in ((7, 2), (3, 1), (1, 1)):
+        theirs = theirs_of(
+            features, 20, num_blocks=blocks, output_multiplier=2, use_residual_blocks=residual, activation=torch.tanh
+        ).double()
+        hidden = (20,) * (blocks + 1)
+        ours = nn.MADE(features, hidden, 2, activation="tanh", residual=residual, degrees="cyclic").double()
+        inner = [m for b in theirs.blocks for m in (b.linear_layers if residual else [b.linear])]
+        linears = [theirs.initial_layer, *inner, theirs.final_layer]
+        for own, other in zip(ours.layers, linears, strict=True):
+            assert torch.equal(own.mask.dense(), other.mask.bool())
+            own.load_state_dict({"weight": other.weight, "bias": other.bias})
+        x = torch.randn(6, features, dtype=torch.float64)
+        torch.testing.assert_close(ours(x).flatten(1), theirs(x))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str) -> None:
+    network = made("sorted", activation=activation)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    function = {"gelu": torch.nn.GELU(), "leaky_relu": torch.nn.LeakyReLU(0.01), "elu": torch.nn.ELU(), "silu": torch.nn.SiLU()}
+    h = x
+    for i, layer in enumerate(network.layers):
+        h = h @ torch.where(layer.mask.dense(), layer.weight, 0.0).t() + layer.bias
+        h = h if i == 2 else function.get(activation, getattr(torch, activation, None))(h)  # type: ignore[misc]
+    torch.testing.assert_close(network(x), h.view(4, 5, 3))
+
+
+def test_degrees_are_spread_and_sorted() -> None:
+    for features, width in ((5, 16), (5, 3), (2, 4), (100, 7), (784, 1024), (784, 512), (3, 1), (2, 1)):
+        network = nn.MADE(features, (width, width))
+        for degrees in network.hidden_degrees:
+            assert torch.equal(degrees, degrees.sort()[0])
+            assert degrees.min() == 1
+            assert degrees.max() <= features - 1
+            counts = degrees.bincount(minlength=features)[1:]
+            if width >= features - 1:
+                assert counts.max() - counts.min() <= 1
+            elif width > 1:
+                assert counts.max() == 1
+                assert degrees.max() == features - 1
+        assert all(m.rows is None and m.columns is None for m in network.masks())
+    assert nn.MADE(5, (9,), context=2).hidden_degrees[0].unique().tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(nn.MADE(5, (9,), degrees="cyclic").hidden_degrees[0], torch.arange(9) % 4 + 1)
+    torch.testing.assert_close(nn.MADE(784, (1024, 1024)).share, 0.5, rtol=0.02, atol=0)
+
+
+def test_depth_counts_the_distinct_sets_that_outputs_see() -> None:
+    for name, features in itertools.product(("sorted", "cyclic", "random", "residual-random", "linear"), (1, 2, 5, 40)):
+        if "order" not in SHAPES[name] or not isinstance(SHAPES[name]["order"], torch.Tensor):
+            network = made(name, features)
+            visible = {tuple(row.tolist()) for row in network.masks()[-1].dense()}
+            assert network.depth == len(visible)
+            assert f"depth={network.depth}" in repr(network)
+            assert torch.equal(torch.cat(network.levels()).sort()[0], torch.arange(features))
+    assert nn.MADE(784, (512,)).depth == 513
+    assert nn.MADE(20, (512,)).depth == 20
+
+
+def network_weights(network: nn.MADE) -> int:
+    return sum(layer.weight.numel() for layer in network.layers)
+
+
+def test_one_feature_sees_nothing() -> None:
+    for residual in (False, True):
+        network = nn.MADE(1, (4, 4), context=2, residual=residual)
+        assert all((d == 0).all() for d in network.hidden_degrees)
+        context = torch.randn(3, 2)
+        first, second = (network(torch.randn(3, 1), context) for _ in range(2))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, network(torch.randn(3, 1), context + 1))
+        assert network.share == pytest.approx((4 * 4 * len(network.layers[1:-1]) + 2 * 4) / network_weights(network))
+
+
+def test_layers_are_named_in_order_of_use() -> None:
+    network = nn.MADE(5, (16, 8, 4), 2, context=3, residual=True)
+    assert [tuple(layer.weight.shape) for layer in network.layers] == [(16, 5), (8, 16), (16, 8), (4, 16), (16, 4), (10, 16)]
+    assert [len(d) for d in network.hidden_degrees] == [16, 8, 16, 4, 16]
+    assert network.context_layer.bias is None
+    assert network.preactivation_context(torch.randn(2, 3)).shape == (2, 16)
+    assert nn.MADE(5, (4,)).preactivation_context(None) is None
+    assert all(name.endswith(("weight", "bias")) for name in network.state_dict())
+    x = torch.randn(2, 5)
+    h = network.layers[0](x) + network.preactivation_context(torch.ones(2, 3))
+    for i in (1, 3):
+        h = h + network.layers[i + 1](network.layers[i](h.relu()).relu())
+    torch.testing.assert_close(network(x, torch.ones(2, 3)), network.layers[5](h).view(2, 5, 2))
+
+
+def test_masks_are_resampled_and_copied() -> None:
+    network = made("sorted")
+    x = torch.randn(2, 5, dtype=torch.float64)
+    before = network(x)
+    other = copy.deepcopy(network)
+    other.resample_masks(torch.Generator().manual_seed(5))
+    assert not torch.equal(other.order, network.order)
+    assert not torch.equal(other(x), before)
+    assert torch.equal(network(x), before)
+    same = copy.deepcopy(network)
+    same.resample_masks(torch.Generator().manual_seed(5))
+    assert torch.equal(same(x), other(x))
+    jacobian = torch.autograd.functional.jacobian(lambda x: other(x)[0], x[:1])[:, :, 0]
+    assert not ((jacobian != 0).any(1) & (other.order[None, :] >= other.order[:, None])).any()
+
+
+def test_compile_and_gradients() -> None:
+    network = made("residual-context")
+    x, context = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), context_of(network, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, context), network(x, context))
+    assert torch.autograd.gradcheck(lambda x: network(x, context), x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x: network(x, context), x, fast_mode=True)
+
+
+def test_bad_input_is_named() -> None:
+    for arguments, match in (
+        ({"features": 0}, "features, params_per_feature: expected at least 1, got 0 and 2"),
+        ({"hidden": (4, 0)}, "hidden: expected widths of at least 1"),
+        ({"hidden": (), "residual": True}, "hidden: expected widths of at least 1, and one at least with residual=True"),
+        ({"hidden": (), "context": 2}, "context: expected a hidden layer"),
+        ({"activation": "sine"}, "activation: unknown name 'sine'"),
+        ({"order": "reverse"}, "order: unknown name 'reverse'"),
+        ({"order": torch.tensor([0, 1, 1, 2])}, r"order: expected each of 0..3 once, shape \(4,\)"),
+        ({"order": torch.arange(3)}, r"order: expected each of 0..3 once, shape \(4,\)"),
+        ({"degrees": "spread"}, "degrees: unknown rule 'spread'"),
+        ({"degrees": [torch.tensor([1, 2])]}, r"degrees: expected integer tensors of lengths \[3, 3\], got shapes \[\(2,\)\]"),
+        (
+            {"degrees": [torch.tensor([1, 2, 4]), torch.ones(3).long()]},
+            r"layers\[0\]: unit 2 of degree 4 sees every input: an .* own",
+        ),
+        (
+            {"degrees": [torch.tensor([1, 0, 1]), torch.tensor([-5, -9, -5])]},
+            r"layers\[0\]: unit 1 of degree 0 sees nothing and feeds",
+        ),
+        (
+            {"degrees": [torch.tensor([1, 2, 3]), torch.tensor([2, 1, 1]), torch.tensor([1, 1, 3])], "residual": True},
+            r"layers\[2\]: unit 1 of degree 1 is added to one of another degree",
+        ),
+    ):
+        keywords: dict[str, Any] = {"features": 4, "hidden": (3, 3), **arguments}
+        with pytest.raises(ValueError, match=match):
+            nn.MADE(**keywords)
+    # A unit that sees something and feeds nothing, and one that sees nothing and feeds something, will do.
+    nn.MADE(4, (3, 3), degrees=[torch.tensor([3, 2, 3]), torch.tensor([2, 1, 1])])
+    network = nn.MADE(4, (3,), context=2)
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, 4\), got \(2, 3\)"):
+        network(torch.randn(2, 3), torch.randn(2, 2))
+    with pytest.raises(ValueError, match=r"context: expected shape \(2, 2\), got none"):
+        network(torch.randn(2, 4))
+    for keywords, match in (
+        ({"output": "poisson"}, "output: unknown name 'poisson'"),
+        ({"components": 0}, "components, levels: expected at least 1 and 2, got 0 and 256"),
+        ({"masks": 0}, "masks: expected at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            nn.MADEDensity(4, (3,), **keywords)
+
+
+def scrambled(density: nn.MADEDensity, size: float = 1.5) -> nn.MADEDensity:
+    """With weights that are far from the uniform start."""
+    with torch.no_grad():
+        for p in density.parameters():
+            p.copy_(size * torch.randn_like(p) / max(1, p.shape[-1]) ** 0.5)
+    return density.eval()
+
+
+@pytest.mark.parametrize("masks", [1, 3])
+@pytest.mark.parametrize(("output", "levels"), [("bernoulli", 2), ("categorical", 3)])
+def test_discrete_densities_sum_to_one(output: str, levels: int, masks: int) -> None:
+    density = scrambled(nn.MADEDensity(4, (9, 8), output=output, levels=levels, masks=masks, context=2).double())
+    x = torch.cartesian_prod(*[torch.arange(levels)] * 4)
+    context = torch.randn(1, 2, dtype=torch.float64).expand(len(x), 2)
+    for values in (x.double(), x):
+        log_prob = density.log_prob(values, context)
+        assert log_prob.std() > 0.1
+        torch.testing.assert_close(log_prob.logsumexp(0).item(), 0.0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+@pytest.mark.parametrize("output", ["gaussian", "mixture"])
+def test_continuous_densities_integrate_to_one(output: str, masks: int) -> None:
+    density = scrambled(nn.MADEDensity(2, (8,), output=output, components=3, masks=masks).double(), 0.7)
+    axis = torch.linspace(-16, 16, 801, dtype=torch.float64)
+    log_prob = density.log_prob(torch.cartesian_prod(axis, axis))
+    volume = (log_prob.logsumexp(0) + 2 * math.log(axis[1] - axis[0])).exp().item()
+    assert abs(volume - 1) < 2e-3
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+def test_samples_have_the_probabilities(masks: int) -> None:
+    density = scrambled(nn.MADEDensity(3, (8,), output="categorical", levels=2, masks=masks))
+    x = density.sample(20000)
+    assert x.shape == (20000, 3)
+    frequency = (x.long() * torch.tensor([4, 2, 1])).sum(1).bincount(minlength=8) / len(x)
+    probability = density.log_prob(torch.cartesian_prod(*[torch.arange(2)] * 3)).exp()
+    # Six standard deviations of a frequency.
+    assert ((frequency - probability).abs() <= 6 * (probability * (1 - probability) / len(x)).sqrt() + 1e-6).all()
+
+
+@pytest.mark.parametrize("output", ["gaussian", "mixture", "bernoulli"])
+def test_samples_have_the_moments(output: str) -> None:
+    density = scrambled(nn.MADEDensity(3, (8, 8), output=output, components=2, context=2, order="random"), 0.5)
+    context = torch.randn(1, 2)
+    x, again = (density.sample(8000, context) for _ in range(2))
+    assert not torch.equal(x, again)
+    # E[-log p] from samples of the model is its entropy: the same from both halves; and samples of another model cost more.
+    log_prob, other = (density.log_prob(a, context.expand(8000, 2)) for a in (x, x.flip(1)))
+    standard_error = (log_prob.std() / 8000**0.5).item()
+    second = density.log_prob(again, context.expand(8000, 2)).mean()
+    assert abs(log_prob.mean() - second) < 8 * standard_error
+    assert log_prob.mean() > other.mean()
+    if output == "gaussian":  # the first feature in order is normal with known moments
+        first = int(density.network.order.argmin())
+        with torch.no_grad():
+            mean, raw = density.network(torch.zeros(1, 3), context)[0, first]
+        assert abs(x[:, first].mean() - mean) < 6 * x[:, first].std() / 8000**0.5
+        scale = (raw / (1 + raw.abs() / math.log(1e3))).exp()
+        torch.testing.assert_close(x[:, first].std(), scale, rtol=0.06, atol=0)
+
+
+def test_training_takes_one_set_of_masks_after_the_other() -> None:
+    density = nn.MADEDensity(4, (8,), output="bernoulli", masks=2, seed=1)
+    x = torch.rand(3, 4).round()
+    with torch.no_grad():
+        first, second, third = (density.train().log_prob(x) for _ in range(3))
+        mean = density.eval().log_prob(x)
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(mean, torch.stack([first, second]).logsumexp(0) - math.log(2))
+    same = nn.MADEDensity(4, (8,), output="bernoulli", masks=2, seed=1)
+    same.load_state_dict(density.state_dict())
+    torch.testing.assert_close(same.eval().log_prob(x), mean)
+    assert copy.deepcopy(density).log_prob(x).equal(mean)
+    density.resample_masks(torch.Generator().manual_seed(9))
+    assert not torch.equal(density.log_prob(x), mean)
+
+
+def test_it_learns() -> None:
+    """Bits of which the last is the parity of the others: a model of independent bits reaches 4 log 2 = 2.77 nats."""
+    bits = torch.cartesian_prod(*[torch.arange(2.0)] * 3)
+    x = torch.cat([bits, bits.sum(1, keepdim=True) % 2], 1)
+    density = nn.MADEDensity(4, (64, 64), output="bernoulli", seed=2)
+    optimizer = torch.optim.Adam(density.parameters(), 1e-2)
+    for _ in range(200):
+        loss = -density(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert abs(loss.item() - 3 * math.log(2)) < 0.05
