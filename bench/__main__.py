@@ -15,7 +15,7 @@ import torch
 
 from flowkern import OPS
 
-from . import glow
+from . import autoregressive, glow
 from .measure import FUSED, Options, Row, measure
 from .report import HEADER, describe, line, write_csv
 from .timing import pages_here
@@ -29,7 +29,8 @@ median and quartiles: of the fused op, of many samples; all variants are sampled
 eager, compile: the time of plain torch code, and of torch.compile of it, over the op's.
 pages: on a CPU whether freed memory stays with the process, on a GPU where the inputs lie (each table says it).
 extra: the most memory the op holds at a time above its inputs and outputs.
-``python -m bench glow`` measures 1x1 convolutions and a whole Glow beside the peers (--help says how).
+``python -m bench glow`` measures 1x1 convolutions and a whole Glow beside the peers, ``python -m bench autoregressive`` the
+inverse of masked autoregressive layers (--help says how).
 The exit code is 1 if a result was wrong (its row says FAILED); a missed target is no error.
 """
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["glow"]:
         return glow.main(argv[1:])
+    if argv[:1] == ["autoregressive"]:
+        return autoregressive.main(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.op if name not in OPS]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import flowkern
-from flowkern import nn, ops
+from flowkern import _backend, nn, ops
 
 ScaleMap = ops.ScaleMap
 OPTIONS: list[dict[str, Any]] = [
@@ -193,7 +194,9 @@ def test_equals_nflows(residual: bool) -> None:
     pytest.importorskip("nflows")
     from nflows.transforms import MaskedAffineAutoregressiveTransform
 
-    theirs = MaskedAffineAutoregressiveTransform(6, 10, num_blocks=2, use_residual_blocks=residual, activation=torch.tanh).double()
+    theirs = MaskedAffineAutoregressiveTransform(
+        6, 10, num_blocks=2, use_residual_blocks=residual, activation=torch.tanh
+    ).double()
     net = theirs.autoregressive_net
     blocks = [linear for b in net.blocks for linear in (b.linear_layers if residual else [b.linear])]
     options = {"activation": "tanh", "residual": residual, "degrees": "cyclic", "scale": ScaleMap.softplus(1e-3)}
@@ -232,3 +235,17 @@ def test_equals_zuko() -> None:
     z = torch.randn(5, 5, dtype=torch.float64)
     close_to(module, lambda v: theirs().inv.call_and_ladj(v), z)
     torch.testing.assert_close(module(z), theirs().call_and_ladj(z))
+
+
+def test_the_bench_compares_and_times(tmp_path: Path) -> None:
+    pytest.importorskip("nflows")
+    pytest.importorskip("zuko")
+    from flowkern.bench import autoregressive
+
+    assert autoregressive.main(["--quick", "--csv", str(tmp_path)]) == 0
+    (table,) = tmp_path.glob("autoregressive-*.csv")
+    variants = {tuple(row.split(",")[1:3]) for row in table.read_text().splitlines()[1:]}
+    inverses = {"dense", "flowkern-torch", "nflows", "zuko"} | ({"flowkern-cpp"} if _backend.native else set())
+    assert variants == {("inverse", v) for v in inverses} | {
+        ("density", v) for v in ("dense", "flowkern-density", "nflows", "zuko")
+    }

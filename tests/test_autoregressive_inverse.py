@@ -204,7 +204,9 @@ def recorded(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any,
 
 
 def detached(value: Any) -> Any:
-    return [detached(v) for v in value] if isinstance(value, list) else value.detach() if isinstance(value, torch.Tensor) else value
+    return (
+        [detached(v) for v in value] if isinstance(value, list) else value.detach() if isinstance(value, torch.Tensor) else value
+    )
 
 
 @needs_native
@@ -427,7 +429,7 @@ def test_bad_input_is_named() -> None:
         inverse(z.long(), parameters, network)
     with pytest.raises(ValueError, match=r"z: expected shape \(..., 4\) for network 0, got \(3, 5\)"):
         inverse(torch.randn(3, 5), parameters, network)
-    with pytest.raises(ValueError, match="parameters: expected 4 .* got 3"):
+    with pytest.raises(ValueError, match=r"parameters: expected 4 .* got 3"):
         inverse(z, parameters[:-1], network)
     with pytest.raises(ValueError, match=r"weight 1 of network 0: expected shape \(8, 6\), got \(8, 5\)"):
         inverse(z, [*parameters[:2], parameters[2][:, :5], parameters[3]], network)

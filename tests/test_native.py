@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(_backend.native is None, reason="the CPU extensi
 
 EVERY_SAMPLE = """
 import torch
-from flowkern import OPS, _backend
+from flowkern import OPS, _backend, ops
+from flowkern.ops import _autoregressive_inverse as autoregressive_inverse
 for isa in _backend.native.isas():
     _backend.native.use_isa(isa)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -28,6 +29,9 @@ for isa in _backend.native.isas():
                 args = [a.detach().requires_grad_() for a in sample.args]
                 y, logabsdet = op.function(*args, **sample.kwargs)
                 (y.sum() + logabsdet.sum()).backward()
+        for sample in autoregressive_inverse._samples("cpu", dtype):
+            x, logabsdet = ops.autoregressive_inverse(*sample.args, **sample.kwargs)
+            assert x.isfinite().all() and logabsdet.isfinite().all()
 print("every sample ran on", *_backend.native.isas())
 """
 

@@ -149,8 +149,8 @@ class InverseAutoregressive(_Autoregressive):
 
     Args:
         gated: x = s z + (1 - s) t with s a sigmoid, which starts near z and keeps states bounded (Kingma et al., eq. 14).
-        scale: None for ``soft_clip(1e-3)``, and with a gate for ``sigmoid()``. The other arguments, attributes and shapes are those
-            of ``MaskedAutoregressive``.
+        scale: None for ``soft_clip(1e-3)``, and with a gate for ``sigmoid()``. The other arguments, attributes and shapes are
+            those of ``MaskedAutoregressive``.
 
     Raises ValueError for what ``MADE`` refuses, a gate whose scale is not a sigmoid, and an input of a wrong shape.
 

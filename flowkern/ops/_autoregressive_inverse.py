@@ -1,7 +1,7 @@
 """The exact inverse of masked autoregressive affine layers, for the work of one pass, and its log-determinant.
 
-A layer f takes x to z: y = x[:, permutation], (u, t) = network(y), z = s(u) y + t (gated: s y + (1 - s) t), L = sum log s. Given z,
-a feature follows from features of lower degree: y_i = (z_i - t_i) / s_i. With the units sorted by degree each sees a
+A layer f takes x to z: y = x[:, permutation], (u, t) = network(y), z = s(u) y + t (gated: s y + (1 - s) t), L = sum log s.
+Given z, a feature follows from features of lower degree: y_i = (z_i - t_i) / s_i. With the units sorted by degree each sees a
 prefix of the layer before; the sweep computes every hidden unit once, as soon as what it sees is known, and reads nothing else.
 
 Gradients are implicit: of the forward only x is kept. With g and l the gradients of x and of logabsdet = -L, and J = dz/dx:
@@ -18,6 +18,7 @@ al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), e
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ Networks = Sequence[AutoregressiveNetwork]
 def _masks(network: AutoregressiveNetwork, device: torch.device) -> list[torch.Tensor]:
     """(out, in) for each linear layer: which weights count."""
     degrees = [torch.tensor(d, device=device) for d in (network.in_degrees, *network.hidden_degrees)]
-    hidden = [after[:, None] >= before for before, after in zip(degrees[:-1], degrees[1:], strict=True)]
+    hidden = [after[:, None] >= before for before, after in itertools.pairwise(degrees)]
     visible = degrees[0][:, None] > degrees[-1]
     output = visible.new_empty((2 * network.features, len(degrees[-1])), dtype=torch.bool)
     for rows in network.output_rows:
@@ -116,7 +117,7 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     def tensors(*networks: AutoregressiveNetwork, dtype: torch.dtype = dtype) -> list[torch.Tensor]:
         found = []
         for network in networks:
-            for columns, rows in zip(network.widths[:-1], network.widths[1:], strict=True):
+            for columns, rows in itertools.pairwise(network.widths):
                 found += [0.5 * randn(rows, columns, dtype=dtype) / columns**0.5, 0.3 * randn(rows, dtype=dtype)]
         return found
 
@@ -128,7 +129,14 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
         yield sample(f"activation-{activation}", randn(5, 4), made(4, 7, 6, activation=activation))
         residual = made(4, 6, 5, 6, activation=activation, residual=True)
         yield sample(f"residual-{activation}", randn(3, 4), residual)
-    maps = (ScaleMap.exp(), ScaleMap.sigmoid(), ScaleMap.sigmoid(1.0, 1e-3), ScaleMap.softplus(), ScaleMap.tanh(2.0), ScaleMap.atan(1.5))
+    maps = (
+        ScaleMap.exp(),
+        ScaleMap.sigmoid(),
+        ScaleMap.sigmoid(1.0, 1e-3),
+        ScaleMap.softplus(),
+        ScaleMap.tanh(2.0),
+        ScaleMap.atan(1.5),
+    )
     for scale, layout in zip(maps, LAYOUTS, strict=True):
         yield sample(f"scale-{scale.kind}-{scale.b}-{layout}", randn(4, 3), made(3, 5, scale=scale, layout=layout))
     gate = ScaleMap.sigmoid(1.0)
@@ -340,14 +348,14 @@ def autoregressive_inverse(
     et al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), eq. 14.
     """
     networks = [networks] if isinstance(networks, AutoregressiveNetwork) else [*networks]
-    given = [None] * len(networks) if contexts is None else [*contexts]
+    given: list[torch.Tensor | None] = [None for _ in networks] if contexts is None else [*contexts]
     _check(z, parameters, networks, given)
     if z.ndim != 2:
         leading = z.shape[:-1]
         flat = [None if c is None else c.flatten(0, -2) for c in given]
         x, logabsdet = autoregressive_inverse(z.reshape(-1, z.shape[-1]), parameters, networks, contexts=flat)
         return x.view(z.shape), logabsdet.view(leading)
-    remaining, tensors = iter(parameters), []
+    remaining, tensors = iter(parameters), list[torch.Tensor]()
     for network, context in zip(networks, given, strict=True):
         tensors += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
     flags = [context is not None for context in given]
@@ -379,7 +387,7 @@ def _check(z: torch.Tensor, parameters: Tensors, networks: Networks, contexts: S
         raise ValueError(f"parameters: expected {expected} (a weight and a bias for each layer), got {len(parameters)}")
     remaining = iter(parameters)
     for i, (network, context) in enumerate(zip(networks, contexts, strict=True)):
-        for layer, (columns, rows) in enumerate(zip(network.widths[:-1], network.widths[1:], strict=True)):
+        for layer, (columns, rows) in enumerate(itertools.pairwise(network.widths)):
             _check_tensor(f"weight {layer} of network {i}", next(remaining), (rows, columns), z)
             _check_tensor(f"bias {layer} of network {i}", next(remaining), (rows,), z)
         if context is not None:

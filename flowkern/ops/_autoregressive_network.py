@@ -10,6 +10,7 @@ Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from bisect import bisect_left, bisect_right
@@ -155,8 +156,8 @@ class AutoregressiveNetwork:
     @property
     def used_weights(self) -> float:
         plan = plans(self.text)[0]
-        used = sum(sum(layer.prefix[: layer.count]) for layer in plan.layers[1:-1]) + 2 * sum(plan.layers[-1].prefix)
-        total = sum(a * b for a, b in zip(self.widths[:-1], self.widths[1:], strict=True))
+        used = sum(sum(layer.prefix[: layer.computed]) for layer in plan.layers[1:-1]) + 2 * sum(plan.layers[-1].prefix)
+        total = sum(a * b for a, b in itertools.pairwise(self.widths))
         return used / max(1, total)
 
 
@@ -203,7 +204,7 @@ class Layer(NamedTuple):
     ends: list[int]  # ends[t]: units of stages below t, for t = 0 .. depth
 
     @property
-    def count(self) -> int:
+    def computed(self) -> int:
         """The units that the inverse computes: the others depend on the last features, which nothing sees."""
         return self.ends[-1]
 
@@ -276,7 +277,7 @@ def _panels(layers: list[Layer], depth: int) -> list[Panel]:
         while end < depth and max(layer.ends[end] - layer.ends[begin] for layer in layers) < PANEL_ROWS:
             end += 1
         known = []
-        for before, layer in zip(layers[:-1], layers[1:], strict=True):
+        for before, layer in itertools.pairwise(layers):
             first = layer.ends[begin]
             known.append(min(before.ends[begin], layer.prefix[first]) if first < layer.ends[end] else 0)
         panels.append(Panel(begin, end, known))

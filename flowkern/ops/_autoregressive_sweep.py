@@ -25,7 +25,9 @@ class Parameters(NamedTuple):
     context: torch.Tensor | None  # (B, units of the first layer after the features)
 
 
-def parameters_of(tensors: Sequence[torch.Tensor], networks: Sequence[AutoregressiveNetwork], contexts: Sequence[bool]) -> list[Parameters]:
+def parameters_of(
+    tensors: Sequence[torch.Tensor], networks: Sequence[AutoregressiveNetwork], contexts: Sequence[bool]
+) -> list[Parameters]:
     """The flat list of tensors by network: (weight, bias) of each layer, and then the context's term where there is one."""
     remaining, found = iter(tensors), []
     for network, context in zip(networks, contexts, strict=True):
@@ -65,7 +67,9 @@ def _orders(plan: Plan, device: torch.device) -> list[torch.Tensor]:
     """The units at each place, by layer, as far as they are computed; of the last layer the rows of u and t by turns."""
     raw, shift = plan.network.output_rows
     rows = [row for i in plan.layers[-1].order for row in (raw[i], shift[i])]
-    return [torch.tensor(order, device=device) for order in (*(layer.order[: layer.count] for layer in plan.layers[:-1]), rows)]
+    return [
+        torch.tensor(order, device=device) for order in (*(layer.order[: layer.computed] for layer in plan.layers[:-1]), rows)
+    ]
 
 
 def _ends(plan: Plan, layer: int, step: int) -> int:
@@ -87,7 +91,7 @@ def invert(z: torch.Tensor, plan: Plan, parameters: Parameters) -> tuple[torch.T
     orders = _orders(plan, z.device)
     z = z.index_select(0, orders[0])
     # Before and after the activation. What is not known yet is never read.
-    before = [z.new_empty((layer.count, z.shape[1])) for layer in plan.layers[:-1]]
+    before = [z.new_empty((layer.computed, z.shape[1])) for layer in plan.layers[:-1]]
     kept = [network.residual and i % 2 == 1 and network.activated(i) for i in range(last)]
     values = [torch.empty_like(a) if keep else a for a, keep in zip(before, kept, strict=True)]
     before.append(z.new_empty((2 * network.features, z.shape[1])))
@@ -197,10 +201,10 @@ def pull_back(
 def _visible(plan: Plan, layer: int, device: torch.device) -> torch.Tensor:
     """(rows, columns) of the sorted weights: which count."""
     rows, columns = plan.layers[layer], plan.layers[layer - 1]
-    prefix = torch.tensor(rows.prefix[: rows.count], device=device)
+    prefix = torch.tensor(rows.prefix[: rows.computed], device=device)
     if layer == len(plan.layers) - 1:
         prefix = prefix.repeat_interleave(2)
-    return torch.arange(columns.count, device=device) < prefix[:, None]
+    return torch.arange(columns.computed, device=device) < prefix[:, None]
 
 
 def _pass(
