@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -98,36 +99,52 @@ def test_a_chain_runs_in_one_call(kind: type, monkeypatch: pytest.MonkeyPatch) -
     order = torch.tensor([3, 0, 4, 1, 2])
     layers = [
         nn.Permutation(order),
-        layer(kind, context=2),
+        layer(kind),
         nn.Permutation.reverse(5),
         nn.Permutation(order),
         layer(kind, residual=True, hidden=(6, 4)),
         layer(kind, order="random", seed=3),
         nn.Permutation(order),
     ]
-    compose = nn.Compose(*layers)
-    x, context = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
-    slow = (lambda: [compose.inverse(x, None)]) if kind is nn.MaskedAutoregressive else (lambda: [compose(x, None)])
-    with pytest.raises(ValueError, match="context"):
-        slow()
-    layers[1] = layer(kind)
-    compose = nn.Compose(*layers)
-    expected = compose.inverse(x) if kind is nn.MaskedAutoregressive else compose(x)
-    chain = nn.AutoregressiveChain.find(layers)
-    assert chain is not None
+    x, inverse = torch.randn(4, 5, dtype=torch.float64), kind is nn.MaskedAutoregressive
+    expected, total = x, torch.zeros(4, dtype=torch.float64)
+    for bijection in reversed(layers) if inverse else layers:
+        expected, logabsdet = bijection.inverse(expected) if inverse else bijection(expected)
+        total = total + logabsdet
     calls = []
     single = ops.autoregressive_inverse
     monkeypatch.setattr(ops, "autoregressive_inverse", lambda *a, **k: (calls.append(1), single(*a, **k))[1])
-    torch.testing.assert_close(chain(x), expected)
-    assert len(calls) == 1
-    conditional = [layer(kind, context=2), nn.Permutation(order), layer(kind)]
-    chain = nn.AutoregressiveChain.find(conditional)
-    assert chain is not None
-    assert chain(x, context)[0].shape == x.shape
-    assert nn.AutoregressiveChain.find([nn.Permutation(order)]) is None
-    assert nn.AutoregressiveChain.find([layer(kind), nn.ActNorm(5)]) is None
-    both = [layer(nn.MaskedAutoregressive), layer(nn.InverseAutoregressive)]
-    assert nn.AutoregressiveChain.find(both) is None
+    compose = nn.Compose(*layers)
+    for _ in range(2):
+        actual, logabsdet = compose.inverse(x) if inverse else compose(x)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(logabsdet, total)
+    assert len(calls) == 2
+    assert len(list(copy.deepcopy(compose).parameters())) == len(list(compose.parameters()))
+    # Other orders, as a state_dict may bring them.
+    with torch.no_grad():
+        layers[3].order.copy_(torch.tensor([1, 0, 2, 4, 3]))
+    back = compose(compose.inverse(x)[0])[0] if inverse else compose.inverse(compose(x)[0])[0]
+    torch.testing.assert_close(back, x)
+
+
+@pytest.mark.parametrize("kind", [nn.MaskedAutoregressive, nn.InverseAutoregressive])
+def test_a_chain_with_contexts_and_others_between(kind: type[nn.Bijection], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, context = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    calls = []
+    single = ops.autoregressive_inverse
+    monkeypatch.setattr(ops, "autoregressive_inverse", lambda *a, **k: (calls.append(1), single(*a, **k))[1])
+    conditional = [layer(kind, context=2) for _ in range(4)]
+    compose = nn.Compose(*conditional[:2], nn.ActNorm(5).double(), *conditional[2:]).eval()
+    for inverse in (False, True):
+        y = compose.inverse(x, context)[0] if inverse else compose(x, context)[0]
+        back = compose(y, context)[0] if inverse else compose.inverse(y, context)[0]
+        torch.testing.assert_close(back, x)
+    assert len(calls) == 2 * 2
+    with pytest.raises(ValueError, match="context"):
+        compose.inverse(x) if kind is nn.MaskedAutoregressive else compose(x)
+    with pytest.raises(ValueError, match="context"):
+        nn.Compose(layer(kind, context=2), layer(kind)).inverse(x, context)
 
 
 def test_other_masks_are_followed() -> None:

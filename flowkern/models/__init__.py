@@ -1,5 +1,7 @@
 """Models: flows that know their configuration, by name, and their checkpoints."""
 
+from ._autoregressive import IAF as IAF
+from ._autoregressive import MAF as MAF
 from ._checkpoint import load as load
 from ._checkpoint import read_checkpoint as read_checkpoint
 from ._checkpoint import save as save

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ._autoregressive import IAF, MAF
 from ._glow import Glow
 from ._model import FlowModel
 from ._nice import NICE
@@ -13,7 +14,7 @@ from ._realnvp import RealNVP
 __all__ = ["MODELS", "PRESETS", "build", "name_of"]
 
 #: Every model by the name that checkpoints and the command line use.
-MODELS: dict[str, type[FlowModel]] = {"nice": NICE, "realnvp": RealNVP, "glow": Glow}
+MODELS: dict[str, type[FlowModel]] = {"nice": NICE, "realnvp": RealNVP, "glow": Glow, "maf": MAF, "iaf": IAF}
 
 #: Named settings: (model, preset) -> keyword arguments of the model's constructor, besides the shape.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {

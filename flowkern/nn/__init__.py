@@ -1,7 +1,6 @@
 """Layers of normalizing flows: bijections, base distributions, conditioner networks, and ``Flow`` that joins them."""
 
 from ._actnorm import ActNorm as ActNorm
-from ._autoregressive import AutoregressiveChain as AutoregressiveChain
 from ._autoregressive import InverseAutoregressive as InverseAutoregressive
 from ._autoregressive import MaskedAutoregressive as MaskedAutoregressive
 from ._base import Base as Base

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from ._conditioner import _check_context
 from ._made import MADE, Degrees
 from ._permutation import Permutation
 
-__all__ = ["AutoregressiveChain", "InverseAutoregressive", "MaskedAutoregressive"]
+__all__ = ["Chains", "InverseAutoregressive", "MaskedAutoregressive"]
 
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 _SIGMOID = ops.ScaleMap.sigmoid()
@@ -181,52 +182,86 @@ class InverseAutoregressive(_Autoregressive):
         return self.parallel(z, context)
 
 
-class AutoregressiveChain:
-    """The slow direction of autoregressive layers and permutations one after the other, in one call of the op.
+class _Chain(Bijection):
+    """Autoregressive layers and the permutations between them: their slow direction, whichever it is, in one call of the op.
 
-    ``find(bijections)`` gives the chain for bijections as ``Compose`` takes them, or None if they are none:
-    ``MaskedAutoregressive`` layers (then the call is Compose's ``inverse``) or ``InverseAutoregressive`` ones (its
-    ``forward``), not both, with any number of ``Permutation`` among them. Called as ``chain(y, context) -> (y', logabsdet)``.
+    The first and the last of ``bijections`` are layers.
     """
 
-    def __init__(self, layers: list[_Autoregressive], permutations: list[list[int]], last: list[int]):
-        self.layers, self._permutations, self._last = layers, permutations, last
-        self._found: list[ops.AutoregressiveNetwork] = []
-        self._networks: list[ops.AutoregressiveNetwork] = []
-
-    @classmethod
-    def find(cls, bijections: Sequence[nn.Module]) -> AutoregressiveChain | None:
-        kinds = {type(b) for b in bijections if not isinstance(b, Permutation)}
-        if kinds not in ({MaskedAutoregressive}, {InverseAutoregressive}):
-            return None
-        # In the order of the parallel direction: for inverse autoregressive layers that is Compose's inverse.
-        backwards = kinds == {InverseAutoregressive}
-        layers: list[_Autoregressive] = []
-        permutations: list[list[int]] = []
+    def __init__(self, bijections: Sequence[nn.Module]):
+        super().__init__()
+        # In the order of the parallel direction: for inverse autoregressive layers that is the inverse of a Compose.
+        backwards = any(isinstance(b, InverseAutoregressive) for b in bijections)
+        self._layers: list[_Autoregressive] = []  # a plain list: they belong to their Compose
+        self._permutations: list[list[int]] = []
         pending: list[int] = []
         for bijection in reversed(bijections) if backwards else bijections:
             if isinstance(bijection, Permutation):
                 order = (bijection.order.argsort() if backwards else bijection.order).tolist()
                 pending = [pending[i] for i in order] if pending else order
             else:
-                layers.append(cast(_Autoregressive, bijection))
-                permutations.append(pending)
+                self._layers.append(cast(_Autoregressive, bijection))
+                self._permutations.append(pending)
                 pending = []
-        return cls(layers, permutations, pending)
+        self._found: list[ops.AutoregressiveNetwork] = []
+        self._networks: list[ops.AutoregressiveNetwork] = []
 
     def networks(self) -> list[ops.AutoregressiveNetwork]:
         """Those of the layers with the permutations before them, in the order of the parallel direction."""
-        current = [layer.network for layer in self.layers]
+        current = [layer.network for layer in self._layers]
         if len(current) != len(self._found) or any(a is not b for a, b in zip(current, self._found, strict=True)):
             pairs = zip(current, self._permutations, strict=True)
             self._networks = [dataclasses.replace(n, permutation=tuple(p)) if p else n for n, p in pairs]
             self._found = current
         return self._networks
 
-    def __call__(self, y: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        self.layers[-1]._check(y)
-        if self._last:
-            y = torch.empty_like(y).index_copy(1, torch.tensor(self._last, device=y.device), y)
-        parameters = [t for layer in self.layers for t in layer.parameters_of_layers()]
-        contexts = [layer.context_term(y, context if layer.made.context is not None else None) for layer in self.layers]
-        return ops.autoregressive_inverse(y, parameters, self.networks(), contexts=contexts)
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        self._layers[-1]._check(x)
+        parameters = [t for layer in self._layers for t in layer.parameters_of_layers()]
+        contexts = [layer.context_term(x, context) for layer in self._layers]
+        return ops.autoregressive_inverse(x, parameters, self.networks(), contexts=contexts)
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        return self(z, context)
+
+
+class Chains:
+    """The autoregressive layers of one ``Compose`` that follow each other, two or more, with or without permutations among them.
+
+    They are found once, and again when the bijections or the orders of the permutations are others.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bool, tuple[list[Any], list[Bijection]]] = {}
+
+    def joined(self, bijections: Sequence[Bijection], inverse: bool) -> Sequence[Bijection]:
+        """``bijections`` in the order of ``Compose.forward``, each such run as one if ``inverse`` is its slow direction."""
+        slow = MaskedAutoregressive if inverse else InverseAutoregressive
+        if torch.compiler.is_compiling() or sum(type(b) is slow for b in bijections) < 2:
+            return bijections
+        key = [(id(b), _order_of(b)) for b in bijections]
+        known = self._known.get(inverse)
+        if known is None or known[0] != key:
+            known = self._known[inverse] = key, _joined(bijections, slow)
+        return known[1]
+
+
+def _order_of(bijection: nn.Module) -> Any:
+    """What tells whether a permutation is another one than before: its values, or where reading them waits, their version."""
+    if not isinstance(bijection, Permutation):
+        return None
+    return bijection.order.tolist() if bijection.order.is_cpu else bijection.order._version
+
+
+def _joined(bijections: Sequence[Bijection], slow: type[_Autoregressive]) -> list[Bijection]:
+    found: list[Bijection] = []
+    for belongs, group in itertools.groupby(bijections, lambda b: type(b) in (slow, Permutation)):
+        members = list(group)
+        layers = [i for i, b in enumerate(members) if type(b) is slow]
+        if belongs and len(layers) > 1:
+            # Permutations before the first layer and after the last one stay what they are.
+            first, last = layers[0], layers[-1] + 1
+            found += [*members[:first], _Chain(members[first:last]), *members[last:]]
+        else:
+            found += members
+    return found
