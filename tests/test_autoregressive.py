@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ OPTIONS: list[dict[str, Any]] = [
     {"context": 3, "degrees": "cyclic"},
     {"context": 3, "order": torch.tensor([2, 0, 1, 4, 3]), "degrees": "random"},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Steps are so small that threads would only wait for each other; the test of threads asks for its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def layer(kind: type, features: int = 5, **options: Any) -> Any:

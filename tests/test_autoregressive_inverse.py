@@ -24,6 +24,15 @@ needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU exten
 Tensors = tuple[torch.Tensor, ...]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Steps are so small that threads would only wait for each other; the test of threads asks for its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def samples(dtype: torch.dtype = torch.float64) -> list[Sample]:
     torch.manual_seed(0)
     return [*op._samples("cpu", dtype)]

@@ -161,6 +161,23 @@ void solve(int scale, double a, double b, const A* u, const A* t, const A* z, bo
 
 // --- the weights in the order of use ---
 
+// n elements of a tensor from `offset` on, `stride` apart or where `index` says.
+template <class A>
+void read(const Tensor& t, int64_t offset, int64_t stride, const int32_t* index, int64_t n, A* to) {
+  Operand o;
+  o.data = t.data;
+  o.dtype = t.dtype;
+  load_rows(o, offset, stride, index, n, 0, 1, to);
+}
+
+template <class A>
+void write(const Tensor& t, int64_t offset, int64_t stride, int64_t n, const A* from) {
+  Operand o;
+  o.data = t.data;
+  o.dtype = t.dtype;
+  store_rows(o, offset, stride, nullptr, n, 0, 1, from);
+}
+
 bool identity(const int32_t* order, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     if (order[i] != i) return false;
@@ -190,11 +207,7 @@ struct Network {
       in_order[i - 1] = identity(before.order, before.count);
       bias[i - 1] = to;
       const Tensor& from = g.tensors[2 * (i - 1) + 1];
-      each_row(i, 0, layer.count, [&](int64_t row) {
-        with_dtype(from.dtype, [&](auto* type) {
-          load_run(reinterpret_cast<decltype(type)>(from.data) + row * from.stride[0], 0, nullptr, 1, to++);
-        });
-      });
+      each_row(i, 0, layer.count, [&](int64_t row) { read(from, row * from.stride[0], 0, nullptr, 1, to++); });
     }
     for (int64_t p = 0; p < plan.panels; ++p) {
       int64_t size = 0;
@@ -237,13 +250,10 @@ struct Network {
       const int32_t* index = in_order[i - 1] ? nullptr : plan.layers[i - 1].order;
       const int64_t size = row_size(panel, i);
       int64_t count = 0;
-      with_dtype(weight.dtype, [&](auto* type) {
-        const auto* from = reinterpret_cast<decltype(type)>(weight.data);
-        each_row(i, begin(panel, i), end(panel, i), [&](int64_t row) {
-          const int64_t place = begin(panel, i) + count++ / plan.rows(i);
-          load_run(from + row * weight.stride[0], weight.stride[1], index, plan.layers[i].prefix[place], to);
-          to += size;
-        });
+      each_row(i, begin(panel, i), end(panel, i), [&](int64_t row) {
+        const int64_t place = begin(panel, i) + count++ / plan.rows(i);
+        read(weight, row * weight.stride[0], weight.stride[1], index, plan.layers[i].prefix[place], to);
+        to += size;
       });
     }
   }
@@ -354,13 +364,10 @@ struct State {
   void add_context(int64_t panel, A* out, int64_t first, int64_t samples) const {
     const Tensor& context = network.given.context;
     const Buffer<A> row(width);
-    with_dtype(context.dtype, [&](auto* type) {
-      const auto* from = reinterpret_cast<decltype(type)>(context.data) + first * context.stride[0];
-      network.each_row(1, network.begin(panel, 1), network.end(panel, 1), [&](int64_t unit) {
-        load_run(from + unit * context.stride[1], context.stride[0], nullptr, samples, row + 0);
-        for (int64_t j = 0; j < samples; ++j) out[j] += row[j];
-        out += width;
-      });
+    network.each_row(1, network.begin(panel, 1), network.end(panel, 1), [&](int64_t unit) {
+      read(context, first * context.stride[0] + unit * context.stride[1], context.stride[0], nullptr, samples, row + 0);
+      for (int64_t j = 0; j < samples; ++j) out[j] += row[j];
+      out += width;
     });
   }
 };
@@ -368,21 +375,15 @@ struct State {
 // Features of samples [first, first + n), sample by sample in the tensor, [feature][width] in the tile; zeros beyond them.
 template <class A>
 void read_tile(const Tensor& t, int64_t first, int64_t n, A* to, int64_t width) {
-  with_dtype(t.dtype, [&](auto* type) {
-    const auto* from = reinterpret_cast<decltype(type)>(t.data) + first * t.stride[0];
-    for (int64_t d = 0; d < t.size[1]; ++d) {
-      load_run(from + d * t.stride[1], t.stride[0], nullptr, n, to + d * width);
-      for (int64_t j = n; j < width; ++j) to[d * width + j] = A(0);
-    }
-  });
+  for (int64_t d = 0; d < t.size[1]; ++d, to += width) {
+    read(t, first * t.stride[0] + d * t.stride[1], t.stride[0], nullptr, n, to);
+    for (int64_t j = n; j < width; ++j) to[j] = A(0);
+  }
 }
 
 template <class A>
 void write_tile(const A* from, int64_t width, const Tensor& t, int64_t first, int64_t n) {
-  with_dtype(t.dtype, [&](auto* type) {
-    auto* to = reinterpret_cast<decltype(type)>(t.data) + first * t.stride[0];
-    for (int64_t d = 0; d < t.size[1]; ++d) store_run(from + d * width, to + d * t.stride[1], t.stride[0], nullptr, n);
-  });
+  for (int64_t d = 0; d < t.size[1]; ++d) write(t, first * t.stride[0] + d * t.stride[1], t.stride[0], n, from + d * width);
 }
 
 template <class A>

@@ -283,11 +283,10 @@ class _AutoregressiveInverse(torch.autograd.Function):
             grad = torch.zeros_like(x)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dz, *grads = _differentiate(grad, grad_logabsdet, x, tensors, ctx.text, ctx.contexts)
-        else:
-            needs = any(ctx.needs_input_grad[3:])
-            dz, grads = _backward(grad, grad_logabsdet, x, tensors, ctx.text, ctx.contexts, needs)
-            grads = grads if needs else [None] * len(tensors)
-        return dz, None, None, *grads
+            return dz, None, None, *grads
+        needs = any(ctx.needs_input_grad[3:])
+        dz, grads = _backward(grad, grad_logabsdet, x, tensors, ctx.text, ctx.contexts, needs)
+        return dz, None, None, *(grads if needs else (None for _ in tensors))
 
 
 def _differentiate(
@@ -355,7 +354,8 @@ def autoregressive_inverse(
         flat = [None if c is None else c.flatten(0, -2) for c in given]
         x, logabsdet = autoregressive_inverse(z.reshape(-1, z.shape[-1]), parameters, networks, contexts=flat)
         return x.view(z.shape), logabsdet.view(leading)
-    remaining, tensors = iter(parameters), list[torch.Tensor]()
+    remaining = iter(parameters)
+    tensors: list[torch.Tensor] = []
     for network, context in zip(networks, given, strict=True):
         tensors += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
     flags = [context is not None for context in given]
