@@ -41,10 +41,10 @@ class _AutoregressiveFlow(FlowModel):
         hidden: Sequence[int],
         permutation: str,
         seed: int,
-        batch_norm: bool,
         preprocess: Mapping[str, Any] | None,
         context: int | None,
         scale: ops.ScaleMap | Mapping[str, Any],
+        batch_norm: bool = False,
         base: nn.Base | None = None,
         further: Mapping[str, Any] | None = None,
         **network: Any,
@@ -65,7 +65,7 @@ class _AutoregressiveFlow(FlowModel):
                 built.append(nn.BatchNormFlow(features))
             built += permuted
         config = {"shape": list(sizes), "layers": layers, "hidden": [*hidden], "permutation": permutation, "seed": seed}
-        config |= {"batch_norm": batch_norm, "preprocess": preprocess, "context": context, "scale": dataclasses.asdict(scale)}
+        config |= {"preprocess": preprocess, "context": context, "scale": dataclasses.asdict(scale)}
         super().__init__(nn.Compose(*built), config | network | dict(further or {}), base)
 
 
@@ -122,7 +122,7 @@ class MAF(_AutoregressiveFlow):
             preprocess=preprocess,
             context=context,
             base=None if components is None else nn.Mixture(math.prod(sizes), components),
-            further={"components": components},
+            further={"batch_norm": batch_norm, "components": components},
         )
 
 
@@ -165,7 +165,6 @@ class IAF(_AutoregressiveFlow):
             gated=gated,
             permutation=permutation,
             seed=seed,
-            batch_norm=False,
             preprocess=preprocess,
             context=context,
         )
