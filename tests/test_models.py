@@ -36,6 +36,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "realnvp",
         {**models.PRESETS["realnvp", "digits-recipe"], "shape": (1, 2, 4), "hidden": 8, "couplings": 2},
     ),
+    "maf-vector": ("maf", {"shape": 5, "layers": 2, "hidden": [8, 6]}),
+    "maf-image-context": (
+        "maf",
+        {"shape": (1, 2, 3), "layers": 3, "hidden": [8], "context": 2, "permutation": "random", "preprocess": {"logit": 0.05}},
+    ),
+    "iaf-gated": ("iaf", {"shape": 5, "layers": 2, "hidden": [8, 6], "residual": True, "activation": "elu", "gated": True}),
 }
 
 
