@@ -1,4 +1,4 @@
-"""``python -m bench glow``: 1x1 convolutions and a whole Glow, beside the peers, in one process.
+"""``python -m bench glow``: 1x1 convolutions, a step of Glow and a whole one, beside the peers, in one process.
 
 Every variant computes the same function: weights are copied over, and results are compared before anything is timed.
 Peers that are not installed (``pip install nflows normflows``) are left out.
@@ -33,6 +33,8 @@ Call = Callable[[], Any]
 
 #: (batch, C, H, W): the levels of Glows on images of 32, 64 and 128 pixels.
 SIZES = ((32, 12, 32, 32), (32, 48, 16, 16), (32, 48, 32, 32), (32, 96, 16, 16), (32, 192, 8, 8))
+#: The same of the states between two steps, from the cache's size to far beyond it.
+BOUNDARIES = ((32, 12, 16, 16), (32, 24, 8, 8), (16, 12, 64, 64))
 FLOWKERN = "flowkern"
 
 
@@ -161,6 +163,35 @@ def one_by_one(size: tuple[int, int, int, int], seconds: float) -> Iterator[dict
     yield from timed(case, "forward", {"conv2d": bare, **forward}, failures, "conv2d", seconds)
     inverse = {name: without_grad(layer.inverse, x) for name, layer in good.items()}
     yield from timed(case, "inverse", {"conv2d": bare, **inverse}, failures, "conv2d", seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The boundary between two steps
+
+
+def boundary(size: tuple[int, int, int, int], hidden: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of one ``GlowStep``: whole, without its network, and what one pass over a coupling and the next linear map would save.
+
+    Fused, the coupling's result would be neither written nor read again, nor would its gradient: two copies of the state.
+    """
+    torch.manual_seed(0)
+    x, grad, copies = torch.randn(size), torch.randn(size), (torch.empty(size), torch.empty(size))
+    step = nn.GlowStep(size[1], conditioner(size[1], hidden))
+    step(x)
+    linear, coupling = step.bijections[0], step.coupling
+    inputs = [t.requires_grad_() for t in (x.clone(), torch.randn(size))] + [*linear.parameters()]
+
+    def without_network() -> Any:
+        y, first = linear(inputs[0])
+        z, second = coupling.couple(y, inputs[1], inverse=False)
+        return torch.autograd.grad((z, (first + second).sum()), inputs, (grad, torch.ones(())))
+
+    calls = {
+        "step": training_call(step, x, grad),
+        "step-without-network": without_network,
+        "two-copies": lambda: [to.copy_(x) for to in copies],
+    }
+    yield from timed("boundary-" + "x".join(map(str, size)), "forward+backward", calls, {}, "step", seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 1 if a result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench glow", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few samples and small sizes: to see that it works, not to quote")
-    parser.add_argument("--only", choices=("1x1", "model"), help="one half of it")
+    parser.add_argument("--only", choices=("1x1", "boundary", "model"), help="one part of it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
     folder: dict[str, Any] = {"nargs": "?", "type": Path, "const": Path("bench/results"), "metavar": "DIR"}
     parser.add_argument("--csv", help="write glow-DEVICE.csv there", **folder)
@@ -365,10 +396,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     sizes = ((2, 12, 8, 8),) if arguments.quick else SIZES
-    if arguments.only != "model":
+    seconds = 0.2 if arguments.quick else 5.0
+    if arguments.only in (None, "1x1"):
         for size in sizes:
-            yield from one_by_one(size, 0.2 if arguments.quick else 5.0)
-    if arguments.only == "1x1":
+            yield from one_by_one(size, seconds)
+    if arguments.only in (None, "boundary"):
+        for size in ((2, 12, 8, 8),) if arguments.quick else BOUNDARIES:
+            yield from boundary(size, 8 if arguments.quick else 128, seconds)
+    if arguments.only not in (None, "model"):
         return
     if not installed("normflows"):
         print("normflows is not installed: the whole model is left out", file=sys.stderr)

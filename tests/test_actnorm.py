@@ -243,7 +243,7 @@ def test_ranks_initialize_alike_from_all_samples(tmp_path) -> None:
     command = [sys.executable, str(tmp_path / "rank.py")]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
     for process in ranks:
-        errors = process.communicate(timeout=120)[1]
+        errors = process.communicate(timeout=300)[1]
         assert process.returncode == 0, errors
         assert "NaN or infinity in 3 of 3 channels" in errors
         assert "at least 2 samples, got 1" in errors

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flowkern import models, nn, ops
+from flowkern import _backend, models, nn, ops
 
 BOUNDED = ops.ScaleMap.tanh(0.5)
 
@@ -201,6 +201,24 @@ def test_glow_evaluates_each_conditioner_once_in_the_backward() -> None:
             module.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     model(x).mean().backward()
     assert calls == [False] * 6 + [True] * 6
+
+
+@pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
+def test_a_step_of_glow_runs_each_kernel_once_in_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its inverse and its gradient: what it computed in the forward is at hand."""
+    step = nn.Compose(nn.GlowStep(4, network(2, 4)), memory="reversible")
+    z, logabsdet = step(torch.randn(3, 4, 4, 4))
+    called: list[str] = []
+    native = _backend.call_native
+
+    def watched(name: str, *args: Any) -> None:
+        called.append(name)
+        native(name, *args)
+
+    monkeypatch.setattr(_backend, "call_native", watched)
+    (z.sum() + logabsdet.sum()).backward()
+    once = [f"{op}_{part}" for op in ("affine_coupling", "invertible_linear", "plu_weight") for part in ("backward", "forward")]
+    assert sorted(called) == once
 
 
 def test_layers_without_a_step_of_their_own_use_the_default() -> None:
@@ -821,7 +839,7 @@ def test_a_compiled_stack_breaks_its_graph_and_is_right() -> None:
 
 def test_two_processes_under_ddp(tmp_path: Path) -> None:
     script = Path(__file__).with_name("reversible_ddp.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(reversible_ddp.WORLD)]
     for found in ranks:

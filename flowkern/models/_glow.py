@@ -173,7 +173,7 @@ class Glow(FlowModel):
         if self.training and not all(layer.known for layer in self._actnorms):
             self._initialize_from(x, context)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def _initialize_from(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
         waiting = [layer for layer in self._actnorms if not layer.is_initialized()]

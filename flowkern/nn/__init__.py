@@ -8,6 +8,7 @@ from ._base import Base as Base
 from ._base import DiagonalNormal as DiagonalNormal
 from ._base import Mixture as Mixture
 from ._base import StandardNormal as StandardNormal
+from ._batch_norm import BatchNormFlow as BatchNormFlow
 from ._bijection import Bijection as Bijection
 from ._compose import Compose as Compose
 from ._conditioner import ACTIVATIONS as ACTIVATIONS

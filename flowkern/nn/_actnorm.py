@@ -61,7 +61,7 @@ class ActNorm(Bijection):
         if self.training and not self.known:
             self._initialize(x)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def _initialize(self, x: torch.Tensor) -> None:
         if self.is_initialized():

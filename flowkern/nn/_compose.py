@@ -112,7 +112,7 @@ def _flattened(bijection: Bijection) -> Iterator[Bijection]:
 
 
 # Compiling what is inside piece by piece would draw other dropout masks in the forward than in the backward, which is eager.
-@torch.compiler.disable
+@torch._disable_dynamo
 def _run_reversible(keeper: Keeper, bijection: Bijection, x: torch.Tensor, context: torch.Tensor | None, inverse: bool) -> Pair:
     """Chains of bijections go to the keeper; a container among them walks, and each of its parts comes here again."""
     total = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))

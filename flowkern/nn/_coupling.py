@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .. import ops
+from ..ops._affine_coupling import undo
 from ..ops._parametrization import named_layout
 from ..ops._split import SPLITS, FeatureMask, Split, conditioner_input
 from ._bijection import Bijection, Pair, Replay
@@ -34,6 +37,12 @@ class _Coupling(Bijection):
         """The op itself, with the conditioner's output."""
         raise NotImplementedError(f"{type(self).__name__} has no couple")
 
+    def uncouple(self, y: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, Pair]:
+        """The x, a leaf, that ``couple`` makes y of, and the result of ``couple`` as a function of x and params."""
+        x = self.couple(y, params.detach(), not inverse)[0].detach().requires_grad_()
+        with torch.enable_grad():
+            return x, self.couple(x, params, inverse)
+
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         return self.couple(x, self.condition(x, context), inverse=False)
 
@@ -46,9 +55,8 @@ class _Coupling(Bijection):
         kept = y.detach().requires_grad_()
         with torch.enable_grad():
             params = self.condition(kept, context)
-        x = self.couple(y, params.detach(), not inverse)[0].detach().requires_grad_()
-        with torch.enable_grad():
-            replay.differentiate(*self.couple(x, params, inverse), x, kept)
+        x, coupled = self.uncouple(y, params, inverse)
+        replay.differentiate(*coupled, x, kept)
         return x.detach()
 
 
@@ -83,16 +91,14 @@ class AffineCoupling(_Coupling):
         self.layout = named_layout(layout).name
         self.shift_first = shift_first
 
+    def _settings(self) -> dict[str, Any]:
+        return {"split": self.split, "scale": self.scale, "layout": self.layout, "shift_first": self.shift_first}
+
     def couple(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
-        return ops.affine_coupling(
-            x,
-            params,
-            split=self.split,
-            scale=self.scale,
-            layout=self.layout,
-            shift_first=self.shift_first,
-            inverse=inverse,
-        )
+        return ops.affine_coupling(x, params, inverse=inverse, **self._settings())
+
+    def uncouple(self, y: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, Pair]:
+        return undo(y, params, inverse=inverse, **self._settings())
 
     def extra_repr(self) -> str:
         return f"split={self.split!r}, scale={self.scale}, layout={self.layout!r}, shift_first={self.shift_first}"

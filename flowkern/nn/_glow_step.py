@@ -10,7 +10,7 @@ from torch import nn
 from .. import ops
 from ..ops._split import Split
 from ._actnorm import ActNorm
-from ._bijection import Bijection, Pair
+from ._bijection import Bijection, Pair, Replay
 from ._compose import Compose
 from ._coupling import AffineCoupling
 from ._invertible_linear import InvertibleConv1x1
@@ -39,6 +39,11 @@ class NormalizedLinear(Bijection):
     def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         self.actnorm.check_shape(z)
         return self.linear.folded(z, inverse=True, log_scale=self.actnorm.log_scale, shift=self.actnorm.shift)
+
+    def backward_step(self, y: torch.Tensor, context: torch.Tensor | None, replay: Replay, inverse: bool = False) -> torch.Tensor:
+        if inverse:
+            return super().backward_step(y, context, replay, inverse)
+        return self.linear.backward_folded(y, replay, log_scale=self.actnorm.log_scale, shift=self.actnorm.shift)
 
 
 class GlowStep(Compose):

@@ -9,7 +9,9 @@ from torch import nn
 
 from .. import ops
 from ..ops._checks import accumulation_dtype
-from ._bijection import Bijection, Pair
+from ..ops._invertible_linear import undo
+from ..ops._plu_weight import compact_plu
+from ._bijection import Bijection, Pair, Replay
 
 __all__ = ["PARAMETRIZATIONS", "InvertibleConv1x1", "InvertibleLinear"]
 
@@ -53,11 +55,7 @@ class _PLU(nn.Module):
         self.register_buffer("permutation", p.argmax(1))
 
     def forward(self) -> Weight:
-        lu = self.lu.to(accumulation_dtype(self.lu))
-        log_diagonal = lu.diagonal()
-        # Dynamo refuses one tensor as two inputs of an autograd Function.
-        upper = lu.view_as(lu) if torch.compiler.is_compiling() else lu
-        return ops.plu_weight(lu, upper, log_diagonal, self.sign, self.permutation), log_diagonal.sum()
+        return compact_plu(self.lu.to(accumulation_dtype(self.lu)), self.sign, self.permutation)
 
 
 class _Householder(nn.Module):
@@ -199,6 +197,13 @@ class InvertibleLinear(Bijection):
         self, x: torch.Tensor, inverse: bool, log_scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> Pair:
         """The layer on exp(log_scale) x + shift as one linear map: W' = W diag(exp(log_scale)), b' = W shift + b."""
+        weight, bias, logabsdet, weight_inverse = self._fold(inverse, log_scale, shift)
+        return ops.invertible_linear(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=logabsdet)
+
+    def _fold(
+        self, inverse: bool, log_scale: torch.Tensor | None, shift: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """W', b', log|det W'| and W'^-1: None where there is no b', and for what is not known without a factorization."""
         weight, logabsdet = self.assemble()
         bias: torch.Tensor | None = self.bias
         weight_inverse: torch.Tensor | None = None
@@ -215,9 +220,24 @@ class InvertibleLinear(Bijection):
             weight = weight * scale
             weight_inverse = None if weight_inverse is None else weight_inverse / scale.detach()[:, None]
             logabsdet = None if logabsdet is None else logabsdet + log_scale.sum()
-        return ops.invertible_linear(
-            x, weight, bias, inverse=inverse, weight_inverse=weight_inverse if inverse else None, logabsdet=logabsdet
-        )
+        return weight, bias, logabsdet, weight_inverse if inverse else None
+
+    def backward_folded(
+        self,
+        y: torch.Tensor,
+        replay: Replay,
+        log_scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``backward_step`` of ``folded``, forwards: W is assembled once, and the output at hand not computed again."""
+        with torch.enable_grad():
+            weight, bias, logabsdet, _ = self._fold(False, log_scale, shift)
+        x, mapped = undo(y, weight, bias, logabsdet)
+        replay.differentiate(*mapped, x)
+        return x.detach()
+
+    def backward_step(self, y: torch.Tensor, context: torch.Tensor | None, replay: Replay, inverse: bool = False) -> torch.Tensor:
+        return super().backward_step(y, context, replay, inverse) if inverse else self.backward_folded(y, replay)
 
     def _check_shape(self, x: torch.Tensor) -> None:
         if x.ndim not in self._dimensions or x.shape[1] != self.channels:

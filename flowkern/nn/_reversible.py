@@ -25,6 +25,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from ..ops._checks import accumulation_dtype
+from ._batch_norm import BatchNormFlow
 from ._bijection import Bijection, Pair, run
 
 __all__ = ["MEMORY", "Keeper", "walk"]
@@ -435,7 +436,9 @@ def _frozen_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
         if module.training and isinstance(module, _BatchNorm) and module.track_running_stats:
             # In training mode such a layer normalizes by its batch and knows no running statistics.
             changed.append((module, "track_running_stats", False))
-        elif module.training and isinstance(module, _InstanceNorm) and module.track_running_stats:
+        elif module.training and (
+            isinstance(module, BatchNormFlow) or (isinstance(module, _InstanceNorm) and module.track_running_stats)
+        ):
             changed.append((module, "momentum", 0.0))
     before = [(module, name, getattr(module, name)) for module, name, _ in changed]
     try:

@@ -205,14 +205,17 @@ _backward = define(
 
 
 class _AffineCoupling(torch.autograd.Function):
-    """Saves the inputs: x is kept alive anyway by the conditioner that read a part of it."""
+    """Saves the inputs: x is kept alive anyway by the conditioner that read a part of it.
+
+    ``outputs`` are the results, if they are known already.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> Pair:
+    def forward(ctx: Any, x: torch.Tensor, params: torch.Tensor, outputs: Pair | None, *configuration: Any) -> Pair:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, params, configuration[0])
         ctx.configuration = configuration[1:]
-        return _forward(x, params, *configuration)
+        return _forward(x, params, *configuration) if outputs is None else outputs
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
@@ -224,7 +227,7 @@ class _AffineCoupling(torch.autograd.Function):
             grads = differentiate(reference, (x, params), configuration.reference_kwargs(), (grad, grad_logabsdet))
         else:
             grads = _backward(grad, grad_logabsdet, x, params, *configuration)
-        return *grads, *([None] * len(configuration))
+        return *grads, None, *([None] * len(configuration))
 
 
 def affine_coupling(
@@ -268,11 +271,23 @@ def affine_coupling(
     check_floating("x", x)
     check_floating("params", params)
     check_same_device("params", params, x)
+    kwargs: dict[str, Any] = {"scale": scale, "layout": layout, "shift_first": shift_first, "inverse": inverse}
     if x.ndim not in (2, 4):
         leading, x, params = flatten_batch(x, params)
-        kwargs: dict[str, Any] = {"scale": scale, "layout": layout, "shift_first": shift_first, "inverse": inverse}
         y, logabsdet = affine_coupling(x, params, split=split, **kwargs)
         return y.unflatten(0, leading), logabsdet.unflatten(0, leading)
+    configuration = _configuration(x, params, split, **kwargs)
+    if reference_runs(x):
+        return reference(x, params, split=split, **kwargs)
+    if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad):
+        return _AffineCoupling.apply(x, params, None, *configuration)
+    return _forward(x, params, *configuration)
+
+
+def _configuration(
+    x: torch.Tensor, params: torch.Tensor, split: Split, *, scale: ScaleMap, layout: str, shift_first: bool, inverse: bool
+) -> _Configuration:
+    """The arguments as kernels take them. Raises ValueError if params does not fit x of shape (B, C) or (B, C, H, W)."""
     split_code, param_layout = resolve(split, x), named_layout(layout)
     expected = param_layout.shape(x.shape, moved_channels(split, x.shape[1]))
     if params.shape != expected:
@@ -280,12 +295,24 @@ def affine_coupling(
             f"params: expected shape {tuple(expected)} for x of shape {tuple(x.shape)}, split {split!r} and layout {layout!r}, "
             f"got {tuple(params.shape)}"
         )
-    if reference_runs(x):
-        return reference(x, params, split=split, scale=scale, layout=layout, shift_first=shift_first, inverse=inverse)
     rank = split.rank if isinstance(split, FeatureMask) else None
-    configuration = _Configuration(rank, split_code, scale.code, scale.a, scale.b, param_layout.code, shift_first, inverse)
-    recording = torch.is_grad_enabled() and (x.requires_grad or params.requires_grad)
-    return (_AffineCoupling.apply if recording else _forward)(x, params, *configuration)
+    return _Configuration(rank, split_code, scale.code, scale.a, scale.b, param_layout.code, shift_first, inverse)
+
+
+def undo(y: torch.Tensor, params: torch.Tensor, *, split: Split, inverse: bool, **kwargs: Any) -> tuple[torch.Tensor, Pair]:
+    """The x, a leaf, with affine_coupling(x, params) = (y, logabsdet), and this pair as a function of both.
+
+    For a backward pass that starts at y: the pair has a graph, but nothing was computed for it besides x. Arguments as for
+    ``affine_coupling``.
+    """
+    with torch.no_grad():
+        x, negated = affine_coupling(y, params, split=split, inverse=not inverse, **kwargs)
+    x.requires_grad_()
+    with torch.enable_grad():
+        if reference_runs(y) or y.ndim not in (2, 4):
+            return x, affine_coupling(x, params, split=split, inverse=inverse, **kwargs)
+        configuration = _configuration(x, params, split, inverse=inverse, **kwargs)
+        return x, _AffineCoupling.apply(x, params, (y.detach(), -negated), *configuration)
 
 
 register(Op("affine_coupling", affine_coupling, reference, _samples, (_forward, _backward)))

@@ -264,7 +264,10 @@ _backward = define(
 
 
 class _InvertibleLinear(torch.autograd.Function):
-    """Saves the input in both directions: the gradient of W for the inverse follows from sum g x^T too."""
+    """Saves the input in both directions: the gradient of W for the inverse follows from sum g x^T too.
+
+    ``outputs`` are the results, if they are known already; W^-1 must then be given where the backward needs it.
+    """
 
     @staticmethod
     def forward(
@@ -275,10 +278,14 @@ class _InvertibleLinear(torch.autograd.Function):
         weight_inverse: torch.Tensor | None,
         known: torch.Tensor | None,
         inverse: bool,
+        outputs: Pair | None,
     ) -> Pair:
         ctx.set_materialize_grads(False)
         needs_x, *needs = ctx.needs_input_grad[:3]
         ctx.flags = inverse, needs_x, any(needs)
+        if outputs is not None:
+            ctx.save_for_backward(x, weight, bias, weight_inverse, known)
+            return outputs
         invert = weight_inverse is None and (inverse or (known is None and any(needs)))
         y, logabsdet, found = _forward(x, weight, bias, weight_inverse, known, inverse, invert)
         ctx.save_for_backward(x, weight, bias, found if invert else weight_inverse, known)
@@ -300,6 +307,7 @@ class _InvertibleLinear(torch.autograd.Function):
             dbias if weighted and configuration.bias is not None else None,
             None,
             None if configuration.known is None else dknown,
+            None,
             None,
         )
 
@@ -366,9 +374,30 @@ def invertible_linear(
         return reference(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=logabsdet)
     weight_inverse = None if weight_inverse is None else weight_inverse.detach()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, logabsdet)):
-        return _InvertibleLinear.apply(x, weight, bias, weight_inverse, logabsdet, inverse)
+        return _InvertibleLinear.apply(x, weight, bias, weight_inverse, logabsdet, inverse, None)
     invert = inverse and weight_inverse is None
     return _forward(x, weight, bias, weight_inverse, logabsdet, inverse, invert)[:2]
+
+
+def undo(
+    y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, logabsdet: torch.Tensor | None
+) -> tuple[torch.Tensor, Pair]:
+    """The x, a leaf, with invertible_linear(x, weight, bias) = (y, l), and this pair as a function of x and the arguments.
+
+    For a backward pass that starts at y: the pair has a graph, but nothing was computed for it besides x and W^-1.
+    """
+    kernel = not reference_runs(y) and y.ndim in (2, 4) and y.shape[1] > 0
+    found: torch.Tensor | None = None
+    with torch.no_grad():
+        if kernel:
+            x, negated, found = _forward(y, weight, bias, None, logabsdet, True, True)
+        else:
+            x, negated = invertible_linear(y, weight, bias, inverse=True, logabsdet=logabsdet)
+    x.requires_grad_()
+    with torch.enable_grad():
+        if not kernel:
+            return x, invertible_linear(x, weight, bias, logabsdet=logabsdet)
+        return x, _InvertibleLinear.apply(x, weight, bias, found, logabsdet, False, (y.detach(), -negated))
 
 
 register(Op("invertible_linear", invertible_linear, reference, _samples, (_forward, _backward), per_sample=1))

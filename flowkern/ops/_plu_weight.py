@@ -23,8 +23,9 @@ from .. import _backend
 from .._registry import define, reference_runs
 from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
 
-__all__ = ["plu_weight"]
+__all__ = ["compact_plu", "plu_weight"]
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -155,3 +156,38 @@ def plu_weight(
         return reference(*factors)
     recording = torch.is_grad_enabled() and any(f.requires_grad for f in factors[:3])
     return (_PLUWeight.apply if recording else _forward)(*factors)
+
+
+class _CompactPLU(torch.autograd.Function):
+    """One node where autograd would have seven: views of the diagonal and sums of gradients take longer than the kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, lu: torch.Tensor, sign: torch.Tensor, permutation: torch.Tensor) -> Pair:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(lu, sign, permutation)
+        diagonal = lu.diagonal()
+        return _forward(lu, lu, diagonal, sign, permutation), diagonal.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, grad_sum: torch.Tensor | None) -> Any:
+        lu, sign, permutation = ctx.saved_tensors
+        if grad is None:
+            return None if grad_sum is None else grad_sum * torch.eye(len(lu), dtype=lu.dtype, device=lu.device), None, None
+        differentiated = _differentiate if torch.is_grad_enabled() else _backward
+        dlower, dupper, dlog = differentiated(grad, lu, lu, lu.diagonal(), sign, permutation)
+        dlu = dlower.add_(dupper)
+        dlu.diagonal().add_(dlog if grad_sum is None else dlog + grad_sum)
+        return dlu, None, None
+
+
+def compact_plu(lu: torch.Tensor, sign: torch.Tensor, permutation: torch.Tensor) -> Pair:
+    """(W, log|det W|) of ``plu_weight`` whose L, U and logarithms of U's diagonal stand in one matrix: LAPACK's form.
+
+    All in the dtype of lu, which is float32 or float64.
+    """
+    if torch.compiler.is_compiling() or reference_runs(lu) or not (torch.is_grad_enabled() and lu.requires_grad):
+        log_diagonal = lu.diagonal()
+        # Dynamo refuses one tensor as two inputs of an autograd Function.
+        upper = lu.view_as(lu) if torch.compiler.is_compiling() else lu
+        return plu_weight(lu, upper, log_diagonal, sign, permutation), log_diagonal.sum()
+    return _CompactPLU.apply(lu, sign, permutation)
