@@ -306,7 +306,8 @@ struct Chain {
   }
 };
 
-void autoregressive_inverse_forward(const py::list& given, const Tensor& z, const Tensor& x, const Tensor& logabsdet, int threads) {
+void autoregressive_inverse_forward(const py::list& given, const Tensor& z, const Tensor& x, const Tensor& logabsdet,
+                                    int threads) {
   const Chain chain(given);
   py::gil_scoped_release release;
   in_use->autoregressive_inverse_forward(chain.networks.data(), int64_t(chain.networks.size()), z, x, logabsdet, threads);

@@ -14,7 +14,8 @@ namespace {
 
 // --- the plan ---
 
-// Units of a layer, sorted by degree: the unit at each place, how many of the layer before it sees, and the places where steps end.
+// Units of a layer, sorted by degree: the unit at each place, how many of the layer before it sees, and the places where
+// steps end.
 struct Layer {
   const int32_t *order = nullptr, *prefix = nullptr, *ends = nullptr;
   int64_t width = 0, count = 0;
@@ -195,12 +196,13 @@ template <class A>
 struct Network {
   Plan plan;
   const Autoregressive& given;
-  Buffer<A> biases;        // of all linear layers, sorted
-  Buffer<A*> bias;         // where those of each begin
-  Buffer<bool> in_order;   // whether the columns of each linear layer are sorted as they are
-  int64_t largest = 0;     // packed panel
+  Buffer<A> biases;       // of all linear layers, sorted
+  Buffer<A*> bias;        // where those of each begin
+  Buffer<bool> in_order;  // whether the columns of each linear layer are sorted as they are
+  int64_t largest = 0;    // packed panel
 
-  explicit Network(const Autoregressive& g) : plan(g.table), given(g), biases(rows_of(plan)), bias(plan.linears), in_order(plan.linears) {
+  explicit Network(const Autoregressive& g)
+      : plan(g.table), given(g), biases(rows_of(plan)), bias(plan.linears), in_order(plan.linears) {
     A* to = biases;
     for (int64_t i = 1; i <= plan.linears; ++i) {
       const Layer &layer = plan.layers[i], &before = plan.layers[i - 1];
@@ -387,7 +389,8 @@ void write_tile(const A* from, int64_t width, const Tensor& t, int64_t first, in
 }
 
 template <class A>
-void forward(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x, const Tensor& logabsdet, int threads) {
+void forward(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x, const Tensor& logabsdet,
+             int threads) {
   constexpr int64_t most = 8;  // tiles that share a packed panel: their states stay in the second cache
   const int64_t batch = z.size[0], features = z.size[1];
   if (batch == 0) return;
@@ -409,7 +412,8 @@ void forward(const Autoregressive* networks, int64_t count, const Tensor& z, con
     const Buffer<A> states(own * room);
     const Buffer<double> logs(own * width);
     for (int64_t j = 0; j < own * width; ++j) logs[j] = 0;
-    for (int64_t tile = 0; tile < own; ++tile) read_tile<A>(z, (first + tile) * width, samples(tile), states + tile * room, width);
+    for (int64_t tile = 0; tile < own; ++tile)
+      read_tile<A>(z, (first + tile) * width, samples(tile), states + tile * room, width);
     for (int64_t k = count - 1; k >= 0; --k) {
       const Network<A> network(networks[k]);
       const int64_t units = State<A>::units(network.plan) * width;
