@@ -162,6 +162,17 @@ def test_masks_are_resampled_and_copied() -> None:
     assert not ((jacobian != 0).any(1) & (other.order[None, :] >= other.order[:, None])).any()
 
 
+@pytest.mark.parametrize("name", ["cyclic", "residual-context", "given", "order"])
+def test_sorted_units_compute_the_same(name: str) -> None:
+    network = made(name)
+    x, context = torch.randn(4, 5, dtype=torch.float64), context_of(network, 4)
+    before, depth = network(x, context), network.depth
+    network.sort_units()
+    torch.testing.assert_close(network(x, context), before)
+    assert network.depth == depth
+    assert all(mask.rows is None and mask.columns is None for mask in network.masks()[1:-1])
+
+
 def test_compile_and_gradients() -> None:
     network = made("residual-context")
     x, context = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), context_of(network, 3)

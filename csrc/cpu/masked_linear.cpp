@@ -12,7 +12,9 @@ namespace FLOWKERN_ISA {
 namespace {
 
 constexpr int64_t group = 48;  // rows that a thread takes at a time: a multiple of all max_rows and all lanes but one
-constexpr int64_t most_count = 512;  // terms of a sum that are taken at a time, so that the operands stay in the cache
+constexpr int64_t most_count = 256;  // terms of a sum that are taken at a time, so that the operands stay in the cache
+
+constexpr int64_t few = 4;           // samples
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -83,6 +85,34 @@ void for_both_ends(int64_t chunks, int64_t count, int64_t products, int threads,
   });
 }
 
+// Values of all samples, sorted, [sample][unit]; where they lie, if that will do.
+template <class A>
+struct Sorted {
+  const A* data;
+  int64_t row, step;
+  Buffer<A> packed;
+
+  // `whole`: vectors are read from it, so that rows must be filled up to whole ones.
+  Sorted(const Tensor& t, const int32_t* index, bool whole, int threads)
+      : packed(lies(t, index, whole) ? 0 : t.size[0] * padded<A>(t.size[1])) {
+    const Matrix from(t);
+    const int64_t width = padded<A>(t.size[1]);
+    const bool there = lies(t, index, whole);
+    data = there ? from.direct<A>() : packed;
+    row = there ? from.row : width;
+    step = there ? from.step : 1;
+    if (there) return;
+    parallel_for(t.size[0], t.size[0] * width, threads, [&](int64_t b) {
+      from.read<A>(b, 0, t.size[1], index, packed + b * width);
+      fill(packed + b * width + t.size[1], width - t.size[1]);
+    });
+  }
+
+  static bool lies(const Tensor& t, const int32_t* index, bool whole) {
+    return t.dtype == dtype_of<A>() && !index && (!whole || (t.stride[1] == 1 && t.size[1] % lanes<A> == 0));
+  }
+};
+
 // --- forward ---
 
 // A few samples of x, sorted, [input][sample]: `width` samples to a row.
@@ -138,52 +168,64 @@ void forward_group(const Matrix& weight, const A* bias, const Degrees& d, int64_
 }
 
 template <class A>
+A dot(const A* a, const A* b, int64_t n) {
+  Vector<A> sum[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * lanes<A> <= n; k += 4 * lanes<A>) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[v] += load(a + k + v * lanes<A>) * load(b + k + v * lanes<A>);
+  }
+  for (; k + lanes<A> <= n; k += lanes<A>) sum[0] += load(a + k) * load(b + k);
+  const Vector<A> all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  A total = 0;
+  for (int i = 0; i < lanes<A>; ++i) total += all[i];
+  for (; k < n; ++k) total += a[k] * b[k];
+  return total;
+}
+
+// Rows [begin, end) for so few samples that vectors of them would be mostly empty: vectors run along the rows.
+template <class A>
+void forward_rows(const Sorted<A>& x, const Matrix& weight, const A* bias, const Degrees& d, int64_t begin, int64_t end,
+                  const Matrix& y, int64_t samples) {
+  const bool direct = weight.dtype == dtype_of<A>() && weight.step == 1 && !d.columns;
+  const Buffer<A> row(direct ? 0 : d.reach[end - 1]), out(samples * group);
+  for (int64_t r = begin; r < end; ++r) {
+    const A* own = direct ? weight.direct<A>() + d.row(r) * weight.row : row;
+    if (!direct) weight.read<A>(d.row(r), 0, d.reach[r], d.columns, row);
+    for (int64_t j = 0; j < samples; ++j)
+      out[j * group + r - begin] = dot<A>(x.data + j * x.row, own, d.reach[r]) + (bias ? bias[r] : A(0));
+  }
+  for (int64_t j = 0; j < samples; ++j) y.write<A>(j, begin, end, d.rows, out + j * group);
+}
+
+template <class A>
 void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Degrees& d, const Tensor& y, int threads) {
   const int64_t batch = x.size[0], outputs = weight.size[0];
   const int64_t tile = 256 / int64_t(sizeof(A)), width = least(tile, padded<A>(batch)), seen = outputs ? d.reach[outputs - 1] : 0;
   const int64_t chunks = blocks_of(batch, width);
-  const Buffer<A> flipped(chunks * padded<A>(seen) * width), shift(outputs);
+  const Buffer<A> shift(outputs);
   for (int64_t r = 0; bias.data && r < outputs; ++r)
     with_dtype(bias.dtype, [&](auto* type) {
       shift[r] = A(widen(reinterpret_cast<decltype(type)>(bias.data)[d.row(r) * bias.stride[0]]));
     });
+  const A* plus = bias.data ? shift + 0 : nullptr;
+  if (batch <= few) {
+    const Sorted<A> rows(x, d.columns, true, threads);
+    for_both_ends(1, blocks_of(outputs, group), batch * outputs * seen * 4, threads, [&](int64_t, int64_t i) {
+      forward_rows<A>(rows, Matrix(weight), plus, d, i * group, least(outputs, (i + 1) * group), Matrix(y), batch);
+    });
+    return;
+  }
+  const Buffer<A> flipped(chunks * padded<A>(seen) * width);
   for (int64_t c = 0; c < chunks; ++c)
     flip<A>(Matrix(x), d.columns, seen, c * width, least(width, batch - c * width), width, flipped + c * padded<A>(seen) * width, threads);
   for_both_ends(chunks, blocks_of(outputs, group), chunks * width * outputs * seen / 2, threads, [&](int64_t c, int64_t i) {
-    forward_group<A>(Matrix(weight), bias.data ? shift + 0 : nullptr, d, i * group, least(outputs, (i + 1) * group),
+    forward_group<A>(Matrix(weight), plus, d, i * group, least(outputs, (i + 1) * group),
                      flipped + c * padded<A>(seen) * width, width, Matrix(y), c * width, least(width, batch - c * width));
   });
 }
 
 // --- backward ---
-
-// Values of all samples, sorted, [sample][unit]; where they lie, if that will do.
-template <class A>
-struct Sorted {
-  const A* data;
-  int64_t row, step;
-  Buffer<A> packed;
-
-  // `whole`: vectors are read from it, so that rows must be filled up to whole ones.
-  Sorted(const Tensor& t, const int32_t* index, bool whole, int threads)
-      : packed(lies(t, index, whole) ? 0 : t.size[0] * padded<A>(t.size[1])) {
-    const Matrix from(t);
-    const int64_t width = padded<A>(t.size[1]);
-    const bool there = lies(t, index, whole);
-    data = there ? from.direct<A>() : packed;
-    row = there ? from.row : width;
-    step = there ? from.step : 1;
-    if (there) return;
-    parallel_for(t.size[0], t.size[0] * width, threads, [&](int64_t b) {
-      from.read<A>(b, 0, t.size[1], index, packed + b * width);
-      fill(packed + b * width + t.size[1], width - t.size[1]);
-    });
-  }
-
-  static bool lies(const Tensor& t, const int32_t* index, bool whole) {
-    return t.dtype == dtype_of<A>() && !index && (!whole || (t.stride[1] == 1 && t.size[1] % lanes<A> == 0));
-  }
-};
 
 // The product in steps of most_count terms. Elements of `out` that no step reaches are not written.
 template <class A>
@@ -198,38 +240,38 @@ void multiply_long(Product<A> p, int64_t begin, int64_t end, int64_t columns) {
   }
 }
 
-// Columns [begin, end) of the gradient of x, of some samples. The rows that see all of them are multiplied where they lie
-// unless many samples want them; of the others the weights that are hidden become zeros.
+// Columns [begin, end) of the gradient of x, of some samples: a few rows of W at a time, the weights that are hidden as
+// zeros. The first of several vectors of columns see rows that the others do not.
 template <class A>
 void input_gradient(const Sorted<A>& grad, const Matrix& weight, const Degrees& d, int64_t outputs, int64_t begin, int64_t end,
                     const Matrix& dx, int64_t start, int64_t samples) {
-  const int64_t width = padded<A>(end - begin), from = d.first[begin];
-  const bool direct = weight.dtype == dtype_of<A>() && !d.rows && !d.columns && weight.step == 1 && samples <= max_rows;
-  const int64_t until = direct && end - begin == width ? d.first[end - 1] : outputs;  // rows that are packed
-  const Buffer<A> packed((until - from) * width), out(samples * width);
-  for (int64_t r = from; r < until; ++r) {
-    A* to = packed + (r - from) * width;
-    const int64_t seen = least(end, d.reach[r]);
-    weight.read<A>(d.row(r), begin, seen, d.columns, to);
-    fill(to + seen - begin, width - (seen - begin));
-  }
+  constexpr int64_t together = 2 * lanes<A>;
+  const int64_t width = padded<A>(end - begin);
+  const Buffer<A> packed(most_count * width), out(samples * width);
+  fill(out + 0, samples * width);
   Product<A> p;
-  p.a = grad.data + start * grad.row + from * grad.step;
   p.a_row = grad.row;
   p.a_step = grad.step;
-  p.b = packed;
   p.b_step = width;
-  p.count = until - from;
-  p.out = out;
   p.out_row = width;
-  multiply_long(p, 0, samples, width);
-  if (until < outputs) {
-    p.a += (until - from) * p.a_step;
-    p.b = weight.direct<A>() + until * weight.row + begin;
-    p.b_step = weight.row;
-    p.count = outputs - until;
-    p.plus = Plus::out;
-    multiply_long(p, 0, samples, width);
+  p.plus = Plus::out;
+  for (int64_t r = d.first[begin]; r < outputs; r += most_count) {
+    const int64_t until = least(outputs, r + most_count);
+    for (int64_t i = r; i < until; ++i) {
+      A* to = packed + (i - r) * width;
+      const int64_t seen = least(end, d.reach[i]);
+      weight.read<A>(d.row(i), begin, seen, d.columns, to);
+      fill(to + seen - begin, width - (seen - begin));
+    }
+    for (int64_t c = 0; c < width; c += together) {
+      const int64_t first = d.first[begin + c] < r ? r : d.first[begin + c];
+      if (first >= until) break;
+      p.a = grad.data + start * grad.row + first * grad.step;
+      p.b = packed + (first - r) * width + c;
+      p.count = until - first;
+      p.out = out + c;
+      multiply(p, 0, samples, least(together, width - c));
+    }
   }
   for (int64_t j = 0; j < samples; ++j) dx.write<A>(start + j, begin, end, d.columns, out + j * width);
 }
@@ -283,7 +325,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const D
   if (dbias.data) bias_gradient<A>(grad, dbias);
   const Sorted<A> g(grad, d.rows, false, threads);
   if (dx.data && inputs && batch) {
-    constexpr int64_t columns = 2 * lanes<A>, samples = 256;
+    constexpr int64_t columns = 4 * lanes<A>, samples = 256;
     for_both_ends(blocks_of(batch, samples), blocks_of(inputs, columns), products, threads, [&](int64_t c, int64_t i) {
       input_gradient<A>(g, Matrix(weight), d, outputs, i * columns, least(inputs, (i + 1) * columns), Matrix(dx), c * samples,
                         least(samples, batch - c * samples));

@@ -191,6 +191,21 @@ class MADE(nn.Module):
         masks = self._masks(_order("random", self.features, generator), "random", generator)
         self.use_masks([mask.to(next(self.parameters()).device) for mask in masks])
 
+    @torch.no_grad()
+    def sort_units(self) -> None:
+        """Exchange hidden units, with their weights, so that those of each layer come sorted by degree.
+
+        The network computes what it did, without gathers: for weights that were trained under ``"cyclic"`` degrees, as
+        nflows' are. Parameters change in place, so that an optimizer's state for them no longer fits.
+        """
+        orders = [degrees.argsort(stable=True) for degrees in self.hidden_degrees]
+        if self.context_layer is not None:
+            self.context_layer.weight.copy_(self.context_layer.weight[orders[0]])
+        features = torch.arange(self.features, device=self.in_degrees.device)
+        outputs = torch.arange(self.features * self.params_per_feature, device=features.device)
+        for layer, columns, rows in zip(self.layers, [features, *orders], [*orders, outputs], strict=True):
+            layer.exchange(rows, columns)  # type: ignore[operator]
+
     @property
     def in_degrees(self) -> torch.Tensor:
         return self.layers[0].mask.in_degrees  # type: ignore[union-attr,return-value]

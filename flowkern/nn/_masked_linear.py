@@ -37,5 +37,14 @@ class MaskedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.masked_linear(x, self.weight, self.bias, self.mask)
 
+    @torch.no_grad()
+    def exchange(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        """Put output ``rows[i]`` and input ``columns[j]`` in the places i and j, their weights and degrees with them."""
+        self.weight.copy_(self.weight[rows][:, columns])
+        if self.bias is not None:
+            self.bias.copy_(self.bias[rows])
+        mask = self.mask
+        self.mask = ops.DegreeMask(mask.out_degrees[rows], mask.in_degrees[columns], strict=mask.strict)
+
     def extra_repr(self) -> str:
         return f"bias={self.bias is not None}"

@@ -118,7 +118,7 @@ def _plan(batch: int, units: int, double: bool, integers: tuple[int, ...]) -> Pl
         "BLOCK": block,
         "INNER": 16,
         "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 4,
+        "num_warps": 8 if samples > 16 else 4,
         "num_stages": 2,
         "enable_fp_fusion": True,
     }
