@@ -9,6 +9,7 @@ only once or twice.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import statistics
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +37,31 @@ SIZES = ((784, (1024, 1024), 64), (64, (256, 256), 64), (3072, (512, 512), 64), 
 QUICK = ((24, (32, 32), 8),)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-Both = tuple[Callable[[torch.Tensor], Pair], Callable[[torch.Tensor], Pair]]
+
+
+class _Peer(NamedTuple):
+    """A peer's layer: both directions, and what it trains."""
+
+    density: Callable[[torch.Tensor], Pair]
+    inverse: Callable[[torch.Tensor], Pair]
+    parameters: list[torch.Tensor]
+
+
+def masked(layer: nn.MaskedAutoregressive) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Its weights with the masks multiplied in, and its biases."""
+    layers: list[Any] = [*layer.made.layers]
+    return [(one.weight * one.mask.dense()).detach() for one in layers], [one.bias.detach().clone() for one in layers]
 
 
 def dense(layer: nn.MaskedAutoregressive) -> Callable[[torch.Tensor], Pair]:
     """The density pass with weights that are masked beforehand."""
-    weights = [(layer.weight * layer.mask.dense()).detach() for layer in layer.made.layers]  # type: ignore[operator,union-attr]
-    biases: list[Any] = [layer.bias for layer in layer.made.layers]
+    return dense_pass(layer, *masked(layer))
+
+
+def dense_pass(
+    layer: nn.MaskedAutoregressive, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+) -> Callable[[torch.Tensor], Pair]:
+    """The density pass of a network with these weights."""
 
     def run(x: torch.Tensor) -> Pair:
         h = x
@@ -55,8 +74,8 @@ def dense(layer: nn.MaskedAutoregressive) -> Callable[[torch.Tensor], Pair]:
     return run
 
 
-def by_nflows(layer: nn.MaskedAutoregressive) -> Both:
-    """nflows' layer with these weights: (density pass, inverse)."""
+def by_nflows(layer: nn.MaskedAutoregressive) -> _Peer:
+    """nflows' layer with these weights."""
     from nflows.transforms import MaskedAffineAutoregressiveTransform
 
     hidden = layer.made.hidden
@@ -65,11 +84,11 @@ def by_nflows(layer: nn.MaskedAutoregressive) -> Both:
     )
     net = theirs.autoregressive_net
     _copy(layer, [net.initial_layer, *(block.linear for block in net.blocks), net.final_layer])
-    return theirs.forward, theirs.inverse
+    return _Peer(theirs.forward, theirs.inverse, [*theirs.parameters()])
 
 
-def by_zuko(layer: nn.MaskedAutoregressive) -> Both:
-    """zuko's layer with these weights, their order and their degrees: (density pass, inverse)."""
+def by_zuko(layer: nn.MaskedAutoregressive) -> _Peer:
+    """zuko's layer with these weights, their order and their degrees."""
     from zuko.flows import MaskedAutoregressiveTransform
 
     theirs = MaskedAutoregressiveTransform(layer.made.features, hidden_features=layer.made.hidden)
@@ -82,7 +101,7 @@ def by_zuko(layer: nn.MaskedAutoregressive) -> Both:
         last.weight.copy_(last.weight.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
         last.bias.copy_(last.bias.unflatten(0, (-1, 2)).flip(1).flatten())
         last.mask.copy_(last.mask.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
-    return lambda x: theirs().call_and_ladj(x), lambda z: theirs().inv.call_and_ladj(z)
+    return _Peer(lambda x: theirs().call_and_ladj(x), lambda z: theirs().inv.call_and_ladj(z), [*theirs.parameters()])
 
 
 def _copy(layer: nn.MaskedAutoregressive, theirs: Sequence[Any]) -> None:
@@ -118,52 +137,99 @@ def once(call: Call, times: int) -> list[float]:
     return found
 
 
-def measured(features: int, hidden: tuple[int, ...], batch: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Rows of one size: the scale that is soft_clip, as in zuko, and for nflows softplus, each beside ours with that map."""
+@dataclasses.dataclass(frozen=True)
+class _Subjects:
+    """What is compared: layers of one size with the same weights, and the peers', each with the one of ours that it equals."""
+
+    case: str
+    ours: nn.MaskedAutoregressive
+    peers: dict[str, tuple[_Peer, nn.MaskedAutoregressive]]
+    x: torch.Tensor
+
+
+def subjects(features: int, hidden: tuple[int, ...], batch: int) -> _Subjects:
+    """The scale is soft_clip, as in zuko, and for nflows softplus; the degrees are nflows', by which ours are sorted afterwards."""
     torch.manual_seed(0)
-    case = f"{features}-{'x'.join(map(str, hidden))}-batch{batch}"
     clipped = nn.MaskedAutoregressive(features, hidden, degrees="cyclic")
     softplus = nn.MaskedAutoregressive(features, hidden, degrees="cyclic", scale=ops.ScaleMap.softplus(1e-3))
     softplus.load_state_dict(clipped.state_dict())
-    x = torch.randn(batch, features)
-    peers: dict[str, tuple[Both, nn.MaskedAutoregressive]] = {}
+    peers: dict[str, tuple[_Peer, nn.MaskedAutoregressive]] = {}
     if installed("nflows"):
         peers["nflows"] = by_nflows(softplus), softplus
     if installed("zuko"):
         peers["zuko"] = by_zuko(clipped), clipped
-    with torch.no_grad():
-        z = clipped(x)[0]
-        density = {f"{FLOWKERN}-density": clipped.forward, **{name: both[0] for name, (both, _) in peers.items()}}
-        failures = {f"{FLOWKERN}-density": differs(clipped(x), dense(clipped)(x))}
-        failures |= {name: differs(both[0](x), own(x)) for name, (both, own) in peers.items()}
-        yield from rows(case, "density", {"dense": dense(clipped), **density}, x, failures, seconds)
+    for layer in (clipped, softplus):
+        layer.made.sort_units()
+    case = f"{features}-{'x'.join(map(str, hidden))}-batch{batch}"
+    return _Subjects(case, clipped, peers, torch.randn(batch, features))
 
-        inverses = {f"{FLOWKERN}-{name}": on(name, clipped.inverse) for name in ("cpp", "torch")}
-        if flowkern._backend.native is None:
-            del inverses[f"{FLOWKERN}-cpp"]
-        failures = {name: differs(inverse(z), (x, -dense(clipped)(x)[1])) for name, inverse in inverses.items()}
-        slow: dict[str, list[float]] = {}
-        for name, (both, own) in peers.items():
-            target = own(x)[0]
-            start = time.perf_counter()
-            failures[name] = differs(both[1](target), own.inverse(target))
-            # The first call was one sample.
-            slow[name] = [time.perf_counter() - start, *once(functools.partial(both[1], target), int(batch > 1))]
-        yield from rows(case, "inverse", {"dense": dense(clipped), **inverses}, z, failures, seconds, slow)
+
+def density_rows(s: _Subjects, seconds: float) -> Iterator[dict[str, Any]]:
+    """The density pass, and with it the gradients of x and of the parameters."""
+    functions = {"dense": dense(s.ours), f"{FLOWKERN}-density": s.ours.forward}
+    parameters: dict[str, list[torch.Tensor]] = {f"{FLOWKERN}-density": [*s.ours.parameters()]}
+    with torch.no_grad():
+        failures = {f"{FLOWKERN}-density": differs(s.ours(s.x), dense(s.ours)(s.x))}
+        for name, (peer, own) in s.peers.items():
+            functions[name], parameters[name] = peer.density, peer.parameters
+            failures[name] = differs(peer.density(s.x), own(s.x))
+        yield from rows(s.case, "density", {n: functools.partial(f, s.x) for n, f in functions.items()}, failures, seconds)
+    weights, biases = masked(s.ours)
+    parameters["dense"] = [t.requires_grad_() for t in (*weights, *biases)]
+    functions["dense"] = dense_pass(s.ours, weights, biases)
+    calls = {name: training(function, s.x, parameters[name]) for name, function in functions.items()}
+    expected, got = calls["dense"]()[0], calls[f"{FLOWKERN}-density"]()[0]
+    failures[f"{FLOWKERN}-density"] = differs((got, got), (expected, expected))
+    yield from rows(s.case, "density forward+backward", calls, failures, seconds)
+
+
+def training(function: Callable[[torch.Tensor], Pair], x: torch.Tensor, parameters: Sequence[torch.Tensor]) -> Call:
+    """The loss of maximum likelihood and its gradients."""
+    inputs = [x.clone().requires_grad_(), *parameters]
+
+    def call() -> Any:
+        z, logabsdet = function(inputs[0])
+        return torch.autograd.grad(0.5 * z.square().sum() - logabsdet.sum(), inputs)
+
+    return call
+
+
+@torch.no_grad()
+def inverse_rows(s: _Subjects, seconds: float) -> Iterator[dict[str, Any]]:
+    """The inverse, beside the density pass."""
+    z = s.ours(s.x)[0]
+    inverses = {f"{FLOWKERN}-{name}": on(name, s.ours.inverse) for name in ("cpp", "torch")}
+    if flowkern._backend.native is None:
+        del inverses[f"{FLOWKERN}-cpp"]
+    failures = {name: differs(inverse(z), (s.x, -dense(s.ours)(s.x)[1])) for name, inverse in inverses.items()}
+    slow: dict[str, list[float]] = {}
+    for name, (peer, own) in s.peers.items():
+        target = own(s.x)[0]
+        start = time.perf_counter()
+        failures[name] = differs(peer.inverse(target), own.inverse(target))
+        # The first call was one sample.
+        slow[name] = [time.perf_counter() - start, *once(functools.partial(peer.inverse, target), int(len(s.x) > 1))]
+    calls = {name: functools.partial(f, z) for name, f in {"dense": dense(s.ours), **inverses}.items()}
+    yield from rows(s.case, "inverse", calls, failures, seconds, slow)
+
+
+def measured(features: int, hidden: tuple[int, ...], batch: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of one size."""
+    compared = subjects(features, hidden, batch)
+    yield from density_rows(compared, seconds)
+    yield from inverse_rows(compared, seconds)
 
 
 def rows(
     case: str,
     direction: str,
-    functions: Mapping[str, Callable[[torch.Tensor], Pair]],
-    x: torch.Tensor,
+    calls: Mapping[str, Call],
     failures: Mapping[str, str],
     seconds: float,
     slow: Mapping[str, list[float]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Interleaved samples of the functions, and those that were taken of slow ones, against "dense"."""
-    calls: dict[str, Call] = {n: functools.partial(f, x) for n, f in functions.items() if not failures.get(n)}
-    samples = {**cpu_samples(calls, seconds), **(slow or {})}
+    """Interleaved samples of the calls, and those that were taken of slow ones, against "dense"."""
+    samples = {**cpu_samples({n: c for n, c in calls.items() if not failures.get(n)}, seconds), **(slow or {})}
     against = statistics.median(samples["dense"])
     for name, values in samples.items():
         if failures.get(name):

@@ -113,6 +113,7 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("realnvp", "digits", "demo"): _DIGITS | {"epochs": 60, "warmup": 100, "clip": 100.0},
     ("nice", "digits", "default"): _DIGITS | {"epochs": 300},
     ("glow", "digits", "default"): _DIGITS | {"config": models.PRESETS["glow", "digits"], "epochs": 300},
+    ("maf", "digits", "default"): {"config": models.PRESETS["maf", "digits"], "lr": 1e-3, "ema": 0.998, "epochs": 200},
     # Some minutes on two cores: enough for colour and texture. A short average, for there are few steps.
     ("glow", "photos", "default"): {
         "config": models.PRESETS["glow", "photos"],
