@@ -32,7 +32,7 @@ def _leaky_relu(a: torch.Tensor) -> torch.Tensor:
     return F.leaky_relu(a, 0.01)
 
 
-def _step(a: torch.Tensor, below: float) -> torch.Tensor:
+def _relu_slope(a: torch.Tensor, below: float) -> torch.Tensor:
     return torch.where(a > 0, torch.ones_like(a), torch.full_like(a, below))
 
 
@@ -46,8 +46,8 @@ def _silu_slope(a: torch.Tensor) -> torch.Tensor:
 
 #: The activations and their slopes; the position of one is its code in the kernels.
 ACTIVATIONS: dict[str, tuple[Function, Function]] = {
-    "relu": (F.relu, lambda a: _step(a, 0.0)),
-    "leaky_relu": (_leaky_relu, lambda a: _step(a, 0.01)),
+    "relu": (F.relu, lambda a: _relu_slope(a, 0.0)),
+    "leaky_relu": (_leaky_relu, lambda a: _relu_slope(a, 0.01)),
     "elu": (F.elu, lambda a: torch.exp(a.clamp(max=0))),
     "gelu": (F.gelu, _gelu_slope),
     "silu": (F.silu, _silu_slope),
