@@ -148,7 +148,7 @@ class _Subjects:
 
 
 def subjects(features: int, hidden: tuple[int, ...], batch: int) -> _Subjects:
-    """The scale is soft_clip, as in zuko, and for nflows softplus; the degrees are nflows', by which ours are sorted afterwards."""
+    """The scale is soft_clip, as in zuko, and for nflows softplus; degrees are nflows', and ours are sorted by them afterwards."""
     torch.manual_seed(0)
     clipped = nn.MaskedAutoregressive(features, hidden, degrees="cyclic")
     softplus = nn.MaskedAutoregressive(features, hidden, degrees="cyclic", scale=ops.ScaleMap.softplus(1e-3))
