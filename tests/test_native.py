@@ -24,6 +24,10 @@ from flowkern.ops import _autoregressive_inverse as autoregressive_inverse
 for isa in _backend.native.isas():
     _backend.native.use_isa(isa)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for out_degrees in (torch.arange(60), torch.arange(60) % 7):
+            for batch in (1, 70):
+                x, w, b = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((batch, 33), (60, 33), (60,)))
+                flowkern.ops.masked_linear(x, w, b, out_degrees, torch.arange(33), strict=True).sum().backward()
         for op in OPS.values():
             for sample in op.samples("cpu", dtype):
                 args = [a.detach().requires_grad_() for a in sample.args]

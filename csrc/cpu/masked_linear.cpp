@@ -44,7 +44,7 @@ struct Matrix {
 
   // Elements [begin, end) of row i, or of `index`.
   template <class A>
-  void read(int64_t i, int64_t begin, int64_t end, const int32_t* index, A* to) const {
+  __attribute__((noinline)) void read(int64_t i, int64_t begin, int64_t end, const int32_t* index, A* to) const {
     with_dtype(dtype, [&](auto* type) {
       const auto* from = reinterpret_cast<decltype(type)>(data) + i * row;
       if (index) {
@@ -56,7 +56,7 @@ struct Matrix {
   }
 
   template <class A>
-  void write(int64_t i, int64_t begin, int64_t end, const int32_t* index, const A* from) const {
+  __attribute__((noinline)) void write(int64_t i, int64_t begin, int64_t end, const int32_t* index, const A* from) const {
     with_dtype(dtype, [&](auto* type) {
       auto* to = reinterpret_cast<decltype(type)>(data) + i * row;
       if (index) {
