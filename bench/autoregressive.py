@@ -14,7 +14,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,8 @@ __all__ = ["main"]
 #: (features, hidden widths, batch).
 SIZES = ((784, (1024, 1024), 64), (64, (256, 256), 64), (3072, (512, 512), 64), (3072, (512, 512), 1))
 QUICK = ((24, (32, 32), 8),)
+#: Features of the picture, where the peers' inverses, of which one at the largest takes a minute, end earlier.
+FEATURES, PEERS_TO = (16, 64, 256, 784, 1536, 3072), 784
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -148,7 +150,7 @@ class _Subjects:
 
 
 def subjects(features: int, hidden: tuple[int, ...], batch: int) -> _Subjects:
-    """The scale is soft_clip, as in zuko, and for nflows softplus; degrees are nflows', and ours are sorted by them afterwards."""
+    """The scale is soft_clip, as in zuko, and for nflows softplus; degrees are nflows', and our units are sorted by them."""
     torch.manual_seed(0)
     clipped = nn.MaskedAutoregressive(features, hidden, degrees="cyclic")
     softplus = nn.MaskedAutoregressive(features, hidden, degrees="cyclic", scale=ops.ScaleMap.softplus(1e-3))
@@ -220,6 +222,36 @@ def measured(features: int, hidden: tuple[int, ...], batch: int, seconds: float)
     yield from inverse_rows(compared, seconds)
 
 
+def over_features(quick: bool) -> Iterator[dict[str, Any]]:
+    """Rows of the inverse at more and more features, with one network's widths."""
+    for features in (8, 16) if quick else FEATURES:
+        compared = subjects(features, (32, 32) if quick else (512, 512), 8 if quick else 64)
+        if features > PEERS_TO:
+            compared.peers.clear()
+        yield from inverse_rows(compared, 0.2 if quick else 2.0)
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Time against the number of features, both on logarithmic scales."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel: Any = figure.subplots()
+    labels = {"nflows": "nflows", "zuko": "zuko", f"{FLOWKERN}-torch": "flowkern, torch alone", f"{FLOWKERN}-cpp": "flowkern"}
+    labels["dense"] = "one density pass, dense"
+    for variant, label in labels.items():
+        points = [(int(row.case.split("-")[0]), row.median_ms) for row in rows if row.variant == variant and not row.failure]
+        if points:
+            panel.plot(*zip(*points, strict=True), marker="o", label=label, linestyle="--" if variant == "dense" else "-")
+    panel.set(xlabel="features", ylabel="time of an inverse, ms", xscale="log", yscale="log")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
 def rows(
     case: str,
     direction: str,
@@ -257,18 +289,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one small size: to see that it works, not to quote")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
     folder: dict[str, Any] = {"nargs": "?", "type": Path, "const": Path("bench/results"), "metavar": "DIR"}
-    parser.add_argument("--csv", help="write autoregressive-DEVICE.csv there", **folder)
+    parser.add_argument(
+        "--csv", help="write autoregressive-DEVICE.csv there, and a picture of the inverse over features", **folder
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     common = {"threads": arguments.threads, **provenance("cpu")}
     missing = {field.name: None for field in fields(Row)} | {"against": "", "failure": ""}
     sizes = QUICK if arguments.quick else SIZES
-    found = []
-    for values in itertools.chain.from_iterable(measured(*size, 0.2 if arguments.quick else 5.0) for size in sizes):
-        found.append(Row(**{**missing, **common, **values}))
-        print(line(found[-1]), flush=True)
+
+    def rows_of(values: Iterable[dict[str, Any]]) -> list[Row]:
+        found = []
+        for value in values:
+            found.append(Row(**{**missing, **common, **value}))
+            print(line(found[-1]), flush=True)
+        return found
+
+    found = rows_of(itertools.chain.from_iterable(measured(*size, 0.2 if arguments.quick else 5.0) for size in sizes))
     if arguments.csv is not None:
         path = arguments.csv / f"autoregressive-{slug(common['device'])}.csv"
         write_atomically(path, as_csv(found))
-        print(f"written: {path}")
+        drawn = rows_of(over_features(arguments.quick))
+        title = f"Inverse of a MADE, batch {drawn[0].case.rsplit('batch')[-1]}; {common['device']}, {arguments.threads} threads"
+        draw(drawn, title, path.with_suffix(".png"))
+        print(f"written: {path} and .png")
+        found += drawn
     return int(any(row.failure for row in found))

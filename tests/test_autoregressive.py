@@ -271,8 +271,11 @@ def test_the_bench_compares_and_times(tmp_path: Path) -> None:
 
     assert autoregressive.main(["--quick", "--csv", str(tmp_path)]) == 0
     (table,) = tmp_path.glob("autoregressive-*.csv")
+    (picture,) = tmp_path.glob("autoregressive-*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
     variants = {tuple(row.split(",")[1:3]) for row in table.read_text().splitlines()[1:]}
     inverses = {"dense", "flowkern-torch", "nflows", "zuko"} | ({"flowkern-cpp"} if _backend.native else set())
-    assert variants == {("inverse", v) for v in inverses} | {
-        ("density", v) for v in ("dense", "flowkern-density", "nflows", "zuko")
-    }
+    densities = {"dense", "flowkern-density", "nflows", "zuko"}
+    expected = {("inverse", v) for v in inverses}
+    expected |= {(direction, v) for direction in ("density", "density forward+backward") for v in densities}
+    assert variants == expected
