@@ -308,8 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = rows_of(itertools.chain.from_iterable(measured(*size, 0.2 if arguments.quick else 5.0) for size in sizes))
     if arguments.csv is not None:
         path = arguments.csv / f"autoregressive-{slug(common['device'])}.csv"
-        write_atomically(path, as_csv(found))
         drawn = rows_of(over_features(arguments.quick))
+        write_atomically(path, as_csv([*found, *drawn]))
         title = f"Inverse of a MADE, batch {drawn[0].case.rsplit('batch')[-1]}; {common['device']}, {arguments.threads} threads"
         draw(drawn, title, path.with_suffix(".png"))
         print(f"written: {path} and .png")
