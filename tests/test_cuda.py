@@ -1,0 +1,366 @@
+"""The CUDA kernels: compiled for GPUs, and executed on the host from the same source, one thread after the other."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparison import assert_accurate
+
+import flowkern
+from flowkern import _backend, ops
+from flowkern._registry import Sample
+from flowkern.ops import AutoregressiveNetwork, ScaleMap
+from flowkern.ops import _autoregressive_cuda as cuda
+from flowkern.ops import _autoregressive_inverse as op
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "autoregressive_inverse.cu"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TILES = copy.deepcopy(cuda.TILES)
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels as a library of the host
+
+
+def build(output: Path, *flags: str) -> Path:
+    """The kernels compiled by g++."""
+    command = ["g++", "-x", "c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+    done = subprocess.run([*command, "-shared", "-fPIC", str(SOURCE), "-o", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+class Host:
+    """Stands in for the launch on a GPU with ``processors`` multiprocessors of ``memory`` bytes each."""
+
+    def __init__(self, library: Path):
+        self.function = ctypes.CDLL(str(library)).autoregressive_inverse_forward
+        pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
+        strided = [pointer, number, number]
+        fixed = [*strided, *strided, pointer, pointer, pointer, pointer, number, pointer, pointer, pointer]
+        self.function.argtypes = [*fixed, *[number] * 5, flag, flag, *[number] * 3, pointer]
+        self.function.restype = ctypes.c_char_p
+        self.processors, self.memory, self.descending = 4, 1 << 20, False
+
+    def launch(self, *arguments: int, device: torch.device) -> None:
+        error = self.function(*arguments, int(self.descending))
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return build(tmp_path_factory.mktemp("cuda") / "host.so")
+
+
+@pytest.fixture
+def host(library: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    host = Host(library)
+    monkeypatch.setattr(cuda, "_limits", lambda device: (host.processors, host.memory))
+    monkeypatch.setattr(cuda, "_launch", host.launch)
+    return host
+
+
+def use_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    """Leave one size of tiles, as far as a dtype has it."""
+    few = {dtype: {tile: sizes[tile]} if tile in sizes else sizes for dtype, sizes in TILES.items()}
+    monkeypatch.setattr(cuda, "TILES", few)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def made(features: int, *widths: int, **options: Any) -> AutoregressiveNetwork:
+    hidden = tuple(tuple(i % max(1, features - 1) + 1 for i in range(width)) for width in widths)
+    return AutoregressiveNetwork(tuple(range(1, features + 1)), hidden, **options)
+
+
+def parameters_of(network: AutoregressiveNetwork, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    found = []
+    for columns, rows in zip(network.widths[:-1], network.widths[1:], strict=True):
+        found += [0.5 * torch.randn(rows, columns, dtype=dtype) / columns**0.5, 0.3 * torch.randn(rows, dtype=dtype)]
+    return found
+
+
+def further(dtype: torch.dtype) -> Iterator[Sample]:
+    """Shapes in which the kernel goes other ways: more rows in a step than threads, and more columns than one thread takes."""
+    one_step = AutoregressiveNetwork((1,) * 300, ((0,) * 40, (0,) * 600))
+    few = AutoregressiveNetwork((1, 2, 3), ((1,) * 70 + (2,) * 530, tuple(1 + i % 2 for i in range(90))), activation="tanh")
+    residual = AutoregressiveNetwork((2, 1, 2), ((1,) * 50,) * 5, residual=True, activation="gelu", scale=ScaleMap.softplus())
+    torch.manual_seed(1)
+    random = tuple(tuple(torch.randint(1, 50, (n,)).tolist()) for n in (64, 40))
+    shuffled = AutoregressiveNetwork(
+        tuple((torch.randperm(50) + 1).tolist()), random, permutation=tuple(torch.randperm(50).tolist())
+    )
+    for name, network in (("one-step", one_step), ("few-steps", few), ("few-steps-residual", residual), ("random", shuffled)):
+        z = torch.randn(7, network.features, dtype=torch.float64).to(dtype)
+        context = torch.randn(7, network.widths[1], dtype=torch.float64).to(dtype)
+        parameters = [p.to(dtype) for p in parameters_of(network, torch.float64)]
+        yield Sample(name, (z, parameters, [network]), {"contexts": [context]})
+
+
+def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Sample]:
+    torch.manual_seed(0)
+    return [*op._samples(device, dtype), *(to(sample, device) for sample in further(dtype))]
+
+
+def to(sample: Sample, device: str) -> Sample:
+    z, parameters, networks = sample.args
+    contexts = [None if c is None else c.to(device) for c in contexts_of(sample)]
+    return Sample(sample.name, (z.to(device), [p.to(device) for p in parameters], networks), {"contexts": contexts})
+
+
+def parametrized() -> list[Any]:
+    return [pytest.param(s, id=s.name) for s in samples()]
+
+
+def contexts_of(sample: Sample) -> list[torch.Tensor | None]:
+    return sample.kwargs.get("contexts", [None] * len(sample.args[2]))
+
+
+def tensors_of(sample: Sample) -> list[torch.Tensor]:
+    """What the registered op takes: the contexts among the parameters."""
+    remaining, found = iter(sample.args[1]), []
+    for network, context in zip(sample.args[2], contexts_of(sample), strict=True):
+        found += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
+    return found
+
+
+def run(sample: Sample) -> Pair:
+    """The launcher, on whatever ``_launch`` is."""
+    text = "\n".join(network.text for network in sample.args[2])
+    return cuda.forward(sample.args[0], tensors_of(sample), text, [c is not None for c in contexts_of(sample)])
+
+
+def defined(sample: Sample, dtype: torch.dtype | None = None) -> Pair:
+    z, *tensors = (t if dtype is None else t.to(dtype) for t in (sample.args[0], *tensors_of(sample)))
+    return op.reference(z, tensors, sample.args[2], [c is not None for c in contexts_of(sample)])
+
+
+def assert_right(function: Callable[[Sample], Pair], dtype: torch.dtype, device: str = "cpu") -> None:
+    """No result is off by more than twice what plain torch code in the same dtypes is off, against float64."""
+    for sample in samples(dtype, device):
+        results = zip(function(sample), defined(sample, torch.float64), defined(sample), strict=True)
+        for actual, truth, same_dtype in results:
+            assert actual.dtype is same_dtype.dtype
+            assert_accurate(actual, truth, same_dtype, ulps=64 if dtype is torch.float64 else 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it computes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_is_accurate(host: Host, dtype: torch.dtype) -> None:
+    assert_right(run, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", TILES[torch.float32])
+def test_every_tile_is_accurate(host: Host, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tile not in TILES[torch.float64] and dtype is torch.float64:
+        pytest.skip("float64 has no such tile")
+    use_tile(monkeypatch, tile)
+    assert_right(run, dtype)
+
+
+@pytest.mark.parametrize("tile", [1, 4])
+@pytest.mark.parametrize("sample", parametrized())
+def test_the_order_of_the_threads_does_not_matter(host: Host, sample: Sample, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that meet in a place without a barrier between them would."""
+    use_tile(monkeypatch, tile)
+    expected = run(sample)
+    host.descending = True
+    assert all(torch.equal(a, b) for a, b in zip(run(sample), expected, strict=True))
+
+
+@pytest.mark.parametrize("sample", parametrized())
+def test_what_does_not_fit_in_shared_memory_lies_in_a_scratch_buffer(host: Host, sample: Sample, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cuda, "RESIDENT", 1)  # blocks take several tiles, and use the buffer again
+    host.processors = 2
+    for tile in (1, 2):
+        use_tile(monkeypatch, tile)
+        host.memory = 1 << 20
+        expected = run(sample)
+        host.memory = 0
+        assert all(torch.equal(a, b) for a, b in zip(run(sample), expected, strict=True))
+
+
+@pytest.mark.parametrize("sample", parametrized())
+def test_outputs_are_written_whole_and_nothing_else(host: Host, sample: Sample, canaries: Any) -> None:
+    for memory in (1 << 20, 0):
+        host.memory = memory
+        for value in run(sample):
+            assert not value.isnan().any()
+        canaries.assert_alive()
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 0], ids=["shared", "scratch"])
+@pytest.mark.parametrize("name", ["shuffled", "several-panels", "residual-panels", "chain", "few-steps"])
+def test_nan_stays_in_its_sample(host: Host, name: str, memory: int) -> None:
+    host.memory = memory
+    sample = next(s for s in samples() if s.name == name)
+    clean = run(sample)
+    sample.args[0][1, 0] = float("nan")
+    touched = [1]
+    if contexts_of(sample)[0] is not None:
+        contexts_of(sample)[0][2, 0] = float("inf")
+        touched = [1, 2]
+    x, logabsdet = run(sample)
+    others = [i for i in range(len(x)) if i not in touched]
+    assert x[1].isnan().any()
+    assert logabsdet[1].isnan()
+    assert torch.equal(x[others], clean[0][others])
+    assert torch.equal(logabsdet[others], clean[1][others])
+
+
+@pytest.mark.parametrize("sample", parametrized())
+def test_masked_weights_do_not_matter(host: Host, sample: Sample) -> None:
+    expected, poisoned = run(sample), copy.deepcopy(sample)
+    weights = iter(poisoned.args[1][0::2])
+    for network in poisoned.args[2]:
+        for mask in op._masks(network, torch.device("cpu")):
+            next(weights)[~mask] = float("inf")
+    assert all(torch.equal(a, b) for a, b in zip(run(poisoned), expected, strict=True))
+
+
+def test_a_large_layer_and_a_batch_that_tiles_do_not_divide(host: Host) -> None:
+    network = made(200, 300, 300)
+    parameters, z = parameters_of(network), torch.randn(21, 200)
+    z[:, ::2] *= 3
+    for batch in (1, 2, 3, 21):
+        sample = Sample("", (z[:batch], parameters, [network]))
+        actual = run(sample)
+        back, total = op.density(actual[0], parameters, [network], [False])
+        assert (back - z[:batch]).abs().max() <= 1e-5 * z.abs().max()
+        torch.testing.assert_close(total, -actual[1])
+        with flowkern.backend("torch"):
+            expected = ops.autoregressive_inverse(z[:batch], parameters, network)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_batch_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_launch", None)
+    x, logabsdet = run(Sample("", (torch.randn(0, 4), parameters_of(made(4, 6)), [made(4, 6)])))
+    assert x.shape == (0, 4)
+    assert logabsdet.shape == (0,)
+
+
+def test_tiles_grow_with_the_batch_and_shrink_with_the_memory() -> None:
+    network = made(64, 256, 256)
+    program = cuda._program(network.text, (False,), torch.device("cpu"))
+
+    def tile(batch: int, memory: int) -> tuple[int, int, bool]:
+        return cuda._tile(batch, program, torch.float32, torch.float32, 132, memory)
+
+    assert [tile(batch, 232448)[0] for batch in (1, 132, 133, 500, 3000, 10**6)] == [1, 1, 2, 4, 16, 16]
+    small = [tile(10**6, memory) for memory in (0, 10_000, 30_000, 60_000, 100_000)]
+    assert [fits for _, _, fits in small] == [False, False, True, True, True]
+    assert [size for size, _, fits in small if fits] == sorted(size for size, _, fits in small if fits)
+    for memory, (_, shared, fits) in zip((30_000, 60_000, 100_000), small[2:], strict=True):
+        assert fits
+        assert shared <= memory
+
+
+def test_the_stream_holds_every_weight_that_counts_once(host: Host) -> None:
+    """Heads are rectangles of what counts; a tail's rectangle may also hold what does not."""
+    for sample in samples():
+        used = set()
+        for network in sample.args[2]:
+            program = cuda._program(network.text, (False,), torch.device("cpu"))
+            numbers = program.weights.tolist()
+            assert len(set(numbers)) == len(numbers)
+            used, start = set(numbers), 0
+            for i, mask in enumerate(op._masks(network, torch.device("cpu")), 1):
+                plan = op.plans(network.text)[0]
+                rows = torch.tensor(cuda._rows(plan, i), dtype=torch.int64)
+                seen = torch.zeros_like(mask)
+                seen[rows] = mask[rows]
+                assert {start + n for n in seen.flatten().nonzero().flatten().tolist()} <= used
+                start += mask.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is built
+
+EVERY_SAMPLE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, test_cuda as t
+host = t.Host(sys.argv[2])
+t.cuda._limits = lambda device: (2, host.memory)
+t.cuda._launch = host.launch
+for memory in (1 << 20, 0):
+    host.memory = memory
+    for dtype in t.DTYPES:
+        for sample in t.samples(dtype):
+            t.run(sample)
+print("every sample ran")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the sanitizers' runtimes")
+def test_the_kernel_under_address_and_undefined_behaviour_sanitizers(library: Path, tmp_path: Path) -> None:
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={lib}"], capture_output=True, text=True).stdout.strip()
+        for lib in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(r).is_absolute() for r in runtimes):
+        pytest.skip("the sanitizer runtimes are not installed")
+    flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+    built = build(tmp_path / "host.so", *flags)
+    # Leaks are not looked for: the interpreter and torch keep memory until the process ends.
+    env = {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-W", "ignore", "-c", EVERY_SAMPLE, str(ROOT / "tests"), str(built)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "every sample ran" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which backend serves
+
+
+def explained(sample: Sample) -> str:
+    implementations = op._forward.implementations
+    return "; ".join(_backend.reasons("cuda", implementations, sample.args[:1]))
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = samples()[0]
+    monkeypatch.setattr(_backend, "native_cuda", None)
+    monkeypatch.setattr(_backend, "_native_cuda_reason", "the CUDA extension was not built")
+    assert explained(sample) == "the CUDA extension was not built"
+    with flowkern.backend("cuda"), pytest.raises(RuntimeError, match="cannot serve: the CUDA extension was not built"):
+        ops.autoregressive_inverse(*sample.args)
+    monkeypatch.setattr(_backend, "native_cuda", object())
+    assert explained(sample) == "it serves CUDA tensors, these are on 'cpu'"
+    implementations = op._forward.implementations
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    assert explained(sample) == ""
+    chosen = [_backend.choose("", kinds, sample.args[:1]) for kinds in (implementations, {**implementations, "triton": None})]
+    assert chosen == ["cuda", "cuda"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
