@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,11 +154,16 @@ def defined(sample: Sample, dtype: torch.dtype | None = None) -> Pair:
     return op.reference(z, tensors, sample.args[2], [c is not None for c in contexts_of(sample)])
 
 
-def assert_right(function: Callable[[Sample], Pair], dtype: torch.dtype, device: str = "cpu") -> None:
+@functools.lru_cache(maxsize=1)
+def references(dtype: torch.dtype, device: str) -> list[tuple[Sample, Pair, Pair]]:
+    """Every sample, what float64 makes of it, and what plain torch code in its own dtypes does."""
+    return [(sample, defined(sample, torch.float64), defined(sample)) for sample in samples(dtype, device)]
+
+
+def assert_right(dtype: torch.dtype, device: str = "cpu") -> None:
     """No result is off by more than twice what plain torch code in the same dtypes is off, against float64."""
-    for sample in samples(dtype, device):
-        results = zip(function(sample), defined(sample, torch.float64), defined(sample), strict=True)
-        for actual, truth, same_dtype in results:
+    for sample, exact, plain in references(dtype, device):
+        for actual, truth, same_dtype in zip(run(sample), exact, plain, strict=True):
             assert actual.dtype is same_dtype.dtype
             assert_accurate(actual, truth, same_dtype, ulps=64 if dtype is torch.float64 else 4)
 
@@ -165,18 +172,10 @@ def assert_right(function: Callable[[Sample], Pair], dtype: torch.dtype, device:
 # What it computes
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_is_accurate(host: Host, dtype: torch.dtype) -> None:
-    assert_right(run, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tile", TILES[torch.float32])
-def test_every_tile_is_accurate(host: Host, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    if tile not in TILES[torch.float64] and dtype is torch.float64:
-        pytest.skip("float64 has no such tile")
+@pytest.mark.parametrize(("dtype", "tile"), [(dtype, tile) for dtype in DTYPES for tile in cuda.TILES.get(dtype, (1, 16))])
+def test_the_kernel_is_accurate(host: Host, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tile(monkeypatch, tile)
-    assert_right(run, dtype)
+    assert_right(dtype)
 
 
 @pytest.mark.parametrize("tile", [1, 4])
@@ -306,11 +305,9 @@ import torch, test_cuda as t
 host = t.Host(sys.argv[2])
 t.cuda._limits = lambda device: (2, host.memory)
 t.cuda._launch = host.launch
-for memory in (1 << 20, 0):
-    host.memory = memory
-    for dtype in t.DTYPES:
-        for sample in t.samples(dtype):
-            t.run(sample)
+for host.memory, dtype, step in ((1 << 20, torch.float32, 1), (0, torch.bfloat16, 2), (1 << 20, torch.float64, 3)):
+    for sample in t.samples(dtype)[::step]:
+        t.run(sample)
 print("every sample ran")
 """
 
@@ -332,6 +329,53 @@ def test_the_kernel_under_address_and_undefined_behaviour_sanitizers(library: Pa
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "every sample ran" in done.stdout
+
+
+@functools.cache
+def no_nvcc() -> str:
+    """Why the extension cannot be built here; empty if it can."""
+    missing = [name for name in ("nvcc", "c++") if shutil.which(name) is None]
+    return f"needs {' and '.join(missing)}" if missing else ""
+
+
+def built(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """The CUDA extension alone, as setup.py builds it."""
+    options = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "objects")]
+    command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", *options]
+    variables = {**os.environ, "FLOWKERN_EXT": "0", **env}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_extension_compiles_without_spills_and_loads_without_a_gpu(tmp_path: Path) -> None:
+    if no_nvcc():
+        pytest.skip(no_nvcc())
+    done = built(tmp_path, FLOWKERN_CUDA="1", NVCC_APPEND_FLAGS="-Xptxas -v")
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    kernels = 2 * len(TILES[torch.float32]) + len(TILES[torch.float64])
+    for arch in ("sm_80", "sm_90a", "sm_100"):
+        assert len(re.findall(f"Compiling entry function .* for '{arch}'", output)) == kernels
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
+    assert len(found) == 3 * kernels
+    assert set(found) == {("0", "0", "0")}
+    script = f"import sys; sys.path.insert(0, {str(tmp_path / 'lib' / 'flowkern')!r}); import _native_cuda as m; print(m.__doc__)"
+    loaded = subprocess.run([sys.executable, "-c", script], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True)
+    assert loaded.stdout.startswith(b"CUDA kernels of flowkern"), loaded.stderr
+
+
+def test_what_is_asked_for_and_cannot_be_built_is_an_error(tmp_path: Path) -> None:
+    done = built(tmp_path, FLOWKERN_CUDA="yes")
+    assert done.returncode != 0
+    assert "FLOWKERN_CUDA: unknown value 'yes'; expected one of auto, 0, 1" in done.stderr
+    nowhere = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere", "CUDA_PATH": "/nowhere", "CXX": shutil.which("c++") or "c++"}
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        done = built(tmp_path, FLOWKERN_CUDA="1", **nowhere)
+        assert done.returncode != 0
+        assert "FLOWKERN_CUDA=1, but the CUDA extension could not be built: nvcc was not found" in done.stderr
+    done = built(tmp_path, FLOWKERN_CUDA="0")
+    assert done.returncode == 0
+    assert not list(tmp_path.glob("lib/**/_native_cuda*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,4 +407,83 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Needs a GPU, and the extension: ``python -m bench.gpu_check`` runs these tests."""
+    missing = not torch.cuda.is_available() or _backend.native_cuda is None
+    reason = "needs a CUDA GPU" if not torch.cuda.is_available() else _backend._native_cuda_reason
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason=reason)(test))
+
+
+def moved(sample: Sample, repeats: int) -> Sample:
+    """The sample with its batch repeated, so that there is work for all multiprocessors."""
+    z, parameters, networks = sample.args
+    contexts = [None if c is None else c.repeat(repeats, 1) for c in contexts_of(sample)]
+    return Sample(sample.name, (z.repeat(repeats, 1), parameters, networks), {"contexts": contexts})
+
+
+@on_gpu
+@pytest.mark.parametrize(("dtype", "tile"), [(dtype, tile) for dtype in DTYPES for tile in cuda.TILES.get(dtype, (1, 16))])
+def test_the_kernel_is_accurate_on_a_gpu(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tile(monkeypatch, tile)
+    assert_right(dtype, "cuda")
+
+
+@on_gpu
+def test_scratch_and_several_tiles_of_a_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = cuda._limits(torch.device("cuda"))
+    for sample in samples(torch.float32, "cuda"):
+        many = moved(sample, 40)
+        expected = run(many)
+        for a, b in zip(run(many), expected, strict=True):
+            assert torch.equal(a, b)
+        for memory in (limits[1], 0):
+            monkeypatch.setattr(cuda, "_limits", lambda device, memory=memory: (2, memory))
+            for a, b in zip(run(many), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        monkeypatch.setattr(cuda, "_limits", lambda device: limits)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["shuffled", "several-panels", "residual-panels", "chain", "few-steps"])
+def test_nan_stays_in_its_sample_on_a_gpu(name: str) -> None:
+    sample = next(s for s in samples(torch.float32, "cuda") if s.name == name)
+    clean = run(sample)
+    sample.args[0][1, 0] = float("nan")
+    others = [i for i in range(len(sample.args[0])) if i != 1]
+    for actual, expected in zip(run(sample), clean, strict=True):
+        assert actual[1].isnan().any()
+        assert torch.equal(actual[others], expected[others])
+
+
+@on_gpu
+def test_large_layers_agree_with_the_cpu() -> None:
+    for features, widths, batch in ((784, (1024, 1024), 64), (3072, (512, 512), 100)):
+        network = made(features, *widths)
+        parameters, z = parameters_of(network), torch.randn(batch, features)
+        expected = ops.autoregressive_inverse(z.double(), parameters, network)
+        plain = ops.autoregressive_inverse(z, parameters, network)
+        with flowkern.backend("cuda"):
+            actual = ops.autoregressive_inverse(z.cuda(), [p.cuda() for p in parameters], network)
+        for got, truth, same_dtype in zip(actual, expected, plain, strict=True):
+            assert_accurate(got.cpu(), truth, same_dtype, ulps=8)
+
+
+@on_gpu
+def test_gradients_and_graphs_on_a_gpu() -> None:
+    sample = next(s for s in samples(torch.float32, "cuda") if s.name == "several-panels")
+    z, *parameters = (t.detach().requires_grad_() for t in (sample.args[0], *sample.args[1]))
+    with flowkern.backend("cuda"):
+        x, logabsdet = ops.autoregressive_inverse(z, parameters, sample.args[2])
+        actual = torch.autograd.grad(x.square().sum() + logabsdet.sum(), (z, *parameters))
+    other, total = op.reference(z, parameters, sample.args[2], [False, False])
+    expected = torch.autograd.grad(other.square().sum() + total.sum(), (z, *parameters))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(sample)
+        sample.args[0].mul_(0.5)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, run(sample), strict=True))
