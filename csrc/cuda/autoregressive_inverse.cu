@@ -337,7 +337,7 @@ struct Inverse {
 
   // Where the rows of a step all see many units of their panel, the whole block multiplies. How far that went.
   FLOWKERN_DEVICE int common(int i, const Rows& rows, int begin, int end, const W* weights) {
-    const int seen = network.prefix(i, begin);
+    const int seen = rows.top - rows.known > few ? network.prefix(i, begin) : rows.known;
     if (seen - rows.known <= few) return rows.known;
     const int first = rows.twice * (begin - rows.first), count = rows.twice * (end - begin);
     for (int row = 0; row < count; row += threads) {
@@ -396,7 +396,6 @@ template <class W>
 const char* launch_single(int64_t tile, int64_t blocks, int64_t shared, uintptr_t stream, const Arguments& in) {
   switch (tile) {
     case 1: return launch<Inverse<float, W, 1>>(blocks, shared, stream, in);
-    case 2: return launch<Inverse<float, W, 2>>(blocks, shared, stream, in);
     case 4: return launch<Inverse<float, W, 4>>(blocks, shared, stream, in);
     case 8: return launch<Inverse<float, W, 8>>(blocks, shared, stream, in);
     case 16: return launch<Inverse<float, W, 16>>(blocks, shared, stream, in);
