@@ -189,7 +189,7 @@ class BuildWithNinja(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
-        self.extensions = [ext for ext in self.extensions if self._built(ext)]
+        self.extensions: list[Extension] = [ext for ext in self.extensions if self._built(ext)]
         super().copy_extensions_to_source()
 
     def _built(self, ext: Extension) -> bool:
@@ -210,7 +210,7 @@ def ninja() -> str:
         return found
 
 
-extensions = []
+extensions: list[Extension] = []
 if mode("FLOWKERN_EXT") == "0":
     warnings.warn("FLOWKERN_EXT=0: flowkern is installed without its CPU kernels and runs in pure torch", stacklevel=1)
 else:

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             calls += 1
     for sample in list(_autoregressive_inverse._samples(arguments.device, torch.float32))[:: arguments.every]:
         z = sample.args[0].detach().requires_grad_()
-        torch.autograd.grad(sum(y.sum() for y in ops.autoregressive_inverse(z, *sample.args[1:], **sample.kwargs)), z)
+        x, logabsdet = ops.autoregressive_inverse(z, *sample.args[1:], **sample.kwargs)
+        torch.autograd.grad(x.sum() + logabsdet.sum(), z)
         calls += 1
     if arguments.device == "cuda":
         torch.cuda.synchronize()

@@ -176,7 +176,7 @@ def _starts(widths: list[tuple[int, ...]], contexts: Sequence[bool]) -> Iterator
 
 def _rows(plan: Plan, layer: int) -> list[int]:
     """The rows of a linear layer that are used, in order: those of u and t by turns for the outputs."""
-    order = plan.layers[layer].order[: plan.layers[layer].count]
+    order = plan.layers[layer].order[: plan.layers[layer].computed]
     if layer < plan.network.layers:
         return order
     raw, shift = plan.network.output_rows
@@ -210,7 +210,7 @@ def _numbers(layer: _Layer, start: int, width: int, part: slice) -> torch.Tensor
 def _units(plan: Plan) -> list[int]:
     """Where the values of each layer begin among those of a sample, those before the activations, and how many there are."""
     network, last = plan.network, plan.network.layers
-    counts = [layer.count for layer in plan.layers[:-1]]
+    counts = [layer.computed for layer in plan.layers[:-1]]
     places = [network.features]  # after the state
     for count in counts:
         places.append(places[-1] + count)
@@ -240,7 +240,7 @@ def _table(plan: Plan, biases: int, context: int) -> list[int]:
     for i, layer in enumerate(plan.layers):
         layers += [values[i], before[i], biases, prefix + len(prefixes)]
         if i:
-            prefixes += layer.prefix[: layer.count]
+            prefixes += layer.prefix[: layer.computed]
             biases += len(_rows(plan, i))
     order = prefix + len(prefixes)
     source, panels = order + network.features, []
