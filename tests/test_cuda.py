@@ -341,7 +341,7 @@ def no_nvcc() -> str:
 def built(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """The CUDA extension alone, as setup.py builds it."""
     options = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "objects")]
-    command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext", *options]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *options]
     variables = {**os.environ, "FLOWKERN_EXT": "0", **env}
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
 
@@ -376,6 +376,24 @@ def test_what_is_asked_for_and_cannot_be_built_is_an_error(tmp_path: Path) -> No
     done = built(tmp_path, FLOWKERN_CUDA="0")
     assert done.returncode == 0
     assert not list(tmp_path.glob("lib/**/_native_cuda*"))
+
+
+def test_it_is_built_by_itself_only_where_there_is_a_driver(tmp_path: Path) -> None:
+    """A driver in name only, and GPUs that nvcc does not know: what fails is said once, and nothing else is lost."""
+    if no_nvcc():
+        pytest.skip(no_nvcc())
+    driver = tmp_path / "libcuda.so.1"
+    subprocess.run(["c++", "-shared", "-x", "c++", os.devnull, "-o", str(driver)], check=True)
+    env = {"FLOWKERN_CUDA": "auto", "FLOWKERN_CUDA_ARCHS": "1;2"}
+    done = built(tmp_path, LD_LIBRARY_PATH=str(tmp_path), **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("flowkern is installed without its CUDA extension") == 1
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        done = built(tmp_path, **env)
+        assert done.returncode == 0, done.stderr
+        assert "CUDA" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
