@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "cuda" / "autoregressive_inverse.cu"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TILES = copy.deepcopy(cuda.TILES)
+EVERY_TILE = [(dtype, tile) for dtype in DTYPES for tile in TILES.get(dtype, (1, 16))]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -172,7 +173,7 @@ def assert_right(dtype: torch.dtype, device: str = "cpu") -> None:
 # What it computes
 
 
-@pytest.mark.parametrize(("dtype", "tile"), [(dtype, tile) for dtype in DTYPES for tile in cuda.TILES.get(dtype, (1, 16))])
+@pytest.mark.parametrize(("dtype", "tile"), EVERY_TILE, ids=str)
 def test_the_kernel_is_accurate(host: Host, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tile(monkeypatch, tile)
     assert_right(dtype)
@@ -441,7 +442,7 @@ def moved(sample: Sample, repeats: int) -> Sample:
 
 
 @on_gpu
-@pytest.mark.parametrize(("dtype", "tile"), [(dtype, tile) for dtype in DTYPES for tile in cuda.TILES.get(dtype, (1, 16))])
+@pytest.mark.parametrize(("dtype", "tile"), EVERY_TILE, ids=str)
 def test_the_kernel_is_accurate_on_a_gpu(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tile(monkeypatch, tile)
     assert_right(dtype, "cuda")

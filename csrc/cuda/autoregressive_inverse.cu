@@ -19,10 +19,11 @@
 // Samples never meet, so there is no barrier between blocks, no atomic operation, and NaN stays in its sample. Nothing is read before
 // it is known. Every sum has a fixed order for a given tile size: the same bits each time.
 //
-// Cost. With n tiles for each multiprocessor, w weights that the masks let through, d steps and L linear layers, and a barrier with the
-// latency of a few reads of shared memory in time b, of a product's reads in time c:
-//   n * (max(w bytes / stream bandwidth of a multiprocessor, T w / its multiply-adds) + d L b + panels (L + 1) c).
-// The launcher takes the smallest T with n <= 1, then the largest: up to there more samples cost no time.
+// Cost of a tile, with w weights that the masks let through, d steps, p panels and L linear layers:
+//   max(bytes of w / what a multiprocessor reads from the second-level cache, T w / its multiply-adds)
+//   + d L (a barrier and some reads of shared memory that wait for each other) + p (L + 1) (a barrier and reads of the stream).
+// T is in the second argument of the maximum alone, so tiles of a few samples take about as long as those of one: the launcher
+// takes the smallest T with which every tile has a multiprocessor, and the largest where there is none.
 
 #include "common.cuh"
 
