@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from flowkern import OPS
+from flowkern import OPS, ops
+from flowkern.ops import _autoregressive_inverse
 
 from .gpu_check import FINISHED, STARTED
 
@@ -32,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             outputs = [y for y in op.function(*inputs, **sample.kwargs) if y.requires_grad]
             torch.autograd.grad(outputs, inputs, [torch.ones_like(y) for y in outputs], allow_unused=True)
             calls += 1
+    for sample in list(_autoregressive_inverse._samples(arguments.device, torch.float32))[:: arguments.every]:
+        z = sample.args[0].detach().requires_grad_()
+        x, logabsdet = ops.autoregressive_inverse(z, *sample.args[1:], **sample.kwargs)
+        torch.autograd.grad(x.sum() + logabsdet.sum(), z)
+        calls += 1
     if arguments.device == "cuda":
         torch.cuda.synchronize()
     print(f"{FINISHED} ({calls})", flush=True)

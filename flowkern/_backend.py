@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["BACKENDS", "backend", "call_native", "choose", "native", "only_torch", "reasons"]
+__all__ = ["BACKENDS", "backend", "call_native", "choose", "native", "native_cuda", "only_torch", "reasons"]
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 _AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
@@ -41,6 +41,19 @@ def _load_native() -> tuple[ModuleType | None, str]:
 
 
 native, _native_reason = _load_native()
+
+
+def _load_native_cuda() -> tuple[ModuleType | None, str]:
+    """The compiled CUDA extension, or None and the reason. Loading it needs no GPU."""
+    try:
+        return importlib.import_module("flowkern._native_cuda"), ""
+    except ImportError as error:
+        missing = importlib.util.find_spec("flowkern._native_cuda") is None
+        why = "the CUDA extension was not built (no nvcc or no NVIDIA driver at install time, or FLOWKERN_CUDA=0)"
+        return None, why if missing else f"the CUDA extension does not load: {error}"
+
+
+native_cuda, _native_cuda_reason = _load_native_cuda()
 
 
 @functools.cache
@@ -100,8 +113,10 @@ def reasons(name: str, implementations: Mapping[str, Callable], tensors: Sequenc
         if device == "cpu" and not interpreting():
             return ["it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"]
         return [] if device in ("cpu", "cuda") else [f"it serves CUDA tensors, these are on {device!r}"]
-    if name == "cuda" and device != "cuda":
-        return [f"it serves CUDA tensors, these are on {device!r}"]
+    if name == "cuda":
+        if native_cuda is None:
+            return [_native_cuda_reason]
+        return [] if device == "cuda" else [f"it serves CUDA tensors, these are on {device!r}"]
     return []
 
 

@@ -92,7 +92,13 @@ def _lazy_triton(target: str) -> Callable[..., Any]:
 
 
 def define(
-    schema: str, *, fake: Callable[..., Any], torch_: Callable[..., Any], cpp: Callable[..., Any], triton: str | None = None
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    torch_: Callable[..., Any],
+    cpp: Callable[..., Any],
+    triton: str | None = None,
+    cuda: Callable[..., Any] | None = None,
 ) -> Kernel:
     """Register ``flowkern::<schema>`` on the CPU and CUDA keys with a fake, and return the callable.
 
@@ -100,7 +106,11 @@ def define(
     """
     _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     name = schema.split("(")[0]
-    implementations = {"torch": torch_, "cpp": cpp, **({"triton": _lazy_triton(triton)} if triton else {})}
+    implementations = {"torch": torch_, "cpp": cpp}
+    if triton:
+        implementations["triton"] = _lazy_triton(triton)
+    if cuda:
+        implementations["cuda"] = cuda
     kernel = Kernel(name, getattr(torch.ops.flowkern, name).default, implementations)
     _LIBRARY.impl(name, kernel.run, "CPU")
     _LIBRARY.impl(name, kernel.run, "CUDA")

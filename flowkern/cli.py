@@ -285,6 +285,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
             print(f"GPU {i}      {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory >> 20} MiB")
     else:
         print("GPU        none that torch can use")
+    print(f"CUDA       {'kernels built' if _backend.native_cuda else 'no kernels: ' + _backend._native_cuda_reason}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for op in flowkern.OPS:
         for device in devices:

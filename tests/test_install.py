@@ -39,7 +39,7 @@ print("isa:", _backend.native.isa() if _backend.native else None)
 
 def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FLOWKERN_BACKEND", "FLOWKERN_EXT")}
-    return subprocess.run(command, capture_output=True, text=True, env={**clean, **env})
+    return subprocess.run(command, capture_output=True, text=True, env={**clean, "FLOWKERN_CUDA": "0", **env})
 
 
 class Environment:

@@ -26,6 +26,7 @@ import torch
 
 from .. import _backend
 from .._registry import Sample, define
+from . import _autoregressive_cuda
 from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, plans
 from ._autoregressive_sweep import Parameters, affine, invert, parameters_of, pull_back
 from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
@@ -255,6 +256,7 @@ _forward = define(
     fake=_outputs,
     torch_=_torch_forward,
     cpp=_cpp_forward,
+    cuda=_autoregressive_cuda.forward,
 )
 _backward = define(
     "autoregressive_inverse_backward(Tensor grad, Tensor? grad_logabsdet, Tensor x, Tensor[] tensors, str networks,"
@@ -262,6 +264,7 @@ _backward = define(
     fake=_gradients,
     torch_=_torch_backward,
     cpp=_torch_backward,
+    cuda=_torch_backward,
 )
 
 

@@ -1,0 +1,255 @@
+"""The CUDA launcher of ``autoregressive_inverse``: the weights as a stream in the order of use, and the size of the tiles.
+
+The stream is gathered anew for each call, by one index_select. Every block reads all of it, side by side; through the
+orders each of them would read the weights scattered, once for each tile.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .. import _backend
+from ._autoregressive_network import ACTIVATIONS, Plan, plans
+from ._autoregressive_sweep import parameters_of
+from ._checks import accumulation_dtype, empty_as
+
+__all__ = ["forward"]
+
+#: Samples of a tile, and threads of a block for each: the kernels that csrc/cuda/autoregressive_inverse.cu has.
+TILES = {torch.float32: {1: 512, 4: 512, 8: 512, 16: 256}, torch.float64: {1: 512, 4: 512}}
+
+#: Weights of a panel that are copied to shared memory, at most.
+STAGED = 4096
+
+#: Blocks for each multiprocessor, at most: each takes several tiles where there are more.
+RESIDENT = 4
+
+
+class _Program(NamedTuple):
+    """What does not change from call to call, on the device; networks come in the order of use, the last one first."""
+
+    weights: torch.Tensor  # numbers of the weights among those of all networks, in the order of use
+    biases: torch.Tensor
+    contexts: torch.Tensor
+    table: torch.Tensor
+    constants: torch.Tensor
+    units: int  # values that are kept of a sample
+    staged: int
+
+
+class _Layer(NamedTuple):
+    """One linear layer in one panel: its rows and columns in the weight, and how many columns are known before the panel."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    known: int
+
+
+def forward(
+    z: torch.Tensor, tensors: Sequence[torch.Tensor], text: str, contexts: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op's forward on CUDA tensors: one launch for the whole chain."""
+    dtype = accumulation_dtype(z, *tensors)
+    x, logabsdet = empty_as(z), z.new_empty((z.shape[0],), dtype=dtype)
+    if not z.shape[0]:
+        return x, logabsdet
+    found = plans(text)
+    program = _program(text, tuple(contexts), z.device)
+    given = parameters_of(tensors, [plan.network for plan in found], contexts)
+    weights = [w for p in given for w in p.weights]
+    stored = torch.bfloat16 if dtype is torch.float32 and all(w.dtype is torch.bfloat16 for w in weights) else dtype
+    terms = [p.context.to(dtype) for p in given if p.context is not None]
+    packed = _gather([w.flatten() for w in weights], program.weights, stored)
+    biases = _gather([b for p in given for b in p.biases], program.biases, dtype)
+    term = torch.cat(terms, 1).index_select(1, program.contexts) if terms else biases.new_empty((0, 0))
+    state = z.to(dtype)
+    out = x if x.dtype is dtype else torch.empty_like(x, dtype=dtype)
+    processors, memory = _limits(z.device)
+    tile, shared, fits = _tile(z.shape[0], program, dtype, stored, processors, memory)
+    blocks = min(-(-z.shape[0] // tile), RESIDENT * processors)
+    scratch = state.new_empty(0 if fits else blocks * program.units * tile)
+    _launch(
+        *(state.data_ptr(), *state.stride(), out.data_ptr(), *out.stride(), logabsdet.data_ptr()),
+        *(packed.data_ptr(), biases.data_ptr(), term.data_ptr(), term.stride(0)),
+        *(program.table.data_ptr(), program.constants.data_ptr(), 0 if fits else scratch.data_ptr()),
+        *(*z.shape, len(found), program.units, program.staged, dtype is torch.float64, stored is torch.bfloat16),
+        *(tile, blocks, shared),
+        device=z.device,
+    )
+    return x if out is x else x.copy_(out), logabsdet
+
+
+def _gather(parts: list[torch.Tensor], index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([part.to(dtype) for part in parts]).index_select(0, index)
+
+
+def _limits(device: torch.device) -> tuple[int, int]:
+    """The device's multiprocessors, and the bytes of shared memory that a block can have."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def _launch(*arguments: int, device: torch.device) -> None:
+    assert _backend.native_cuda is not None
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _backend.native_cuda.autoregressive_inverse_forward(*arguments, stream)
+
+
+def _tile(
+    batch: int, program: _Program, dtype: torch.dtype, stored: torch.dtype, processors: int, memory: int
+) -> tuple[int, int, bool]:
+    """(samples, bytes of shared memory, whether what is known of them fits in there) of a tile."""
+
+    def shared(tile: int, units: int) -> int:
+        sums = 2 * TILES[dtype][tile] * tile
+        return (units * tile + sums) * dtype.itemsize + program.staged * stored.itemsize
+
+    fitting = [tile for tile in TILES[dtype] if shared(tile, program.units) <= memory]
+    # While there are multiprocessors to spare, fewer samples for each are finished earlier.
+    tiles = fitting or [*TILES[dtype]]
+    tile = next((tile for tile in tiles if tile * processors >= batch), tiles[-1])
+    return tile, shared(tile, program.units if fitting else 0), bool(fitting)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(text: str, contexts: tuple[bool, ...], device: torch.device) -> _Program:
+    found = plans(text)
+    weights, biases, terms, tables, units, staged = [], [], [], [], [], [0]
+    starts = _starts([plan.network.widths for plan in found], contexts)
+    bias_count = term_count = 0
+    for plan, context, (weight, bias, term) in reversed([*zip(found, contexts, starts, strict=True)]):
+        tables.append(_table(plan, bias_count, term_count if context else -1))
+        units.append(_units(plan)[-1])
+        rows = [_rows(plan, i) for i in range(1, len(plan.layers))]
+        biases += [torch.tensor(r) + start for r, start in zip(rows, bias, strict=True)]
+        bias_count += sum(map(len, rows))
+        if context:
+            terms.append(torch.tensor(rows[0]) + term)
+            term_count += len(rows[0])
+        for panel in _panels(plan):
+            blocks = [*zip(panel, weight, plan.network.widths, strict=False)]
+            weights += [_numbers(layer, start, width, slice(layer.known)) for layer, start, width in blocks]
+            tails = [_numbers(layer, start, width, slice(layer.known, None)) for layer, start, width in blocks]
+            staged.append(sum(map(len, tails)))
+            weights += tails
+    constants = [(plan.network.scale.a, plan.network.scale.b) for plan in reversed(found)]
+    return _Program(
+        _index(weights, device),
+        _index(biases, device),
+        _index(terms, device),
+        torch.tensor([number for table in tables for number in table], dtype=torch.int32, device=device),
+        torch.tensor(constants, dtype=torch.float64, device=device),
+        _aligned(max(units)),
+        _aligned(max(size for size in staged if size <= STAGED)),
+    )
+
+
+def _aligned(count: int) -> int:
+    """Whole groups of 16 bytes of every dtype."""
+    return -(-count // 8) * 8
+
+
+def _index(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    narrow = not len(index) or int(index.max()) < 2**31
+    return index.to(device, torch.int32 if narrow else torch.int64)
+
+
+def _starts(widths: list[tuple[int, ...]], contexts: Sequence[bool]) -> Iterator[tuple[list[int], list[int], int]]:
+    """For each network where the weights and biases of its layers begin, and its context, among those of all networks."""
+    weight = bias = term = 0
+    for sizes, context in zip(widths, contexts, strict=True):
+        weights, biases = [], []
+        for columns, rows in itertools.pairwise(sizes):
+            weights.append(weight)
+            biases.append(bias)
+            weight, bias = weight + columns * rows, bias + rows
+        yield weights, biases, term
+        term += sizes[1] if context else 0
+
+
+def _rows(plan: Plan, layer: int) -> list[int]:
+    """The rows of a linear layer that are used, in order: those of u and t by turns for the outputs."""
+    order = plan.layers[layer].order[: plan.layers[layer].computed]
+    if layer < plan.network.layers:
+        return order
+    raw, shift = plan.network.output_rows
+    return [row for i in order for row in (raw[i], shift[i])]
+
+
+def _panels(plan: Plan) -> Iterator[list[_Layer]]:
+    rows = [torch.tensor(_rows(plan, i)) for i in range(1, len(plan.layers))]
+    columns = [torch.tensor(layer.order) for layer in plan.layers]
+    for panel in plan.panels:
+        found = []
+        for i, known in enumerate(panel.known, 1):
+            first, last, top = _extent(plan, i, panel.begin, panel.end)
+            double = 2 if i == plan.network.layers else 1
+            found.append(_Layer(rows[i - 1][double * first : double * last], columns[i - 1][:top], known))
+        yield found
+
+
+def _extent(plan: Plan, layer: int, begin: int, end: int) -> tuple[int, int, int]:
+    """(first, last, how many units the last one sees) of a layer's places in steps [begin, end)."""
+    _, prefix, ends = plan.layers[layer]
+    first, last = ends[begin], ends[end]
+    return first, last, prefix[last - 1] if first < last else 0
+
+
+def _numbers(layer: _Layer, start: int, width: int, part: slice) -> torch.Tensor:
+    """Those of the weights of some columns, column by column; ``width`` is that of the layer before."""
+    return (start + layer.columns[part, None] + width * layer.rows).flatten()
+
+
+def _units(plan: Plan) -> list[int]:
+    """Where the values of each layer begin among those of a sample, those before the activations, and how many there are."""
+    network, last = plan.network, plan.network.layers
+    counts = [layer.computed for layer in plan.layers[:-1]]
+    places = [network.features]  # after the state
+    for count in counts:
+        places.append(places[-1] + count)
+    end = places.pop()
+    before = [*places]
+    for i in range(1, last):
+        if network.residual and i % 2 == 1 and network.activated(i):  # kept for the layer that it is added to
+            before[i], end = end, end + counts[i]
+    ends = plan.layers[last].ends
+    outputs = 2 * max(ends[panel.end] - ends[panel.begin] for panel in plan.panels)
+    return [*places, end, *before, end, end + outputs]
+
+
+def _table(plan: Plan, biases: int, context: int) -> list[int]:
+    """A network as the kernel reads it.
+
+    Its numbers; for each layer the places of its values, of those before the activation, of its biases and of its prefixes;
+    the ends of the steps in each layer but the last; the prefixes; order and source of the features; and the panels.
+    """
+    network, last = plan.network, plan.network.layers
+    units = _units(plan)
+    values, before = units[: last + 1], units[last + 1 : 2 * last + 2]
+    header, ends = 12, [end for layer in plan.layers[:-1] for end in layer.ends]
+    prefix = header + 4 * (last + 1) + len(ends)
+    layers: list[int] = []
+    prefixes: list[int] = []
+    for i, layer in enumerate(plan.layers):
+        layers += [values[i], before[i], biases, prefix + len(prefixes)]
+        if i:
+            prefixes += layer.prefix[: layer.computed]
+            biases += len(_rows(plan, i))
+    order = prefix + len(prefixes)
+    source, panels = order + network.features, []
+    for panel in plan.panels:
+        panels += [panel.begin, panel.end]
+        for i, known in enumerate(panel.known, 1):
+            first, last_place, top = _extent(plan, i, panel.begin, panel.end)
+            panels += [first, last_place, known, top]
+    body = [*layers, *ends, *prefixes, *plan.layers[0].order, *plan.source]
+    size = header + len(body) + len(panels)
+    kind = [*ACTIVATIONS].index(network.activation), network.scale.code, int(network.residual), int(network.gated)
+    return [size, last, plan.depth, len(plan.panels), *kind, context, order, source, header + len(body), *body, *panels]

@@ -1,0 +1,508 @@
+"""The CUDA kernels: compiled for GPUs, and executed on the host from the same source, one thread after the other."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparison import assert_accurate
+
+import flowkern
+from flowkern import _backend, ops
+from flowkern._registry import Sample
+from flowkern.ops import AutoregressiveNetwork, ScaleMap
+from flowkern.ops import _autoregressive_cuda as cuda
+from flowkern.ops import _autoregressive_inverse as op
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "autoregressive_inverse.cu"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+TILES = copy.deepcopy(cuda.TILES)
+EVERY_TILE = [(dtype, tile) for dtype in DTYPES for tile in TILES.get(dtype, (1, 16))]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels as a library of the host
+
+
+def build(output: Path, *flags: str) -> Path:
+    """The kernels compiled by g++."""
+    command = ["g++", "-x", "c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+    done = subprocess.run([*command, "-shared", "-fPIC", str(SOURCE), "-o", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+class Host:
+    """Stands in for the launch on a GPU with ``processors`` multiprocessors of ``memory`` bytes each."""
+
+    def __init__(self, library: Path):
+        self.function = ctypes.CDLL(str(library)).autoregressive_inverse_forward
+        pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
+        strided = [pointer, number, number]
+        fixed = [*strided, *strided, pointer, pointer, pointer, pointer, number, pointer, pointer, pointer]
+        self.function.argtypes = [*fixed, *[number] * 5, flag, flag, *[number] * 3, pointer]
+        self.function.restype = ctypes.c_char_p
+        self.processors, self.memory, self.descending = 4, 1 << 20, False
+
+    def launch(self, *arguments: int, device: torch.device) -> None:
+        error = self.function(*arguments, int(self.descending))
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return build(tmp_path_factory.mktemp("cuda") / "host.so", "-O1")
+
+
+@pytest.fixture
+def host(library: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    host = Host(library)
+    monkeypatch.setattr(cuda, "_limits", lambda device: (host.processors, host.memory))
+    monkeypatch.setattr(cuda, "_launch", host.launch)
+    return host
+
+
+def use_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    """Leave one size of tiles, as far as a dtype has it."""
+    few = {dtype: {tile: sizes[tile]} if tile in sizes else sizes for dtype, sizes in TILES.items()}
+    monkeypatch.setattr(cuda, "TILES", few)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def made(features: int, *widths: int, **options: Any) -> AutoregressiveNetwork:
+    hidden = tuple(tuple(i % max(1, features - 1) + 1 for i in range(width)) for width in widths)
+    return AutoregressiveNetwork(tuple(range(1, features + 1)), hidden, **options)
+
+
+def parameters_of(network: AutoregressiveNetwork, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    found = []
+    for columns, rows in zip(network.widths[:-1], network.widths[1:], strict=True):
+        found += [0.5 * torch.randn(rows, columns, dtype=dtype) / columns**0.5, 0.3 * torch.randn(rows, dtype=dtype)]
+    return found
+
+
+def further(dtype: torch.dtype) -> Iterator[Sample]:
+    """Shapes in which the kernel goes other ways: more rows in a step than threads, and more columns than one thread takes."""
+    one_step = AutoregressiveNetwork((1,) * 300, ((0,) * 40, (0,) * 600))
+    few = AutoregressiveNetwork((1, 2, 3), ((1,) * 70 + (2,) * 530, tuple(1 + i % 2 for i in range(90))), activation="tanh")
+    residual = AutoregressiveNetwork((2, 1, 2), ((1,) * 50,) * 5, residual=True, activation="gelu", scale=ScaleMap.softplus())
+    torch.manual_seed(1)
+    random = tuple(tuple(torch.randint(1, 50, (n,)).tolist()) for n in (64, 40))
+    shuffled = AutoregressiveNetwork(
+        tuple((torch.randperm(50) + 1).tolist()), random, permutation=tuple(torch.randperm(50).tolist())
+    )
+    for name, network in (("one-step", one_step), ("few-steps", few), ("few-steps-residual", residual), ("random", shuffled)):
+        z = torch.randn(7, network.features, dtype=torch.float64).to(dtype)
+        context = torch.randn(7, network.widths[1], dtype=torch.float64).to(dtype)
+        parameters = [p.to(dtype) for p in parameters_of(network, torch.float64)]
+        yield Sample(name, (z, parameters, [network]), {"contexts": [context]})
+
+
+def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Sample]:
+    torch.manual_seed(0)
+    return [*op._samples(device, dtype), *(to(sample, device) for sample in further(dtype))]
+
+
+def to(sample: Sample, device: str) -> Sample:
+    z, parameters, networks = sample.args
+    contexts = [None if c is None else c.to(device) for c in contexts_of(sample)]
+    return Sample(sample.name, (z.to(device), [p.to(device) for p in parameters], networks), {"contexts": contexts})
+
+
+def parametrized() -> list[Any]:
+    return [pytest.param(s, id=s.name) for s in samples()]
+
+
+def contexts_of(sample: Sample) -> list[torch.Tensor | None]:
+    return sample.kwargs.get("contexts", [None] * len(sample.args[2]))
+
+
+def tensors_of(sample: Sample) -> list[torch.Tensor]:
+    """What the registered op takes: the contexts among the parameters."""
+    remaining, found = iter(sample.args[1]), []
+    for network, context in zip(sample.args[2], contexts_of(sample), strict=True):
+        found += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
+    return found
+
+
+def run(sample: Sample) -> Pair:
+    """The launcher, on whatever ``_launch`` is."""
+    text = "\n".join(network.text for network in sample.args[2])
+    return cuda.forward(sample.args[0], tensors_of(sample), text, [c is not None for c in contexts_of(sample)])
+
+
+def defined(sample: Sample, dtype: torch.dtype | None = None) -> Pair:
+    z, *tensors = (t if dtype is None else t.to(dtype) for t in (sample.args[0], *tensors_of(sample)))
+    return op.reference(z, tensors, sample.args[2], [c is not None for c in contexts_of(sample)])
+
+
+@functools.lru_cache(maxsize=1)
+def references(dtype: torch.dtype, device: str) -> list[tuple[Sample, Pair, Pair]]:
+    """Every sample, what float64 makes of it, and what plain torch code in its own dtypes does."""
+    return [(sample, defined(sample, torch.float64), defined(sample)) for sample in samples(dtype, device)]
+
+
+def assert_right(dtype: torch.dtype, device: str = "cpu") -> None:
+    """No result is off by more than twice what plain torch code in the same dtypes is off, against float64."""
+    for sample, exact, plain in references(dtype, device):
+        for actual, truth, same_dtype in zip(run(sample), exact, plain, strict=True):
+            assert actual.dtype is same_dtype.dtype
+            assert_accurate(actual, truth, same_dtype, ulps=64 if dtype is torch.float64 else 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it computes
+
+
+@pytest.mark.parametrize(("dtype", "tile"), EVERY_TILE, ids=str)
+def test_the_kernel_is_accurate(host: Host, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tile(monkeypatch, tile)
+    assert_right(dtype)
+
+
+@pytest.mark.parametrize("tile", [1, 4])
+@pytest.mark.parametrize("sample", parametrized())
+def test_the_order_of_the_threads_does_not_matter(host: Host, sample: Sample, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that meet in a place without a barrier between them would."""
+    use_tile(monkeypatch, tile)
+    expected = run(sample)
+    host.descending = True
+    assert all(torch.equal(a, b) for a, b in zip(run(sample), expected, strict=True))
+
+
+@pytest.mark.parametrize("sample", parametrized())
+def test_what_does_not_fit_in_shared_memory_lies_in_a_scratch_buffer(host: Host, sample: Sample, monkeypatch: Any) -> None:
+    monkeypatch.setattr(cuda, "RESIDENT", 1)  # blocks take several tiles, and use the buffer again
+    host.processors = 2
+    for tile in (1, 4):
+        use_tile(monkeypatch, tile)
+        host.memory = 1 << 20
+        expected = run(sample)
+        host.memory = 0
+        assert all(torch.equal(a, b) for a, b in zip(run(sample), expected, strict=True))
+
+
+@pytest.mark.parametrize("sample", parametrized())
+def test_outputs_are_written_whole_and_nothing_else(host: Host, sample: Sample, canaries: Any) -> None:
+    for memory in (1 << 20, 0):
+        host.memory = memory
+        for value in run(sample):
+            assert not value.isnan().any()
+        canaries.assert_alive()
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 0], ids=["shared", "scratch"])
+@pytest.mark.parametrize("name", ["shuffled", "several-panels", "residual-panels", "chain", "few-steps"])
+def test_nan_stays_in_its_sample(host: Host, name: str, memory: int) -> None:
+    host.memory = memory
+    sample = next(s for s in samples() if s.name == name)
+    clean = run(sample)
+    sample.args[0][1, 0] = float("nan")
+    touched = [1]
+    if contexts_of(sample)[0] is not None:
+        contexts_of(sample)[0][2, 0] = float("inf")
+        touched = [1, 2]
+    x, logabsdet = run(sample)
+    others = [i for i in range(len(x)) if i not in touched]
+    assert x[1].isnan().any()
+    assert logabsdet[1].isnan()
+    assert torch.equal(x[others], clean[0][others])
+    assert torch.equal(logabsdet[others], clean[1][others])
+
+
+@pytest.mark.parametrize("sample", parametrized())
+def test_masked_weights_do_not_matter(host: Host, sample: Sample) -> None:
+    expected, poisoned = run(sample), copy.deepcopy(sample)
+    weights = iter(poisoned.args[1][0::2])
+    for network in poisoned.args[2]:
+        for mask in op._masks(network, torch.device("cpu")):
+            next(weights)[~mask] = float("inf")
+    assert all(torch.equal(a, b) for a, b in zip(run(poisoned), expected, strict=True))
+
+
+def test_a_large_layer_and_a_batch_that_tiles_do_not_divide(host: Host) -> None:
+    network = made(200, 300, 300)
+    parameters, z = parameters_of(network), torch.randn(21, 200)
+    z[:, ::2] *= 3
+    for batch in (1, 2, 3, 21):
+        sample = Sample("", (z[:batch], parameters, [network]))
+        actual = run(sample)
+        back, total = op.density(actual[0], parameters, [network], [False])
+        assert (back - z[:batch]).abs().max() <= 1e-5 * z.abs().max()
+        torch.testing.assert_close(total, -actual[1])
+        with flowkern.backend("torch"):
+            expected = ops.autoregressive_inverse(z[:batch], parameters, network)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_empty_batch_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_launch", None)
+    x, logabsdet = run(Sample("", (torch.randn(0, 4), parameters_of(made(4, 6)), [made(4, 6)])))
+    assert x.shape == (0, 4)
+    assert logabsdet.shape == (0,)
+
+
+def test_tiles_grow_with_the_batch_and_shrink_with_the_memory() -> None:
+    network = made(64, 256, 256)
+    program = cuda._program(network.text, (False,), torch.device("cpu"))
+
+    def tile(batch: int, memory: int) -> tuple[int, int, bool]:
+        return cuda._tile(batch, program, torch.float32, torch.float32, 132, memory)
+
+    assert [tile(batch, 232448)[0] for batch in (1, 132, 133, 500, 3000, 10**6)] == [1, 1, 4, 4, 16, 16]
+    small = [tile(10**6, memory) for memory in (0, 10_000, 30_000, 60_000, 100_000)]
+    assert [fits for _, _, fits in small] == [False, False, True, True, True]
+    assert [size for size, _, fits in small if fits] == sorted(size for size, _, fits in small if fits)
+    for memory, (_, shared, fits) in zip((30_000, 60_000, 100_000), small[2:], strict=True):
+        assert fits
+        assert shared <= memory
+
+
+def test_the_stream_holds_every_weight_that_counts_once(host: Host) -> None:
+    """Heads are rectangles of what counts; a tail's rectangle may also hold what does not."""
+    for sample in samples():
+        used = set()
+        for network in sample.args[2]:
+            program = cuda._program(network.text, (False,), torch.device("cpu"))
+            numbers = program.weights.tolist()
+            assert len(set(numbers)) == len(numbers)
+            used, start = set(numbers), 0
+            for i, mask in enumerate(op._masks(network, torch.device("cpu")), 1):
+                plan = op.plans(network.text)[0]
+                rows = torch.tensor(cuda._rows(plan, i), dtype=torch.int64)
+                seen = torch.zeros_like(mask)
+                seen[rows] = mask[rows]
+                assert {start + n for n in seen.flatten().nonzero().flatten().tolist()} <= used
+                start += mask.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is built
+
+EVERY_SAMPLE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, test_cuda as t
+host = t.Host(sys.argv[2])
+t.cuda._limits = lambda device: (2, host.memory)
+t.cuda._launch = host.launch
+for host.memory, dtype, step in ((1 << 20, torch.float32, 1), (0, torch.bfloat16, 2), (1 << 20, torch.float64, 3)):
+    for sample in t.samples(dtype)[::step]:
+        t.run(sample)
+print("every sample ran")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the sanitizers' runtimes")
+def test_the_kernel_under_address_and_undefined_behaviour_sanitizers(library: Path, tmp_path: Path) -> None:
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={lib}"], capture_output=True, text=True).stdout.strip()
+        for lib in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(r).is_absolute() for r in runtimes):
+        pytest.skip("the sanitizer runtimes are not installed")
+    flags = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+    built = build(tmp_path / "host.so", *flags)
+    # Leaks are not looked for: the interpreter and torch keep memory until the process ends.
+    env = {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-W", "ignore", "-c", EVERY_SAMPLE, str(ROOT / "tests"), str(built)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "every sample ran" in done.stdout
+
+
+@functools.cache
+def no_nvcc() -> str:
+    """Why the extension cannot be built here; empty if it can."""
+    missing = [name for name in ("nvcc", "c++") if shutil.which(name) is None]
+    return f"needs {' and '.join(missing)}" if missing else ""
+
+
+def built(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """The CUDA extension alone, as setup.py builds it."""
+    options = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "objects")]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *options]
+    variables = {**os.environ, "FLOWKERN_EXT": "0", **env}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_extension_compiles_without_spills_and_loads_without_a_gpu(tmp_path: Path) -> None:
+    if no_nvcc():
+        pytest.skip(no_nvcc())
+    done = built(tmp_path, FLOWKERN_CUDA="1", NVCC_APPEND_FLAGS="-Xptxas -v")
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    kernels = 2 * len(TILES[torch.float32]) + len(TILES[torch.float64])
+    for arch in ("sm_80", "sm_90a", "sm_100"):
+        assert len(re.findall(f"Compiling entry function .* for '{arch}'", output)) == kernels
+    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
+    assert len(found) == 3 * kernels
+    assert set(found) == {("0", "0", "0")}
+    script = f"import sys; sys.path.insert(0, {str(tmp_path / 'lib' / 'flowkern')!r}); import _native_cuda as m; print(m.__doc__)"
+    loaded = subprocess.run([sys.executable, "-c", script], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True)
+    assert loaded.stdout.startswith(b"CUDA kernels of flowkern"), loaded.stderr
+
+
+def test_what_is_asked_for_and_cannot_be_built_is_an_error(tmp_path: Path) -> None:
+    done = built(tmp_path, FLOWKERN_CUDA="yes")
+    assert done.returncode != 0
+    assert "FLOWKERN_CUDA: unknown value 'yes'; expected one of auto, 0, 1" in done.stderr
+    nowhere = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere", "CUDA_PATH": "/nowhere", "CXX": shutil.which("c++") or "c++"}
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        done = built(tmp_path, FLOWKERN_CUDA="1", **nowhere)
+        assert done.returncode != 0
+        assert "FLOWKERN_CUDA=1, but the CUDA extension could not be built: nvcc was not found" in done.stderr
+    done = built(tmp_path, FLOWKERN_CUDA="0")
+    assert done.returncode == 0
+    assert not list(tmp_path.glob("lib/**/_native_cuda*"))
+
+
+def test_it_is_built_by_itself_only_where_there_is_a_driver(tmp_path: Path) -> None:
+    """A driver in name only, and GPUs that nvcc does not know: what fails is said once, and nothing else is lost."""
+    if no_nvcc():
+        pytest.skip(no_nvcc())
+    driver = tmp_path / "libcuda.so.1"
+    subprocess.run(["c++", "-shared", "-x", "c++", os.devnull, "-o", str(driver)], check=True)
+    env = {"FLOWKERN_CUDA": "auto", "FLOWKERN_CUDA_ARCHS": "1;2"}
+    done = built(tmp_path, LD_LIBRARY_PATH=str(tmp_path), **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("flowkern is installed without its CUDA extension") == 1
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        done = built(tmp_path, **env)
+        assert done.returncode == 0, done.stderr
+        assert "CUDA" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which backend serves
+
+
+def explained(sample: Sample) -> str:
+    implementations = op._forward.implementations
+    return "; ".join(_backend.reasons("cuda", implementations, sample.args[:1]))
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = samples()[0]
+    monkeypatch.setattr(_backend, "native_cuda", None)
+    monkeypatch.setattr(_backend, "_native_cuda_reason", "the CUDA extension was not built")
+    assert explained(sample) == "the CUDA extension was not built"
+    with flowkern.backend("cuda"), pytest.raises(RuntimeError, match="cannot serve: the CUDA extension was not built"):
+        ops.autoregressive_inverse(*sample.args)
+    monkeypatch.setattr(_backend, "native_cuda", object())
+    assert explained(sample) == "it serves CUDA tensors, these are on 'cpu'"
+    implementations = op._forward.implementations
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    assert explained(sample) == ""
+    chosen = [_backend.choose("", kinds, sample.args[:1]) for kinds in (implementations, {**implementations, "triton": None})]
+    assert chosen == ["cuda", "cuda"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Needs a GPU, and the extension: ``python -m bench.gpu_check`` runs these tests."""
+    missing = not torch.cuda.is_available() or _backend.native_cuda is None
+    reason = "needs a CUDA GPU" if not torch.cuda.is_available() else _backend._native_cuda_reason
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason=reason)(test))
+
+
+def moved(sample: Sample, repeats: int) -> Sample:
+    """The sample with its batch repeated, so that there is work for all multiprocessors."""
+    z, parameters, networks = sample.args
+    contexts = [None if c is None else c.repeat(repeats, 1) for c in contexts_of(sample)]
+    return Sample(sample.name, (z.repeat(repeats, 1), parameters, networks), {"contexts": contexts})
+
+
+@on_gpu
+@pytest.mark.parametrize(("dtype", "tile"), EVERY_TILE, ids=str)
+def test_the_kernel_is_accurate_on_a_gpu(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tile(monkeypatch, tile)
+    assert_right(dtype, "cuda")
+
+
+@on_gpu
+def test_scratch_and_several_tiles_of_a_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = cuda._limits(torch.device("cuda"))
+    for sample in samples(torch.float32, "cuda"):
+        many = moved(sample, 40)
+        expected = run(many)
+        for a, b in zip(run(many), expected, strict=True):
+            assert torch.equal(a, b)
+        for memory in (limits[1], 0):
+            monkeypatch.setattr(cuda, "_limits", lambda device, memory=memory: (2, memory))
+            for a, b in zip(run(many), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        monkeypatch.setattr(cuda, "_limits", lambda device: limits)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["shuffled", "several-panels", "residual-panels", "chain", "few-steps"])
+def test_nan_stays_in_its_sample_on_a_gpu(name: str) -> None:
+    sample = next(s for s in samples(torch.float32, "cuda") if s.name == name)
+    clean = run(sample)
+    sample.args[0][1, 0] = float("nan")
+    others = [i for i in range(len(sample.args[0])) if i != 1]
+    for actual, expected in zip(run(sample), clean, strict=True):
+        assert actual[1].isnan().any()
+        assert torch.equal(actual[others], expected[others])
+
+
+@on_gpu
+def test_large_layers_agree_with_the_cpu() -> None:
+    for features, widths, batch in ((784, (1024, 1024), 64), (3072, (512, 512), 100)):
+        network = made(features, *widths)
+        parameters, z = parameters_of(network), torch.randn(batch, features)
+        expected = ops.autoregressive_inverse(z.double(), parameters, network)
+        plain = ops.autoregressive_inverse(z, parameters, network)
+        with flowkern.backend("cuda"):
+            actual = ops.autoregressive_inverse(z.cuda(), [p.cuda() for p in parameters], network)
+        for got, truth, same_dtype in zip(actual, expected, plain, strict=True):
+            assert_accurate(got.cpu(), truth, same_dtype, ulps=8)
+
+
+@on_gpu
+def test_gradients_and_graphs_on_a_gpu() -> None:
+    sample = next(s for s in samples(torch.float32, "cuda") if s.name == "several-panels")
+    z, *parameters = (t.detach().requires_grad_() for t in (sample.args[0], *sample.args[1]))
+    with flowkern.backend("cuda"):
+        x, logabsdet = ops.autoregressive_inverse(z, parameters, sample.args[2])
+        actual = torch.autograd.grad(x.square().sum() + logabsdet.sum(), (z, *parameters))
+    other, total = op.reference(z, parameters, sample.args[2], [False, False])
+    expected = torch.autograd.grad(other.square().sum() + total.sum(), (z, *parameters))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(sample)
+        sample.args[0].mul_(0.5)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, run(sample), strict=True))
