@@ -14,7 +14,7 @@ import torch
 
 from . import _backend
 
-__all__ = ["OPS", "Kernel", "Op", "Sample", "define", "explain", "reference_runs", "register"]
+__all__ = ["EXPLAINED", "OPS", "Kernel", "Op", "Sample", "define", "reference_runs", "register"]
 
 _LIBRARY = torch.library.Library("flowkern", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -75,6 +75,9 @@ class Op:
 
 OPS: dict[str, Op] = {}
 
+#: The forward kernel of every function of ``flowkern.ops`` that has one, by its name: those of OPS, and those of other shape.
+EXPLAINED: dict[str, Kernel] = {}
+
 
 def register(op: Op) -> None:
     """Put an op into the table."""
@@ -112,6 +115,8 @@ def define(
     if cuda:
         implementations["cuda"] = cuda
     kernel = Kernel(name, getattr(torch.ops.flowkern, name).default, implementations)
+    if not name.endswith("_backward"):
+        EXPLAINED[name] = kernel
     _LIBRARY.impl(name, kernel.run, "CPU")
     _LIBRARY.impl(name, kernel.run, "CUDA")
     torch.library.register_fake(f"flowkern::{name}", fake, lib=_LIBRARY)
@@ -121,26 +126,3 @@ def define(
 def reference_runs(x: torch.Tensor) -> bool:
     """Whether an op must run its reference: no kernel for the device, or inside ``torch.func`` or forward-mode AD."""
     return _backend.only_torch(x) or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """A table of the backends for ``op`` (a name or a function of ``flowkern.ops``): which serves, and why not the others.
-
-    With the op's arguments the answer is for these tensors; without, for float32 tensors on the CPU.
-    Raises ValueError for an unknown op.
-    """
-    entry = OPS.get(op) if isinstance(op, str) else next((o for o in OPS.values() if o.function is op), None)
-    if entry is None:
-        raise ValueError(f"explain: unknown op {op!r}; expected one of {', '.join(OPS)}")
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)] or [torch.empty(0)]
-    implementations = entry.kernels[0].implementations
-    try:
-        chosen = _backend.choose(entry.name, implementations, tensors)
-    except RuntimeError:
-        chosen = ""
-    rows = [f"{entry.name} on {tensors[0].device.type!r}, asked for {_backend.requested()!r}"]
-    for name in _backend.BACKENDS:
-        why = _backend.reasons(name, implementations, tensors)
-        state = "no: " + "; ".join(why) if why else ("serves" if name == chosen else "could serve")
-        rows.append(f"  {name:<7}{state}")
-    return "\n".join(rows)

@@ -271,7 +271,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
     import flowkern
 
-    from . import _backend
+    from . import _backend, _registry
 
     print(f"flowkern   {flowkern.__version__}")
     print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -287,7 +287,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
         print("GPU        none that torch can use")
     print(f"CUDA       {'kernels built' if _backend.native_cuda else 'no kernels: ' + _backend._native_cuda_reason}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for op in flowkern.OPS:
+    for op in _registry.EXPLAINED:
         for device in devices:
             print()
             print(flowkern.explain(op, torch.empty(0, device=device)))

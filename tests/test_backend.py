@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flowkern
-from flowkern import OPS, _backend, ops
+from flowkern import OPS, _backend, nn, ops
 
 
 def test_an_unknown_backend_is_named() -> None:
@@ -55,6 +55,14 @@ def test_explain_lists_every_backend(op: flowkern._registry.Op) -> None:
         assert text.count("serves\n") + text.endswith("serves") == 1
     with pytest.raises(ValueError, match="explain: unknown op 'coupling'"):
         flowkern.explain("coupling")
+
+
+def test_explain_tells_the_depth_of_networks() -> None:
+    layer = nn.MaskedAutoregressive(10, (32, 32))
+    text = flowkern.explain(ops.autoregressive_inverse, torch.randn(2, 10), layer.parameters_of_layers(), [layer.network])
+    assert f"10 sequential steps for 10 features; {layer.network.used_weights:.1%} of the weights used" in text
+    shallow = ops.AutoregressiveNetwork((1, 1, 2, 2, 3), ((1, 2),))
+    assert "3 sequential steps for 5 features" in flowkern.explain("autoregressive_inverse", networks=shallow)
 
 
 def test_without_the_extension_the_reference_runs_under_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
