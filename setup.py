@@ -35,7 +35,7 @@ FLAGS = [
     "-fno-trapping-math",
 ]
 ISAS = {
-    "baseline": [],
+    "baseline": ["-O2"],  # for few processors, and all have to compile it
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
