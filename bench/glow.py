@@ -7,6 +7,7 @@ Peers that are not installed (``pip install nflows normflows``) are left out.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import importlib.util
 import io
@@ -337,22 +338,25 @@ def whole_model(a: Architecture, seconds: float) -> Iterator[dict[str, Any]]:
 def differs(theirs: Any, ours: nn.Flow, x: torch.Tensor) -> str:
     """How the two models differ: in log-densities, or in the gradient of the parameters that both have as they are.
 
-    That gradient is taken as a whole. One tensor's may differ by more than rounding: a ReLU whose argument is zero to
-    rounding falls on the other side, as between one model in float32 and in float64.
+    The gradient is that of both in float64: in float32 a ReLU whose argument is zero to rounding may fall on the other side,
+    which changes some of it by much more. The copied weights themselves are equal to the rounding of float32.
     """
-    expected, got = theirs.log_prob(x.contiguous(), None), ours.log_prob(x)
-    error = float(((got - expected).abs() / expected.abs()).detach().max())
+    with torch.no_grad():
+        expected, got = theirs.log_prob(x.contiguous(), None), ours.log_prob(x)
+    error = float(((got - expected).abs() / expected.abs()).max())
     if not error < 1e-4:
         return f"log p(x) differs by {error:.1e} of its size"
+    theirs, ours, x = copy.deepcopy(theirs).double(), copy.deepcopy(ours).double(), x.double()
     mine, others = zip(*_shared_parameters(theirs, ours), strict=True)
-    pairs = zip(torch.autograd.grad(got.mean(), mine), torch.autograd.grad(expected.mean(), others), strict=True)
-    squares = torch.tensor([[(a - b).double().square().sum(), b.double().square().sum()] for a, b in pairs]).sum(0)
+    by_them = torch.autograd.grad(theirs.log_prob(x.contiguous(), None).mean(), others)
+    pairs = zip(torch.autograd.grad(ours.log_prob(x).mean(), mine), by_them, strict=True)
+    squares = torch.stack([torch.stack([(a - b).square().sum(), b.square().sum()]) for a, b in pairs]).sum(0)
     error = float((squares[0] / squares[1]).sqrt())
     return "" if error < 1e-3 else f"the gradient differs by {error:.1e} of its size"
 
 
 def _shared_parameters(theirs: Any, ours: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Those of the networks' first two convolutions; the third's have other signs."""
+    """Those of the networks' first two convolutions; the third ones' have other signs."""
     for level, flows in zip(ours.bijection.levels, reversed(theirs.flows), strict=True):
         steps: list[Any] = [b for b in level.bijections if isinstance(b, nn.GlowStep)]
         blocks = [f for f in flows if hasattr(f, "flows")]
