@@ -49,7 +49,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flowkern", description="Normalizing flows on fused kernels.")
+    parser = argparse.ArgumentParser(prog="flowkern", description="Normalizing flows and other density models on fused kernels.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="command")
     _train_parser(commands)
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train_parser(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model", argument_default=argparse.SUPPRESS)
     train.set_defaults(run=_train)
-    train.add_argument("model", help="nice, realnvp or glow")
+    train.add_argument("model", help="nice, realnvp, glow, made, maf or iaf")
     train.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder of the run")
     train.add_argument("--preset", help="named settings: default, or recipe (realnvp on digits as published)")
@@ -248,7 +248,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _compare_parser(commands: Any) -> None:
     compare = commands.add_parser("compare", help="step time and memory of the fused kernels against plain torch")
     compare.set_defaults(run=_compare)
-    compare.add_argument("model", help="a checkpoint, or nice, realnvp or glow")
+    compare.add_argument("model", help="a checkpoint, or the name of a model")
     compare.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
     compare.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
     compare.add_argument("--batch-size", type=int, default=64)

@@ -1,4 +1,4 @@
-"""Models: flows that know their configuration, by name, and their checkpoints."""
+"""Models that know their configuration, by name, and their checkpoints."""
 
 from ._autoregressive import IAF as IAF
 from ._autoregressive import MAF as MAF
@@ -7,7 +7,10 @@ from ._checkpoint import read_checkpoint as read_checkpoint
 from ._checkpoint import save as save
 from ._checkpoint import write_atomically as write_atomically
 from ._glow import Glow as Glow
+from ._made import MADE as MADE
+from ._model import DiscreteModel as DiscreteModel
 from ._model import FlowModel as FlowModel
+from ._model import Model as Model
 from ._nice import NICE as NICE
 from ._realnvp import RealNVP as RealNVP
 from ._registry import MODELS as MODELS

@@ -7,14 +7,22 @@ from typing import Any
 
 from ._autoregressive import IAF, MAF
 from ._glow import Glow
-from ._model import FlowModel
+from ._made import MADE
+from ._model import Model
 from ._nice import NICE
 from ._realnvp import RealNVP
 
 __all__ = ["MODELS", "PRESETS", "build", "name_of"]
 
 #: Every model by the name that checkpoints and the command line use.
-MODELS: dict[str, type[FlowModel]] = {"nice": NICE, "realnvp": RealNVP, "glow": Glow, "maf": MAF, "iaf": IAF}
+MODELS: dict[str, type[Model]] = {
+    "nice": NICE,
+    "realnvp": RealNVP,
+    "glow": Glow,
+    "made": MADE,
+    "maf": MAF,
+    "iaf": IAF,
+}
 
 #: Named settings: (model, preset) -> keyword arguments of the model's constructor, besides the shape.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
@@ -59,13 +67,15 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "permutation": "random",
         "preprocess": {"logit": 0.005},
     },
+    # One wide layer does better than two.
+    ("made", "digits"): {"hidden": [512]},
     # Chosen on the validation bands of the photographs after three minutes on a CPU core; most comes from the bounded scale
     # and, in the plan, from small batches at a learning rate of 2e-3.
     ("glow", "photos"): {"levels": 3, "steps": 8, "hidden": 64, "preprocess": None},
 }
 
 
-def build(name: str, config: Mapping[str, Any]) -> FlowModel:
+def build(name: str, config: Mapping[str, Any]) -> Model:
     """The model of that name with that configuration (its ``config``, or any keyword arguments of its constructor).
 
     Raises ValueError for an unknown name and for a configuration that the model refuses, TypeError for unknown keywords.
@@ -75,7 +85,7 @@ def build(name: str, config: Mapping[str, Any]) -> FlowModel:
     return MODELS[name](**config)
 
 
-def name_of(model: FlowModel) -> str:
+def name_of(model: Model) -> str:
     """The model's name in ``MODELS``. Raises TypeError if it has none."""
     for name, cls in MODELS.items():
         if type(model) is cls:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ..data import Batch, Dataset, batch_of
-from ..models import FlowModel
+from ..models import Model
 
-__all__ = ["EVALUATION_SEED", "Diverged", "Score", "context_of", "evaluate", "negative_log_likelihood", "sample_nlls"]
+__all__ = ["EVALUATION_SEED", "Diverged", "Score", "context_of", "evaluate", "negative_log_likelihood", "sample_nlls", "suited"]
 
 
 class Diverged(RuntimeError):
@@ -43,7 +43,7 @@ class Score:
         )
 
 
-def context_of(model: FlowModel, labels: torch.Tensor | None) -> torch.Tensor | None:
+def context_of(model: Model, labels: torch.Tensor | None) -> torch.Tensor | None:
     """The labels (B,) one-hot as (B, K) in the model's dtype, or None for a model without context.
 
     Raises ValueError if the model needs labels and there are none.
@@ -53,6 +53,11 @@ def context_of(model: FlowModel, labels: torch.Tensor | None) -> torch.Tensor | 
     if labels is None:
         raise ValueError("the model is conditional, and the data has no labels")
     return torch.nn.functional.one_hot(labels, model.context).to(_dtype(model))
+
+
+def suited(data: Dataset, model: Model) -> Dataset:
+    """``data`` without noise if the model is discrete."""
+    return replace(data, noise=data.noise and not model.discrete)
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:
@@ -69,25 +74,25 @@ EVALUATION_SEED = 2**63
 
 
 def evaluate(
-    model: FlowModel, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
+    model: Model, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
 ) -> Score:
     """The mean of ``sample_nlls`` over a split, and its standard error over the samples. Raises as that does."""
     nll = sample_nlls(model, data, part, draws=draws, batch_size=batch_size, device=device)
-    return Score.of(nll, data, draws)
+    return Score.of(nll, suited(data, model), draws)
 
 
 def _draws(data: Dataset, draws: int) -> int:
-    return draws if data.levels is not None else 1
+    return draws if data.levels is not None and data.noise else 1
 
 
 @torch.no_grad()
 def sample_nlls(
-    model: FlowModel, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
+    model: Model, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
 ) -> torch.Tensor:
     """The negative log-likelihood of each sample of a split, (N,) in nats and float64.
 
     For discrete data it is the bound -log P(v) <= E_u[-log p((v + u) / levels)] + D log(levels), the expectation
-    averaged over ``draws`` draws of u for each sample, always the same ones; continuous data needs one draw.
+    averaged over ``draws`` draws of u for each sample, always the same ones; continuous data and discrete models need one.
 
     Raises ValueError for data of another shape or number of classes than the model's, fewer than one draw, fewer than two
     samples, and for a likelihood that is not a number, with the count.
@@ -101,6 +106,7 @@ def sample_nlls(
     n = len(getattr(data, part))
     if n < 2:
         raise ValueError(f"{data.name}: a standard error needs at least 2 samples, the {part} split has {n}")
+    data = suited(data, model)
     draws = _draws(data, draws)
     training = model.training
     model = model.to(device).eval()
@@ -117,7 +123,7 @@ def sample_nlls(
     return nll
 
 
-def _nll(model: FlowModel, batch: Batch, levels: int | None, device: str) -> torch.Tensor:
+def _nll(model: Model, batch: Batch, levels: int | None, device: str) -> torch.Tensor:
     x = batch.x.to(device, _dtype(model))
     labels = None if batch.labels is None else batch.labels.to(device)
     log_prob = model.log_prob(x, context_of(model, labels))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..data import Batch, Dataset, batch_of
-from ..models import FlowModel
+from ..models import FlowModel, Model
 from ._evaluate import EVALUATION_SEED, context_of
 from ._pictures import is_image, save_grid, to_pixels
 
@@ -50,11 +51,11 @@ def pairs(labels: np.ndarray, n: int) -> np.ndarray:
     return np.array(chosen)
 
 
-def save_gallery(model: FlowModel, data: Dataset, out: Path, *, seed: int, device: str = "cpu") -> list[str]:
+def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: str = "cpu") -> list[str]:
     """Write the pictures to the folder ``out``; a line on each, or none for data that is no images.
 
-    ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; ``interpolations.png`` and
-    ``reconstructions.png`` of test images, dequantized.
+    ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; of flows also
+    ``interpolations.png`` and ``reconstructions.png`` of test images, dequantized.
     """
     if data.levels is None or not is_image(data.shape):
         return []
@@ -72,6 +73,13 @@ def save_gallery(model: FlowModel, data: Dataset, out: Path, *, seed: int, devic
         name = "samples.png" if temperature == 1.0 else f"samples-{temperature}.png"
         save(images, name, f"samples at temperature {temperature}")
 
+    if isinstance(model, FlowModel):
+        _save_inversions(model, data, save, device)
+    return lines
+
+
+def _save_inversions(model: FlowModel, data: Dataset, save: Callable[[torch.Tensor, str, str], None], device: str) -> None:
+    """What an inverse allows: interpolations between test images, and test images from their latents."""
     labels = data.test.labels if model.context is not None and data.test.labels is not None else np.zeros(len(data.test))
     first, second = (_test_images(model, data, samples, device) for samples in pairs(labels, _SIDE).T)
     lines_of_images = interpolate(model, first.x, second.x, _SIDE, context_of(model, first.labels))
@@ -83,10 +91,9 @@ def save_gallery(model: FlowModel, data: Dataset, out: Path, *, seed: int, devic
     rows = torch.stack([real.x.unflatten(0, (-1, _SIDE)), again.unflatten(0, (-1, _SIDE))], 1)
     error = float((again - real.x).abs().max())
     save(rows.flatten(0, 2), "reconstructions.png", f"test images over their reconstructions (largest error {error:.1e})")
-    return lines
 
 
-def _test_images(model: FlowModel, data: Dataset, samples: np.ndarray, device: str) -> Batch:
+def _test_images(model: Model, data: Dataset, samples: np.ndarray, device: str) -> Batch:
     batch = batch_of(data, "test", samples, seed=EVALUATION_SEED, epoch=0)
     labels = None if batch.labels is None else batch.labels.to(device)
     return batch._replace(x=batch.x.to(device, next(model.parameters()).dtype), labels=labels)

@@ -84,7 +84,7 @@ class Plan:
         """Twice what is in memory at once in training: without gradients there is room."""
         return max(1, 2 * self.batch_size // self.accumulate)
 
-    def build(self, data: Dataset) -> models.FlowModel:
+    def build(self, data: Dataset) -> models.Model:
         """A new model for the data; images get a logit in front unless ``config`` says how to preprocess.
 
         Raises ValueError for labels that are not there and for a configuration that the model refuses.
@@ -92,8 +92,13 @@ class Plan:
         if self.conditional and not data.classes:
             raise ValueError(f"conditional: {data.name} has no labels")
         context = len(data.classes) if self.conditional else None
-        # The pixels of images lie at the ends of their range more often than a Gaussian can follow.
-        defaults = {"preprocess": None if data.levels is None else {"logit": 0.05}}
+        if models.MODELS[self.model].discrete:
+            if data.levels is None:
+                raise ValueError(f"{self.model} is for discrete values, and those of {data.name} are continuous")
+            defaults: dict[str, Any] = {"levels": data.levels}
+        else:
+            # The pixels of images lie at the ends of their range more often than a Gaussian can follow.
+            defaults = {"preprocess": None if data.levels is None else {"logit": 0.05}}
         try:
             model = models.build(self.model, {**defaults, "shape": list(data.shape), "context": context, **self.config})
         except TypeError as error:
@@ -114,6 +119,7 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("nice", "digits", "default"): _DIGITS | {"epochs": 300},
     ("glow", "digits", "default"): _DIGITS | {"config": models.PRESETS["glow", "digits"], "epochs": 300},
     ("maf", "digits", "default"): {"config": models.PRESETS["maf", "digits"], "lr": 1e-3, "ema": 0.998, "epochs": 200},
+    ("made", "digits", "default"): {"config": models.PRESETS["made", "digits"], "lr": 1e-3, "ema": 0.998, "epochs": 200},
     # Some minutes on two cores: enough for colour and texture. A short average, for there are few steps.
     ("glow", "photos", "default"): {
         "config": models.PRESETS["glow", "photos"],

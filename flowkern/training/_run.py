@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .. import models
 from ..data import Dataset, load
-from ._evaluate import Score, evaluate
+from ._evaluate import Score, evaluate, suited
 from ._gallery import save_gallery
 from ._pictures import atomic, draw_curve, read_log
 from ._plan import Plan
@@ -74,6 +74,7 @@ def run(
     torch.manual_seed(plan.seed)
     # Lightning would convert the model only after it has loaded the weights to resume from, rounded.
     model = plan.build(data).to(torch.float64 if precision == "64-true" else torch.float32)
+    data = suited(data, model)
     io = AtomicCheckpointIO()
     hardware = {"accelerator": accelerator, "devices": devices, "num_nodes": nodes, "strategy": strategy, "precision": precision}
     with warnings.catch_warnings():
