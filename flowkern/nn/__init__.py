@@ -29,6 +29,11 @@ from ._made_density import MADEDensity as MADEDensity
 from ._masked_linear import MaskedLinear as MaskedLinear
 from ._multiscale import MultiScale as MultiScale
 from ._permutation import Permutation as Permutation
+from ._planar import Planar as Planar
+from ._planar import Radial as Radial
+from ._posterior import FlowPosterior as FlowPosterior
+from ._posterior import GaussianPosterior as GaussianPosterior
+from ._posterior import Posterior as Posterior
 from ._preprocess import Logit as Logit
 from ._preprocess import Rescale as Rescale
 from ._preprocess import Scaling as Scaling
