@@ -33,7 +33,7 @@ def test_inverse_and_log_determinants(name: str, context: int | None, scale: flo
         torch.testing.assert_close(back, -logabsdet, rtol=1e-6, atol=1e-6)
         for i in range(3):
             row = None if rows is None else rows[i : i + 1]
-            jacobian = torch.autograd.functional.jacobian(lambda s, row=row: layer.inverse(s, row)[0], z[i : i + 1])
+            jacobian = torch.autograd.functional.jacobian(lambda s, f=layer.inverse, row=row: f(s, row)[0], z[i : i + 1])
             expected = torch.linalg.slogdet(jacobian.view(features, features)).logabsdet
             torch.testing.assert_close(logabsdet[i], expected, rtol=1e-7, atol=1e-7)
 

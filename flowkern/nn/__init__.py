@@ -24,6 +24,11 @@ from ._glow_step import NormalizedLinear as NormalizedLinear
 from ._invertible_linear import PARAMETRIZATIONS as PARAMETRIZATIONS
 from ._invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
 from ._invertible_linear import InvertibleLinear as InvertibleLinear
+from ._likelihood import Bernoulli as Bernoulli
+from ._likelihood import Categorical as Categorical
+from ._likelihood import Gaussian as Gaussian
+from ._likelihood import GaussianMixture as GaussianMixture
+from ._likelihood import Likelihood as Likelihood
 from ._made import MADE as MADE
 from ._made_density import MADEDensity as MADEDensity
 from ._masked_linear import MaskedLinear as MaskedLinear
@@ -39,3 +44,6 @@ from ._preprocess import Rescale as Rescale
 from ._preprocess import Scaling as Scaling
 from ._squeeze import Flatten as Flatten
 from ._squeeze import Squeeze as Squeeze
+from ._vae import VAE as VAE
+from ._vae import Objective as Objective
+from ._vae import VampPrior as VampPrior

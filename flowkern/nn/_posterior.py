@@ -31,6 +31,9 @@ class Posterior(nn.Module):
         """log q(z | h) of z (k, B, L): (k, B) in nats."""
         raise NotImplementedError(f"{type(self).__name__} has no log_prob")
 
+    def forward(self, z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return self.log_prob(z, h)
+
     def mean(self, h: torch.Tensor) -> torch.Tensor:
         """A point (B, L) that stands for q(z | h)."""
         raise NotImplementedError(f"{type(self).__name__} has no mean")
