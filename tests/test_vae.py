@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
-from flowkern import nn
+from flowkern import data, models, nn, training
 
 LATENT, DATA = 2, 3
 
@@ -208,3 +209,81 @@ def test_errors() -> None:
         nn.Objective("iwae", beta=2.0)
     with pytest.raises(ValueError, match="samples, chunk"):
         linear().importance_log_prob(torch.zeros(1, DATA), samples=1)
+
+
+CONFIGS = {
+    "categorical": {"levels": 3},
+    "bernoulli": {"levels": 2, "likelihood": "bernoulli", "prior": "mixture", "components": 3},
+    "gaussian": {"prior": "vamp", "components": 3},
+    "mixture": {"likelihood": "mixture", "components": 2, "prior": "realnvp", "posterior": "planar", "flow_layers": 2},
+    "conditional": {"levels": 3, "context": 2, "prior": "maf", "posterior": "iaf", "flow_hidden": [8], "dropout": 0.1},
+    "radial": {"levels": 3, "posterior": "radial", "flow_layers": 1},
+    "hierarchical": {"levels": 3, "upper": 2},
+    "warm-up": {"levels": 3, "objective": {"warmup": 10, "free_bits": 0.1}},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_of_images(name: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = models.VAE((1, 2, 3), latent=3, hidden=[16], **CONFIGS[name])
+    x = torch.rand(30, 1, 2, 3)
+    context = None if model.context is None else torch.randn(30, model.context)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(60):
+        loss = model.objective(x, context).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < sum(losses[:10])
+    models.save(model, tmp_path / "vae.ckpt")
+    again = models.load(tmp_path / "vae.ckpt")
+    assert again.config == json.loads(json.dumps(model.config))
+    values = []
+    for m in (model.eval(), again):
+        torch.manual_seed(1)
+        values.append(m.log_prob(x, context))
+    assert torch.equal(*values)
+    samples = model.sample(4, None if context is None else context[:1], temperature=0.7)
+    assert samples.shape == (4, 1, 2, 3)
+    assert samples.isfinite().all()
+    bound, _ = model.importance_log_prob(model.values(x) if model.discrete else x, context, samples=200)
+    constant = 6 * math.log(model.levels) if model.discrete else 0.0
+    elbo = torch.stack([model.log_prob(x, context) for _ in range(50)]).mean(0) - constant
+    assert bound.mean() > elbo.mean()
+
+
+def test_discrete_bound_is_below_the_probability_of_all_values() -> None:
+    """sum_v exp(E[log w]) <= 1, and by importance sampling about 1."""
+    torch.manual_seed(0)
+    model = models.VAE(3, levels=2, latent=2, hidden=[8]).double()
+    v = torch.tensor([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)])
+    assert sum(model.elbo(v, samples=500).exp()) < 1.0
+    probability, error = model.importance_log_prob(v, samples=20_000, chunk=20_000)
+    assert abs(probability.exp().sum() - 1.0) < 5 * (error * probability.exp()).square().sum().sqrt()
+
+
+def test_errors_of_models() -> None:
+    with pytest.raises(ValueError, match="likelihood: 'categorical' is for discrete values"):
+        models.VAE(3, likelihood="categorical")
+    with pytest.raises(ValueError, match="prior: unknown name 'flat'"):
+        models.VAE(3, prior="flat")
+    with pytest.raises(ValueError, match="posterior: unknown name 'flat'"):
+        models.VAE(3, posterior="flat")
+    with pytest.raises(ValueError, match="upper: two layers have a standard prior"):
+        models.VAE(3, upper=2, prior="mixture")
+    with pytest.raises(ValueError, match="'vamp' has no context"):
+        models.VAE(3, context=2, prior="vamp")
+
+
+def test_trained_by_the_trainer(tmp_path) -> None:
+    plan = training.make_plan(
+        "vae", "digits", epochs=2, ema=0.0, config={"hidden": [32], "latent": 4, "objective": {"beta": 0.5}}
+    )
+    score = training.train(plan, tmp_path, draws=3)
+    assert score.draws == 3
+    assert score.nats < 64 * math.log(17.0)
+    again = training.evaluate(models.load(tmp_path / "best.ckpt"), data.load("digits"), draws=3, batch_size=plan.evaluation_batch)
+    assert again == score

@@ -16,3 +16,4 @@ from ._realnvp import RealNVP as RealNVP
 from ._registry import MODELS as MODELS
 from ._registry import PRESETS as PRESETS
 from ._registry import build as build
+from ._vae import VAE as VAE

@@ -32,6 +32,14 @@ class Model(torch.nn.Module):
     context: int | None
     #: Whether it gives probabilities to values of a finite number of ``levels``, and so needs no noise on them.
     discrete = False
+    #: Whether ``log_prob`` is a bound that random numbers enter.
+    stochastic = False
+
+    @classmethod
+    def config_for(cls, levels: int | None) -> dict[str, Any]:
+        """What the constructor is to be given, unless the user says otherwise, for data of so many levels (None: continuous)."""
+        # The pixels of images lie at the ends of their range more often than a Gaussian can follow.
+        return {"preprocess": None if levels is None else {"logit": 0.05}}
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, *shape), context (B, K) or None -> (B,) in nats, or a lower bound on it that the class names."""
@@ -61,6 +69,12 @@ class DiscreteModel(Model):
 
     discrete = True
     levels: int
+
+    @classmethod
+    def config_for(cls, levels: int | None) -> dict[str, Any]:
+        if levels is None:
+            raise ValueError(f"{cls.__name__} is for discrete values, and the data is continuous")
+        return {"levels": levels}
 
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """log P(v), (B,) in nats, of integers v (B, *shape)."""

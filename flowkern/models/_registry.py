@@ -11,6 +11,7 @@ from ._made import MADE
 from ._model import Model
 from ._nice import NICE
 from ._realnvp import RealNVP
+from ._vae import VAE
 
 __all__ = ["MODELS", "PRESETS", "build", "name_of"]
 
@@ -22,6 +23,7 @@ MODELS: dict[str, type[Model]] = {
     "made": MADE,
     "maf": MAF,
     "iaf": IAF,
+    "vae": VAE,
 }
 
 #: Named settings: (model, preset) -> keyword arguments of the model's constructor, besides the shape.

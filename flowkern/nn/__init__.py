@@ -21,6 +21,8 @@ from ._flow import Flow as Flow
 from ._flow import bits_per_dim as bits_per_dim
 from ._glow_step import GlowStep as GlowStep
 from ._glow_step import NormalizedLinear as NormalizedLinear
+from ._hierarchy import HierarchicalPosterior as HierarchicalPosterior
+from ._hierarchy import HierarchicalPrior as HierarchicalPrior
 from ._invertible_linear import PARAMETRIZATIONS as PARAMETRIZATIONS
 from ._invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
 from ._invertible_linear import InvertibleLinear as InvertibleLinear

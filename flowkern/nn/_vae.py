@@ -116,11 +116,9 @@ class VampPrior(Base):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
-        if temperature != 1.0:
-            raise ValueError(f"temperature: not defined for a VampPrior, got {temperature}")
-        h = self._components()
-        component = torch.multinomial(self.logits.softmax(0), n, replacement=True)
-        return self._modules_of_vae[1].sample_and_log_prob(h[component])[0][0]
+        h = self._components()[torch.multinomial(self.logits.softmax(0), n, replacement=True)]
+        mean = self._modules_of_vae[1].mean(h)
+        return mean + temperature * (self._modules_of_vae[1].sample_and_log_prob(h)[0][0] - mean)
 
 
 class VAE(nn.Module):
@@ -250,10 +248,10 @@ class VAE(nn.Module):
     def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
         """n samples (n, D) of x; ``context`` (n, K), or (1, K) for all. ``temperature`` is that of the prior.
 
-        Raises ValueError for a context of a wrong shape and where the prior has no temperature.
+        Raises ValueError for a context of a wrong shape.
         """
         context = _rows(context, n)
-        z = self.prior.sample(n) if temperature == 1.0 else self.prior.sample(n, temperature=temperature)
+        z = self.prior.sample(n, temperature=temperature)
         return self.likelihood.sample(self.decode(z, context))
 
 
