@@ -53,6 +53,19 @@ class Model(torch.nn.Module):
         """What training minimizes, (B,) in nats: -log_prob(x), unless the class says otherwise."""
         return -self.log_prob(x, context)
 
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, *shape) as a point in the space of latents, of which ``render`` is the way back."""
+        raise NotImplementedError(f"{type(self).__name__} has no latents")
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """What a latent stands for, (B, *shape)."""
+        raise NotImplementedError(f"{type(self).__name__} has no latents")
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the model has ``embed`` and ``render``."""
+        return type(self).embed is not Model.embed
+
     def check_shape(self, x: torch.Tensor) -> None:
         """Raises ValueError unless x is (B, *shape)."""
         if x.ndim == 0 or tuple(x.shape[1:]) != self.shape:
@@ -121,6 +134,13 @@ class FlowModel(nn.Flow, Model):
         """x (B, *shape), context (B, K) or None -> (B,) in nats. Raises ValueError for another shape."""
         self.check_shape(x)
         return super().log_prob(x, context)
+
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        self.check_shape(x)
+        return self.bijection(x, context)[0]
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.bijection.inverse(z, context)[0]
 
 
 def model_shape(shape: int | Sequence[int], flatten: bool) -> tuple[tuple[int, ...], bool]:

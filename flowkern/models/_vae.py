@@ -140,6 +140,16 @@ class VAE(nn.VAE, DiscreteModel):
         self.steps += 1
         return self.loss(self.values(x) if self.discrete else x, self.training_objective, context, step) - constant
 
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The posterior's point z (B, L) for dequantized x."""
+        self.check_shape(x)
+        return self.posterior.mean(self.encode(self.values(x) if self.discrete else x, context))
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The likelihood's mean (B, *shape), as dequantized data."""
+        mean = self.likelihood.mean(self.decode(z, context)).view(-1, *self.shape)
+        return (mean + 0.5) / self.levels if self.discrete else mean
+
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
         return nn.VAE.sample(self, n, context, temperature).long().view(n, *self.shape)
 
