@@ -287,5 +287,5 @@ def test_trained_by_the_trainer(tmp_path) -> None:
     assert score.nats < 64 * math.log(17.0)
     again = training.evaluate(models.load(tmp_path / "best.ckpt"), data.load("digits"), draws=3, batch_size=plan.evaluation_batch)
     assert again == score
-    pictures = {"curve", "samples-0.6", "samples-0.8", "samples", "interpolations", "reconstructions"}
+    pictures = {"curve", "samples-0.6", "samples-0.8", "samples", "interpolations", "reconstructions", "traversals", "analogies"}
     assert {p.stem for p in tmp_path.glob("*.png")} == pictures

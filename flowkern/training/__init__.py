@@ -44,6 +44,8 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
     ``samples-T.png``          the same at the temperatures T = 0.6 and 0.8
     ``interpolations.png``     from one test image to another, along a line between their latents
     ``reconstructions.png``    test images, and under them what comes back from their latents
+    ``traversals.png``         of VAEs: a test image with one latent after the other moved
+    ``analogies.png``          of VAEs: what is to c as b is to a
     ``result.json``            the test NLL of ``best.ckpt`` with its standard error, and the plan
     ========================== ==========================================================================
 

@@ -1,4 +1,4 @@
-"""What a trained flow has learned, as pictures: samples, interpolations between real images, and reconstructions."""
+"""What a trained model has learned, as pictures: samples, reconstructions, and what lies between and around real images."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .. import diagnostics
 from ..data import Batch, Dataset, batch_of
-from ..models import Model
+from ..models import VAE, Model
 from ._evaluate import EVALUATION_SEED, context_of
 from ._pictures import is_image, save_grid, to_pixels
 
@@ -33,9 +34,7 @@ def interpolate(
     model: Model, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What lies on the straight lines between the latents of x0 and x1 (B, ...), ends included: (B, steps, ...)."""
-    z0, z1 = (model.embed(x, context) for x in (x0, x1))
-    weight = torch.linspace(0.0, 1.0, steps, dtype=z0.dtype, device=z0.device).view(1, steps, *[1] * (z0.ndim - 1))
-    z = torch.lerp(z0[:, None], z1[:, None], weight)
+    z = diagnostics.interpolate(model.embed(x0, context), model.embed(x1, context), steps)
     rows = None if context is None else context.repeat_interleave(steps, 0)
     return model.render(z.flatten(0, 1), rows).unflatten(0, (len(x0), steps))
 
@@ -55,7 +54,8 @@ def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: s
     """Write the pictures to the folder ``out``; a line on each, or none for data that is no images.
 
     ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; of models with latents also
-    ``interpolations.png`` and ``reconstructions.png`` of test images, dequantized.
+    ``interpolations.png`` and ``reconstructions.png`` of test images, dequantized; of VAEs ``traversals.png`` and
+    ``analogies.png``.
     """
     if data.levels is None or not is_image(data.shape):
         return []
@@ -75,6 +75,8 @@ def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: s
 
     if model.has_latents:
         _save_latents(model, data, save, device)
+    if isinstance(model, VAE):
+        _save_directions(model, data, save, device)
     return lines
 
 
@@ -91,6 +93,25 @@ def _save_latents(model: Model, data: Dataset, save: Callable[[torch.Tensor, str
     rows = torch.stack([real.x.unflatten(0, (-1, _SIDE)), again.unflatten(0, (-1, _SIDE))], 1)
     error = float((again - real.x).abs().max())
     save(rows.flatten(0, 2), "reconstructions.png", f"test images over their reconstructions (largest error {error:.1e})")
+
+
+@torch.no_grad()
+def _save_directions(model: VAE, data: Dataset, save: Callable[[torch.Tensor, str, str], None], device: str) -> None:
+    """A test image with one latent after the other moved, those that differ most between images first; and analogies."""
+    labels = np.zeros(len(data.test)) if data.test.labels is None else data.test.labels
+    one, other = (_test_images(model, data, samples, device) for samples in pairs(labels, _SIDE).T)
+    z, z_other = (model.embed(batch.x, context_of(model, batch.labels)) for batch in (one, other))
+    context = context_of(model, one.labels)
+    first = None if context is None else context[:1].repeat_interleave(_SIDE, 0)
+    moved = [
+        model.render(diagnostics.traverse(z[:1], dimension)[0], first)
+        for dimension in z.var(0).argsort(descending=True)[:_SIDE].tolist()
+    ]
+    save(torch.cat(moved), "traversals.png", "an image with one latent in each row moved from -3 to 3")
+    following = z.roll(-1, 0)
+    fourth = model.render(diagnostics.analogy(z, z_other, following), None if context is None else context.roll(-1, 0))
+    rows = [one.x, other.x, one.x.roll(-1, 0), fourth]
+    save(torch.cat(rows), "analogies.png", "a, b, c and what is to c as b is to a, one below the other,")
 
 
 def _test_images(model: Model, data: Dataset, samples: np.ndarray, device: str) -> Batch:
