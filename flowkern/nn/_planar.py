@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,25 +9,9 @@ from torch import nn
 from ..ops._checks import accumulation_dtype
 from ._bijection import Bijection, Pair
 from ._conditioner import _check_context
+from ._root import solve_increasing
 
 __all__ = ["Planar", "Radial"]
-
-_BISECTIONS = 80  # of a bracket in float64: to its last bit
-
-
-def solve_increasing(function: Callable[[torch.Tensor], torch.Tensor], low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """The root of an increasing ``function`` between low and high, element by element, by bisection; without gradients."""
-    with torch.no_grad():
-        for _ in range(_BISECTIONS):
-            middle = 0.5 * (low + high)
-            above = function(middle) > 0.0
-            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        return 0.5 * (low + high)
-
-
-def _attach(root: torch.Tensor, residual: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """``root`` with the gradient of the implicit function theorem: d root = -d residual / slope, residual(root) = 0."""
-    return root - (residual - residual.detach()) / slope.detach()
 
 
 def _length(x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +49,7 @@ class Planar(Bijection):
         features: D.
         context: K of a context (B, K) from which u, w and b are computed by a linear layer; None for learned constants.
 
-    The cheap direction is latent to data: in a posterior, where it is sampled. The other one bisects for w.e, on the device.
+    The cheap direction is latent to data: in a posterior, where it is sampled. The other one solves for w.e, on the device.
     Source: Rezende and Mohamed, "Variational Inference with Normalizing Flows" (2015), eq. 10 to 12.
     """
 
@@ -97,12 +79,11 @@ class Planar(Bijection):
         y = x.to(u.dtype)
         along = (y * w).sum(1)
 
-        def residual(a: torch.Tensor) -> torch.Tensor:
-            return a + dot * torch.tanh(a + b) - along
+        def residual(a: torch.Tensor) -> Pair:
+            h = torch.tanh(a + b)
+            return a + dot * h - along, 1.0 + dot * (1.0 - h.square())
 
-        root = solve_increasing(lambda a: residual(a).detach(), along - dot.abs(), along + dot.abs())
-        h = torch.tanh(root + b)
-        a = _attach(root, residual(root.detach()), 1.0 + dot * (1.0 - h.square()))
+        a = solve_increasing(residual, along - dot.abs(), along + dot.abs())
         h = torch.tanh(a + b)
         return (y - u * h[:, None]).to(x.dtype), -torch.log1p((1.0 - h.square()) * dot)
 
