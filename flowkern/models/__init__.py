@@ -6,6 +6,7 @@ from ._checkpoint import load as load
 from ._checkpoint import read_checkpoint as read_checkpoint
 from ._checkpoint import save as save
 from ._checkpoint import write_atomically as write_atomically
+from ._dequantized import DequantizedFlow as DequantizedFlow
 from ._glow import Glow as Glow
 from ._made import MADE as MADE
 from ._model import DiscreteModel as DiscreteModel

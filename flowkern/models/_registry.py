@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._autoregressive import IAF, MAF
+from ._dequantized import DequantizedFlow
 from ._glow import Glow
 from ._made import MADE
 from ._model import Model
@@ -22,6 +23,7 @@ MODELS: dict[str, type[Model]] = {
     "glow": Glow,
     "made": MADE,
     "maf": MAF,
+    "dequantized": DequantizedFlow,
     "iaf": IAF,
     "vae": VAE,
 }

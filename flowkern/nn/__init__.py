@@ -17,6 +17,8 @@ from ._conditioner import Parallel as Parallel
 from ._conditioner import ResNet as ResNet
 from ._coupling import AdditiveCoupling as AdditiveCoupling
 from ._coupling import AffineCoupling as AffineCoupling
+from ._dequantization import UniformDequantization as UniformDequantization
+from ._dequantization import VariationalDequantization as VariationalDequantization
 from ._flow import Flow as Flow
 from ._flow import bits_per_dim as bits_per_dim
 from ._glow_step import GlowStep as GlowStep
