@@ -1,4 +1,4 @@
-"""The command line: ``flowkern train``, ``sample``, ``eval``, ``compare``, ``demo``, ``bench`` and ``doctor``.
+"""The command line: ``flowkern train``, ``sample``, ``eval``, ``compare``, ``table``, ``demo``, ``bench`` and ``doctor``.
 
 ``bench``, ``doctor`` and ``--help`` need torch alone; the other commands need the extra ``flowkern[train]``.
 """
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _sample_parser(commands)
     _eval_parser(commands)
     _compare_parser(commands)
+    _table_parser(commands)
     commands.add_parser("bench", help="time and memory of every op; its options: flowkern bench --help")
     doctor = commands.add_parser("doctor", help="print versions, backends and devices")
     doctor.set_defaults(run=_doctor)
@@ -226,6 +227,7 @@ def _eval_parser(commands: Any) -> None:
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="test")
     evaluate.add_argument("--draws", type=int, default=20, help="of dequantization noise (20)")
     evaluate.add_argument("--batch-size", type=int, default=256)
+    evaluate.add_argument("--importance", type=int, metavar="K", help="estimate the likelihood by K importance samples instead")
     codecs = "for images, also what PNG and lossless WebP need (yes)"
     evaluate.add_argument("--codecs", action=argparse.BooleanOptionalAction, default=True, help=codecs)
     evaluate.add_argument("--device", default="cpu")
@@ -236,10 +238,9 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     model = models.load(arguments.checkpoint)
     values = data.load(arguments.data, size=arguments.size)
-    nll = training.sample_nlls(
-        model, values, arguments.split, draws=arguments.draws, batch_size=arguments.batch_size, device=arguments.device
-    )
-    draws = training.needed_draws(model, values, arguments.draws)
+    estimate = training.importance_nlls if arguments.importance else training.sample_nlls
+    draws = training.needed_draws(model, values, arguments.importance or arguments.draws)
+    nll = estimate(model, values, arguments.split, draws=draws, batch_size=arguments.batch_size, device=arguments.device)
     print(f"{arguments.split} NLL: {training.Score.of(nll, values, draws)}")
     name = f"{type(model).__name__} ({arguments.checkpoint.name})"
     if arguments.codecs and (table := training.codec_table(nll.numpy(), values, arguments.split, name)):
@@ -261,6 +262,28 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     _keep_pages()
     print(compare(arguments.model, arguments.data, size=arguments.size, batch_size=arguments.batch_size, device=arguments.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# table
+
+
+def _table_parser(commands: Any) -> None:
+    table = commands.add_parser("table", help="train the models side by side, a few seeds each, and print their likelihoods")
+    table.set_defaults(run=_table)
+    table.add_argument("data", choices=("digits",))
+    table.add_argument("--out", type=Path, default=Path("runs/table"), metavar="DIR", help="of runs, table and plot (runs/table)")
+    table.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    table.add_argument("--rows", nargs="+", metavar="ROW", help="some rows only")
+    table.add_argument("--max-minutes", type=float, metavar="M", help="of training for a single run")
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    from .training import table
+
+    _keep_pages()
+    how = {"seeds": arguments.seeds, "rows": arguments.rows, "max_minutes": arguments.max_minutes}
+    print(table(arguments.data, arguments.out, **how))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,10 @@ class Model(torch.nn.Module):
         """Whether the model has ``embed`` and ``render``."""
         return type(self).embed is not Model.embed
 
+    def log_weight(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The logarithm of a random number with mean p(x), (B,) in nats: log_prob(x), unless that is a bound of another form."""
+        return self.log_prob(x, context)
+
     def check_shape(self, x: torch.Tensor) -> None:
         """Raises ValueError unless x is (B, *shape)."""
         if x.ndim == 0 or tuple(x.shape[1:]) != self.shape:

@@ -132,6 +132,12 @@ class VAE(nn.VAE, DiscreteModel):
         self.check_shape(x)
         return self.elbo(x, context)
 
+    def log_weight(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """log p(x|z) + log p(z) - log q(z|x) of one draw, of dequantized x if the data is discrete: (B,) in nats."""
+        self.check_shape(x)
+        constant = math.prod(self.shape) * math.log(self.levels) if self.discrete else 0.0
+        return self.evidence(self.values(x) if self.discrete else x, context).log_weight[0] + constant
+
     def objective(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """What ``nn.VAE.loss`` says of the objective, for dequantized x if the data is discrete."""
         self.check_shape(x)

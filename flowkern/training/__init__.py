@@ -15,6 +15,7 @@ from ._evaluate import Diverged as Diverged
 from ._evaluate import Score as Score
 from ._evaluate import context_of as context_of
 from ._evaluate import evaluate as evaluate
+from ._evaluate import importance_nlls as importance_nlls
 from ._evaluate import needed_draws as needed_draws
 from ._evaluate import negative_log_likelihood as negative_log_likelihood
 from ._evaluate import sample_nlls as sample_nlls
@@ -74,3 +75,10 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
     from ._run import run
 
     return run(plan, Path(out), **options)
+
+
+def table(data: str, out: str | os.PathLike[str], **options: Any) -> str:
+    """Train the rows of the table of ``data`` into the folder ``out``, and return it in Markdown: see ``_table.table``."""
+    from ._table import table as build
+
+    return build(data, Path(out), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,7 @@ __all__ = [
     "Score",
     "context_of",
     "evaluate",
+    "importance_nlls",
     "needed_draws",
     "negative_log_likelihood",
     "sample_nlls",
@@ -96,7 +98,6 @@ def needed_draws(model: Model, data: Dataset, draws: int) -> int:
     return draws if model.stochastic or (data.levels is not None and not model.discrete) else 1
 
 
-@torch.no_grad()
 def sample_nlls(
     model: Model, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
 ) -> torch.Tensor:
@@ -109,6 +110,38 @@ def sample_nlls(
     Raises ValueError for data of another shape or number of classes than the model's, fewer than one draw, fewer than two
     samples, and for a likelihood that is not a number, with the count.
     """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for nll in _draws(model, data, part, draws, batch_size, device, model.log_prob):
+        total, count = total + nll, count + 1
+    return _checked(total / count)
+
+
+def importance_nlls(
+    model: Model, data: Dataset, part: str = "test", *, draws: int = 1000, batch_size: int = 256, device: str = "cpu"
+) -> torch.Tensor:
+    """An estimate of -log P of each sample of a split, (N,) in nats and float64: -log mean_k w_k over so many draws.
+
+    The weights w are those of the model's ``log_weight``, whose mean is P itself: of dequantization noise, of latents, or of
+    both. The estimate is too high on average, by less the more draws there are; with one draw it is the bound. Raises as
+    ``sample_nlls`` does. Source: Burda et al., "Importance Weighted Autoencoders" (2016), theorem 1.
+    """
+    total, count = torch.full((), -math.inf, dtype=torch.float64), 0
+    for nll in _draws(model, data, part, draws, batch_size, device, model.log_weight):
+        total, count = torch.logaddexp(total, -nll), count + 1
+    return _checked(math.log(count) - total)
+
+
+def _checked(nll: torch.Tensor) -> torch.Tensor:
+    if invalid := int(nll.isnan().sum()):
+        raise ValueError(f"the likelihood of {invalid} of {len(nll)} samples is not a number")
+    return nll
+
+
+@torch.no_grad()
+def _draws(
+    model: Model, data: Dataset, part: str, draws: int, batch_size: int, device: str, log_prob: Callable[..., torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """The negative log-likelihood of each sample (N,), by one draw of all noise after the other."""
     if data.shape != model.shape:
         raise ValueError(f"the model is for samples of shape {model.shape}, and {data.name} has {data.shape}")
     if model.context not in (None, len(data.classes)):
@@ -119,26 +152,24 @@ def sample_nlls(
     if n < 2:
         raise ValueError(f"{data.name}: a standard error needs at least 2 samples, the {part} split has {n}")
     data = suited(data, model)
-    draws = needed_draws(model, data, draws)
     training = model.training
-    model = model.to(device).eval()
-    total = torch.zeros(n, dtype=torch.float64)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for draw in range(draws):
-            for start in range(0, n, batch_size):
-                samples = np.arange(start, min(start + batch_size, n))
-                batch = batch_of(data, part, samples, seed=EVALUATION_SEED, epoch=draw)
-                total[start : start + batch_size] += _nll(model, batch, data.levels, device)
-    model.train(training)
-    nll = total / draws
-    if invalid := int(nll.isnan().sum()):
-        raise ValueError(f"the likelihood of {invalid} of {n} samples is not a number")
-    return nll
+    model.to(device).eval()
+    try:
+        for draw in range(needed_draws(model, data, draws)):
+            parts = []
+            with torch.random.fork_rng():
+                torch.manual_seed(draw)
+                for start in range(0, n, batch_size):
+                    samples = np.arange(start, min(start + batch_size, n))
+                    batch = batch_of(data, part, samples, seed=EVALUATION_SEED, epoch=draw)
+                    parts.append(_nll(model, log_prob, batch, data.levels, device))
+            yield torch.cat(parts)
+    finally:
+        model.train(training)
 
 
-def _nll(model: Model, batch: Batch, levels: int | None, device: str) -> torch.Tensor:
+def _nll(model: Model, log_prob: Callable[..., torch.Tensor], batch: Batch, levels: int | None, device: str) -> torch.Tensor:
     x = batch.x.to(device, _dtype(model))
     labels = None if batch.labels is None else batch.labels.to(device)
-    log_prob = model.log_prob(x, context_of(model, labels))
-    return negative_log_likelihood(log_prob.cpu().double(), x[0].numel(), levels)
+    value = log_prob(x, context_of(model, labels))
+    return negative_log_likelihood(value.cpu().double(), x[0].numel(), levels)

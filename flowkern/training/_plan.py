@@ -105,6 +105,9 @@ class Plan:
 # Chosen on the digits' validation split, like the settings of the model: the best NLL within about 50 epochs.
 _DIGITS: dict[str, Any] = {"config": models.PRESETS["realnvp", "digits"], "lr": 3e-3, "ema": 0.998}
 
+# Tomczak, "Deep Generative Modeling" (2022), on digits.
+_RECIPE: dict[str, Any] = {"epochs": 1000, "batch_size": 64, "lr": 1e-3, "optimizer": "adamax", "patience": 20}
+
 #: (model, data, preset) -> fields of ``Plan``. A "default" of model and data is laid over the one of ("*", "*").
 PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("*", "*", "default"): {"warmup": 100, "clip": 100.0, "ema": 0.999, "patience": 20},
@@ -122,14 +125,15 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
         "lr": 2e-3,
         "ema": 0.99,
     },
-    # The published RealNVP on digits: no averaging, no warm-up, no clipping.
-    ("realnvp", "digits", "recipe"): {
-        "config": models.PRESETS["realnvp", "digits-recipe"],
-        "epochs": 1000,
-        "batch_size": 64,
-        "lr": 1e-3,
-        "optimizer": "adamax",
-        "patience": 20,
+    # As published: no averaging, no warm-up, no clipping.
+    ("realnvp", "digits", "recipe"): _RECIPE | {"config": models.PRESETS["realnvp", "digits-recipe"]},
+    ("vae", "digits", "recipe"): _RECIPE,
+    ("vae", "digits", "default"): {"lr": 1e-3, "ema": 0.998, "epochs": 300},
+    ("dequantized", "digits", "default"): {
+        "config": models.PRESETS["dequantized", "digits"],
+        "lr": 3e-3,
+        "ema": 0.998,
+        "epochs": 300,
     },
 }
 
