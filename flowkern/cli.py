@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train_parser(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model", argument_default=argparse.SUPPRESS)
     train.set_defaults(run=_train)
-    train.add_argument("model", help="nice, realnvp, glow, made, maf or iaf")
+    train.add_argument("model", help="nice, realnvp, glow, made, maf, iaf or pixelcnn")
     train.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder of the run")
     train.add_argument("--preset", help="named settings: default, or recipe (realnvp on digits as published)")

@@ -10,6 +10,7 @@ from ._glow import Glow
 from ._made import MADE
 from ._model import Model
 from ._nice import NICE
+from ._pixelcnn import PixelCNN
 from ._realnvp import RealNVP
 
 __all__ = ["MODELS", "PRESETS", "build", "name_of"]
@@ -22,6 +23,7 @@ MODELS: dict[str, type[Model]] = {
     "made": MADE,
     "maf": MAF,
     "iaf": IAF,
+    "pixelcnn": PixelCNN,
 }
 
 #: Named settings: (model, preset) -> keyword arguments of the model's constructor, besides the shape.

@@ -26,6 +26,8 @@ from ._invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
 from ._invertible_linear import InvertibleLinear as InvertibleLinear
 from ._made import MADE as MADE
 from ._made_density import MADEDensity as MADEDensity
+from ._masked_conv import GatedMaskedConv as GatedMaskedConv
+from ._masked_conv import Window as Window
 from ._masked_linear import MaskedLinear as MaskedLinear
 from ._multiscale import MultiScale as MultiScale
 from ._permutation import Permutation as Permutation
