@@ -7,6 +7,7 @@ from ._autoregressive_network import AutoregressiveNetwork as AutoregressiveNetw
 from ._invertible_linear import invertible_linear as invertible_linear
 from ._masked_linear import DegreeMask as DegreeMask
 from ._masked_linear import masked_linear as masked_linear
+from ._nearest_code import nearest_code as nearest_code
 from ._parametrization import LAYOUTS as LAYOUTS
 from ._parametrization import ScaleMap as ScaleMap
 from ._plu_weight import plu_weight as plu_weight
