@@ -36,3 +36,6 @@ from ._preprocess import Rescale as Rescale
 from ._preprocess import Scaling as Scaling
 from ._squeeze import Flatten as Flatten
 from ._squeeze import Squeeze as Squeeze
+from ._vector_quantizer import CodeUsage as CodeUsage
+from ._vector_quantizer import ResidualVectorQuantizer as ResidualVectorQuantizer
+from ._vector_quantizer import VectorQuantizer as VectorQuantizer
