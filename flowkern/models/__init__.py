@@ -17,3 +17,5 @@ from ._realnvp import RealNVP as RealNVP
 from ._registry import MODELS as MODELS
 from ._registry import PRESETS as PRESETS
 from ._registry import build as build
+from ._vqvae import VQVAE as VQVAE
+from ._vqvae import VQVAE2 as VQVAE2

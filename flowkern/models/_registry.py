@@ -12,6 +12,7 @@ from ._model import Model
 from ._nice import NICE
 from ._pixelcnn import PixelCNN
 from ._realnvp import RealNVP
+from ._vqvae import VQVAE, VQVAE2
 
 __all__ = ["MODELS", "PRESETS", "build", "name_of"]
 
@@ -24,6 +25,8 @@ MODELS: dict[str, type[Model]] = {
     "maf": MAF,
     "iaf": IAF,
     "pixelcnn": PixelCNN,
+    "vqvae": VQVAE,
+    "vqvae2": VQVAE2,
 }
 
 #: Named settings: (model, preset) -> keyword arguments of the model's constructor, besides the shape.
