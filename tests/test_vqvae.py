@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowkern import models
+from flowkern import cli, models
 from flowkern.models import _vqvae
 
 SMALL: dict[str, Any] = {"levels": 4, "hidden": 8, "blocks": 1, "dim": 3, "codes": 4, "downsample": 1}
@@ -41,8 +43,9 @@ def test_pixel_distributions_sum_to_one(name: str, levels: int) -> None:
     v = torch.arange(levels).view(-1, 1, 1, 1).expand(-1, 2, 3, 3)
     log_mass = likelihood.log_mass(v, params.expand(levels, -1, -1, -1, -1))
     torch.testing.assert_close(log_mass.exp().sum(0), torch.ones(2, 3, 3, dtype=torch.float64))
-    mode = likelihood.mode(params)
-    assert (log_mass.gather(0, mode)[0] >= log_mass.max(0).values - 1e-9).all() or name == "logistic"
+    if name == "categorical":
+        mean = (log_mass.exp() * v).sum(0)
+        assert torch.equal(likelihood.estimate(params)[0], mean.round().long())
 
 
 def test_logistic_is_finite_in_float32_where_the_plain_difference_is_not() -> None:
@@ -55,14 +58,14 @@ def test_logistic_is_finite_in_float32_where_the_plain_difference_is_not() -> No
         torch.testing.assert_close(log_mass.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-def test_logistic_mode_lies_in_the_most_probable_cell() -> None:
+def test_logistic_estimate_is_the_most_probable_level() -> None:
     likelihood = _vqvae.LIKELIHOODS["logistic"](9)
     params = torch.stack([torch.linspace(-1.3, 1.3, 41), torch.full((41,), -4.0)]).view(1, 2, 1, 1, 41).double()
     v = torch.arange(9).view(-1, 1, 1, 1).expand(-1, 1, 1, 41)
     best = likelihood.log_mass(v, params.expand(9, -1, -1, -1, -1)).argmax(0)
     # Where the mean is on the border of two cells, both are the most probable.
     inside = ((params[0, 0] + 1.0) * 4.0).frac().sub(0.5).abs() > 1e-6
-    assert torch.equal(likelihood.mode(params)[0][inside], best[inside])
+    assert torch.equal(likelihood.estimate(params)[0][inside], best[inside])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ def test_codes_and_back(cls: Any) -> None:
     with torch.no_grad():
         params = model.autoencoder(2.0 * model.values(x).double() / 3.0 - 1.0)[0]
     torch.testing.assert_close(model.autoencoder.decode(codes), params)
-    assert torch.equal(model.values(back), model.likelihood.mode(model._params(params)))
+    assert torch.equal(model.values(back), model.likelihood.estimate(model._params(params)))
 
 
 @pytest.mark.parametrize("decay", [0.99, None])
@@ -183,3 +186,89 @@ def test_a_context_needs_a_prior() -> None:
         model.log_prob(images(2), torch.ones(2, 3))
     with pytest.raises(ValueError, match="x: expected shape"):
         model.encode(images(2, (1, 4, 6)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+EXTRA = ("lightning", "numpy", "matplotlib", "PIL", "rich", "sklearn")
+needs_extra = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in EXTRA), reason="needs the extra flowkern[train]"
+)
+SET = [f"--set={name}={json.dumps(value)}" for name, value in (SMALL | {"likelihood": "categorical", "levels": 17}).items()]
+SHORT = ["--batch-size=250", "--epochs=2", "--lr=1e-2", "--warmup=2"]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a small VQ-VAE-2 on digits."""
+    out = tmp_path_factory.mktemp("vqvae")
+    assert cli.main(["train", "vqvae2", "--data=digits", f"--out={out}", *SET, *SHORT]) == 0
+    return out / "best.ckpt"
+
+
+@pytest.fixture(scope="module")
+def prior(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prior")
+    settings = ["--set=hidden=8", "--set=layers=2", "--conditional"]
+    assert cli.main(["train", "prior", f"{autoencoder}", f"--out={out}", *settings, *SHORT]) == 0
+    return out / "best.ckpt"
+
+
+@needs_extra
+def test_trained_in_two_stages(autoencoder: Path, prior: Path) -> None:
+    first, second = models.load(autoencoder), models.load(prior)
+    assert isinstance(first, models.VQVAE2)
+    assert isinstance(second, models.VQVAE2)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    assert second.context == 10
+    assert second.config["prior"] == {"hidden": 8, "layers": 2, "dropout": 0.3}
+    for folder in (autoencoder.parent, prior.parent):
+        assert {"samples.png", "reconstructions.png", "curve.png"} <= {path.name for path in folder.iterdir()}
+    nats = [json.loads((path.parent / "result.json").read_text())["test"]["nats"] for path in (autoencoder, prior)]
+    assert nats[1] < nats[0]
+
+
+@needs_extra
+def test_prior_resumes(autoencoder: Path, prior: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resume = ["train", "prior", f"{autoencoder}", f"--out={prior.parent}", "--resume"]
+    assert cli.main([*resume, "--epochs=3", "--set=hidden=8"]) == 0
+    assert models.read_checkpoint(prior.parent / "last.ckpt")["epoch"] == 2
+    capsys.readouterr()
+    assert cli.main([*resume, "--set=hidden=9"]) == 2
+    assert "cannot resume with config" in capsys.readouterr().err
+
+
+@needs_extra
+def test_samples_of_a_class(prior: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    assert cli.main(["sample", f"{prior}", "-n", "3", "--label=7", "-o", f"{tmp_path / 'x.npy'}"]) == 0
+    assert np.load(tmp_path / "x.npy").shape == (3, 1, 8, 8)
+    assert cli.main(["sample", f"{prior}", "-n", "4", "-o", f"{tmp_path / 'x.png'}"]) == 0
+    assert (tmp_path / "x.png").exists()
+
+
+@needs_extra
+def test_commands_refuse(autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixelcnn = models.PixelCNN((1, 8, 8), levels=17, hidden=4, layers=1)
+    models.save(pixelcnn, tmp_path / "pixelcnn.ckpt")
+    models.save(models.VQVAE((1, 8, 8), **SMALL), tmp_path / "untrained.ckpt")
+    cases = [
+        (["prior"], "train prior: name the checkpoint of a vqvae or vqvae2"),
+        (["prior", tmp_path / "none.ckpt"], "none.ckpt"),
+        (["prior", tmp_path / "pixelcnn.ckpt"], "holds a pixelcnn, which has no codes"),
+        (["prior", tmp_path / "untrained.ckpt"], "does not say what it was trained on"),
+        (["prior", tmp_path / "untrained.ckpt", "--data=digits"], "is for images of shape (1, 8, 8) and 4 levels"),
+        (["prior", autoencoder, "--data=nope"], "data: unknown source 'nope'"),
+        (["prior", autoencoder, "--data=photos"], "is for images of shape (1, 8, 8) and 17 levels"),
+        (["prior", autoencoder, "--set=levels=3"], "prior has no setting 'levels'; expected one of hidden"),
+        (["prior", autoencoder, "--preset=x"], "preset: prior on digits has no 'x'"),
+        (["vqvae", autoencoder, "--data=digits"], "train vqvae: takes no checkpoint"),
+        (["vqvae"], "train vqvae: name the data (--data)"),
+        (["vqvae", "--data=digits", "--conditional"], "context: only the prior"),
+    ]
+    for arguments, message in cases:
+        assert cli.main(["train", *map(str, arguments), f"--out={tmp_path / 'run'}"]) == 2
+        assert message in capsys.readouterr().err

@@ -38,9 +38,10 @@ class _Categorical:
         """log P(v) of each pixel; v (B, C, H, W), params (B, K, C, H, W) -> (B, C, H, W)."""
         return -F.cross_entropy(params, v, reduction="none")
 
-    def mode(self, params: torch.Tensor) -> torch.Tensor:
-        """The most probable values, int64: (B, K, C, H, W) -> (B, C, H, W)."""
-        return params.argmax(1)
+    def estimate(self, params: torch.Tensor) -> torch.Tensor:
+        """The means, rounded to levels, int64: (B, K, C, H, W) -> (B, C, H, W). Modes would be black and white more often."""
+        level = torch.arange(self.levels, dtype=params.dtype, device=params.device).view(-1, 1, 1, 1)
+        return (params.softmax(1) * level).sum(1).round().long()
 
 
 class _Logistic(_Categorical):
@@ -65,7 +66,7 @@ class _Logistic(_Categorical):
         inner = (-torch.expm1(-2.0 * half * inverse_scale)).log()
         return torch.where(v == 0, upper, torch.where(v == self.levels - 1, lower, upper + lower + inner))
 
-    def mode(self, params: torch.Tensor) -> torch.Tensor:
+    def estimate(self, params: torch.Tensor) -> torch.Tensor:
         return ((params[:, 0] + 1.0) * (0.5 * (self.levels - 1))).round().clamp(0, self.levels - 1).long()
 
 
@@ -149,6 +150,10 @@ class _Autoencoder(torch.nn.Module):
         """codes -> parameters (B, params C, H, W)."""
         return self.decoder(self.quantizer.decode(codes[0]))
 
+    def quantizers(self) -> list[nn.VectorQuantizer]:
+        """Those of the maps, in their order."""
+        return [self.quantizer]
+
 
 class _Autoencoder2(torch.nn.Module):
     """As ``_Autoencoder``, over a top map and a bottom map that is encoded given the top one. Razavi et al. 2019, algorithm 1."""
@@ -188,6 +193,9 @@ class _Autoencoder2(torch.nn.Module):
     def decode(self, codes: Codes) -> torch.Tensor:
         above = self.top_decoder(self.top_quantizer.decode(codes[0]))
         return self.decoder(torch.cat([above, self.bottom_quantizer.decode(codes[1])], 1))
+
+    def quantizers(self) -> list[nn.VectorQuantizer]:
+        return [self.top_quantizer, self.bottom_quantizer]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,14 +308,18 @@ class _CodeModel(DiscreteModel):
             self.autoencoder.train(training)
 
     def decode(self, *codes: torch.Tensor) -> torch.Tensor:
-        """The most probable image of maps of codes (B, h, w): (B, C, H, W), at the middle of the levels' cells."""
-        mode = self.likelihood.mode(self._params(self.autoencoder.decode(codes)))
-        return (mode.to(next(self.parameters()).dtype) + 0.5) / self.levels
+        """The mean image of maps of codes (B, h, w): (B, C, H, W), at the middle of the levels' cells."""
+        estimate = self.likelihood.estimate(self._params(self.autoencoder.decode(codes)))
+        return (estimate.to(next(self.parameters()).dtype) + 0.5) / self.levels
 
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W) in [0, 1) to its codes and back."""
         return self.decode(*self.encode(x))
+
+    def usage(self, x: torch.Tensor) -> tuple[nn.CodeUsage, ...]:
+        """How evenly the codes of x (B, C, H, W) are used: perplexity and the share that is used at all, for each map."""
+        return tuple(q.usage(c) for q, c in zip(self.autoencoder.quantizers(), self.encode(x), strict=True))
 
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """A lower bound on log P(v), (B,) in nats: log P(v | codes) + log P(codes), with the codes that v is encoded to.
@@ -333,14 +345,14 @@ class _CodeModel(DiscreteModel):
 
     @torch.no_grad()
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
-        """The most probable images (n, C, H, W), integers, of codes drawn from the prior (without one: uniform codes)."""
+        """The mean images (n, C, H, W), integers, of codes drawn from the prior (without one: uniform codes)."""
         self._check_context(context)
         if self.prior is not None:
             codes = self.prior.draw(n, context, temperature)
         else:
             device = next(self.parameters()).device
             codes = tuple(torch.randint(self.codes, (n, *size), device=device) for size in self.autoencoder.sizes)
-        return self.likelihood.mode(self._params(self.autoencoder.decode(codes)))
+        return self.likelihood.estimate(self._params(self.autoencoder.decode(codes)))
 
     def load_autoencoder(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Take the autoencoder, codebooks included, from the state of a model that has the same. Raises RuntimeError if not."""

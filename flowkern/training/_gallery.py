@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..data import Batch, Dataset, batch_of
-from ..models import FlowModel, Model
+from ..models import VQVAE, VQVAE2, FlowModel, Model
 from ._evaluate import EVALUATION_SEED, context_of
 from ._pictures import is_image, save_grid, to_pixels
 
@@ -20,6 +20,11 @@ TEMPERATURES = (0.6, 0.8, 1.0)
 
 #: Rows and columns of the pictures.
 _SIDE = 8
+
+#: Test images by which the use of codes is counted, at most.
+_MANY = 1024
+
+Save = Callable[[torch.Tensor, str, str], None]
 
 
 @torch.no_grad()
@@ -54,8 +59,8 @@ def pairs(labels: np.ndarray, n: int) -> np.ndarray:
 def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: str = "cpu") -> list[str]:
     """Write the pictures to the folder ``out``; a line on each, or none for data that is no images.
 
-    ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; of flows also
-    ``interpolations.png`` and ``reconstructions.png`` of test images, dequantized.
+    ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; of test images, dequantized,
+    ``reconstructions.png`` for flows and VQ-VAE, and for flows ``interpolations.png``.
     """
     if data.levels is None or not is_image(data.shape):
         return []
@@ -74,23 +79,42 @@ def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: s
         save(images, name, f"samples at temperature {temperature}")
 
     if isinstance(model, FlowModel):
-        _save_inversions(model, data, save, device)
+        _save_interpolations(model, data, save, device)
+    if isinstance(model, FlowModel | VQVAE | VQVAE2):
+        _save_reconstructions(model, data, save, device)
+    if isinstance(model, VQVAE | VQVAE2):
+        lines.append(_usage(model, data, device))
     return lines
 
 
-def _save_inversions(model: FlowModel, data: Dataset, save: Callable[[torch.Tensor, str, str], None], device: str) -> None:
-    """What an inverse allows: interpolations between test images, and test images from their latents."""
+def _save_interpolations(model: FlowModel, data: Dataset, save: Save, device: str) -> None:
     labels = data.test.labels if model.context is not None and data.test.labels is not None else np.zeros(len(data.test))
     first, second = (_test_images(model, data, samples, device) for samples in pairs(labels, _SIDE).T)
     lines_of_images = interpolate(model, first.x, second.x, _SIDE, context_of(model, first.labels))
     save(lines_of_images.flatten(0, 1), "interpolations.png", "interpolations between test images")
 
+
+def _save_reconstructions(model: FlowModel | VQVAE | VQVAE2, data: Dataset, save: Save, device: str) -> None:
     samples = np.arange(_SIDE**2 // 2) * len(data.test) // (_SIDE**2 // 2)
     real = _test_images(model, data, samples, device)
-    again = reconstruct(model, real.x, context_of(model, real.labels))
+    if isinstance(model, FlowModel):
+        again = reconstruct(model, real.x, context_of(model, real.labels))
+    else:
+        again = model.reconstruct(real.x)
     rows = torch.stack([real.x.unflatten(0, (-1, _SIDE)), again.unflatten(0, (-1, _SIDE))], 1)
     error = float((again - real.x).abs().max())
     save(rows.flatten(0, 2), "reconstructions.png", f"test images over their reconstructions (largest error {error:.1e})")
+
+
+def _usage(model: VQVAE | VQVAE2, data: Dataset, device: str) -> str:
+    """How evenly the test images use the codes of each map."""
+    batch = _test_images(model, data, np.arange(min(_MANY, len(data.test))), device)
+    parts = []
+    for codes, usage in zip(model.encode(batch.x), model.usage(batch.x), strict=True):
+        height, width = codes.shape[1:]
+        used = f"{float(usage.used):.0%} used, perplexity {float(usage.perplexity):.0f}"
+        parts.append(f"{height}x{width} of {model.codes} ({used})")
+    return f"codes of {len(batch.x)} test images: {', '.join(parts)}"
 
 
 def _test_images(model: Model, data: Dataset, samples: np.ndarray, device: str) -> Batch:
