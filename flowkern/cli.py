@@ -253,7 +253,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     nll = training.sample_nlls(
         model, values, arguments.split, draws=arguments.draws, batch_size=arguments.batch_size, device=arguments.device
     )
-    print(f"{arguments.split} NLL: {training.Score.of(nll, values, arguments.draws)}")
+    draws = training.needed_draws(model, values, arguments.draws)
+    print(f"{arguments.split} NLL: {training.Score.of(nll, values, draws)}")
     name = f"{type(model).__name__} ({arguments.checkpoint.name})"
     if arguments.codecs and (table := training.codec_table(nll.numpy(), values, arguments.split, name)):
         print(f"\n{table}")

@@ -98,5 +98,5 @@ def test_errors(tmp_path) -> None:
         small().log_prob(torch.rand(3, 4))
     np.save(tmp_path / "continuous.npy", np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32))
     source = f"npy:{tmp_path / 'continuous.npy'}"
-    with pytest.raises(ValueError, match="made is for discrete values"):
+    with pytest.raises(ValueError, match="MADE is for discrete values"):
         training.make_plan("made", source).build(data.load(source))

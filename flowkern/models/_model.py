@@ -32,6 +32,14 @@ class Model(torch.nn.Module):
     context: int | None
     #: Whether it gives probabilities to values of a finite number of ``levels``, and so needs no noise on them.
     discrete = False
+    #: Whether ``log_prob`` is a bound that random numbers enter.
+    stochastic = False
+
+    @classmethod
+    def config_for(cls, levels: int | None) -> dict[str, Any]:
+        """What the constructor is to be given, unless the user says otherwise, for data of so many levels (None: continuous)."""
+        # The pixels of images lie at the ends of their range more often than a Gaussian can follow.
+        return {"preprocess": None if levels is None else {"logit": 0.05}}
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, *shape), context (B, K) or None -> (B,) in nats, or a lower bound on it that the class names."""
@@ -44,6 +52,19 @@ class Model(torch.nn.Module):
     def objective(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """What training minimizes, (B,) in nats: -log_prob(x), unless the class says otherwise."""
         return -self.log_prob(x, context)
+
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, *shape) as a point in the space of latents, of which ``render`` is the way back."""
+        raise NotImplementedError(f"{type(self).__name__} has no latents")
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """What a latent stands for, (B, *shape)."""
+        raise NotImplementedError(f"{type(self).__name__} has no latents")
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the model has ``embed`` and ``render``."""
+        return type(self).embed is not Model.embed
 
     def check_shape(self, x: torch.Tensor) -> None:
         """Raises ValueError unless x is (B, *shape)."""
@@ -61,6 +82,12 @@ class DiscreteModel(Model):
 
     discrete = True
     levels: int
+
+    @classmethod
+    def config_for(cls, levels: int | None) -> dict[str, Any]:
+        if levels is None:
+            raise ValueError(f"{cls.__name__} is for discrete values, and the data is continuous")
+        return {"levels": levels}
 
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """log P(v), (B,) in nats, of integers v (B, *shape)."""
@@ -107,6 +134,13 @@ class FlowModel(nn.Flow, Model):
         """x (B, *shape), context (B, K) or None -> (B,) in nats. Raises ValueError for another shape."""
         self.check_shape(x)
         return super().log_prob(x, context)
+
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        self.check_shape(x)
+        return self.bijection(x, context)[0]
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.bijection.inverse(z, context)[0]
 
 
 def model_shape(shape: int | Sequence[int], flatten: bool) -> tuple[tuple[int, ...], bool]:

@@ -12,6 +12,7 @@ from ._model import Model
 from ._nice import NICE
 from ._pixelcnn import PixelCNN
 from ._realnvp import RealNVP
+from ._vae import VAE
 from ._vqvae import VQVAE, VQVAE2
 
 __all__ = ["MODELS", "PRESETS", "build", "name_of"]
@@ -24,6 +25,7 @@ MODELS: dict[str, type[Model]] = {
     "made": MADE,
     "maf": MAF,
     "iaf": IAF,
+    "vae": VAE,
     "pixelcnn": PixelCNN,
     "vqvae": VQVAE,
     "vqvae2": VQVAE2,

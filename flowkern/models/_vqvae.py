@@ -28,54 +28,49 @@ _REVIVE_BELOW = 0.1
 # Distributions of pixels
 
 
-class _Categorical:
-    """Logits of each level, for each pixel: ``levels`` parameters."""
-
-    def __init__(self, levels: int):
-        self.levels = self.params = levels
-
-    def log_mass(self, v: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        """log P(v) of each pixel; v (B, C, H, W), params (B, K, C, H, W) -> (B, C, H, W)."""
-        return -F.cross_entropy(params, v, reduction="none")
-
-    def estimate(self, params: torch.Tensor) -> torch.Tensor:
-        """The means, rounded to levels, int64: (B, K, C, H, W) -> (B, C, H, W). Modes would be black and white more often."""
-        level = torch.arange(self.levels, dtype=params.dtype, device=params.device).view(-1, 1, 1, 1)
-        return (params.softmax(1) * level).sum(1).round().long()
-
-
-class _Logistic(_Categorical):
-    """The mass of a logistic distribution in each level's cell; the first and the last cell are open. Mean and log-scale.
+class DiscretizedLogistic(nn.Likelihood):
+    """The mass of a logistic distribution in each level's cell; the first and the last cell are open. ``params`` (mean, raw).
 
     With a = (x + d - m) / s and b = (x - d - m) / s at the borders of the cell, log(sigmoid(a) - sigmoid(b)) is
-    log sigmoid(a) + log sigmoid(-b) + log(1 - exp(-2 d / s)), without cancellation. Pixels and m lie between -1 and 1.
+    log sigmoid(a) + log sigmoid(-b) + log(1 - exp(-2 d / s)), without cancellation. x and m lie between -1 and 1, and
+    log s = softplus(raw + 5) - 7: from e^-7, a tenth of a cell of 8 bits, upwards, and about e^-2 at raw = 0.
     Source: Salimans et al., "PixelCNN++" (2017), section 2.1.
     """
 
-    def __init__(self, levels: int):
-        self.levels, self.params = levels, 2
+    params = 2
+    discrete = True
 
-    def log_mass(self, v: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        mean, raw = params.unbind(1)
-        # From e^-7, a fourteenth of a cell of 8 bits, upwards, and e^-2 at raw = 0.
+    def __init__(self, levels: int):
+        self.levels = levels
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x / (self.levels - 1) - 1.0
+
+    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        mean, raw = params.unbind(-1)
         inverse_scale = (7.0 - F.softplus(raw + 5.0)).exp()
         half = 1.0 / (self.levels - 1)
-        distance = _centred(v, self.levels, mean.dtype) - mean
-        upper = F.logsigmoid((distance + half) * inverse_scale)
-        lower = F.logsigmoid((half - distance) * inverse_scale)
+        distance = self.encode(x.to(mean.dtype)) - mean
+        above = F.logsigmoid((distance + half) * inverse_scale)
+        below = F.logsigmoid((half - distance) * inverse_scale)
         inner = (-torch.expm1(-2.0 * half * inverse_scale)).log()
-        return torch.where(v == 0, upper, torch.where(v == self.levels - 1, lower, upper + lower + inner))
+        return torch.where(x == 0, above, torch.where(x == self.levels - 1, below, above + below + inner))
 
-    def estimate(self, params: torch.Tensor) -> torch.Tensor:
-        return ((params[:, 0] + 1.0) * (0.5 * (self.levels - 1))).round().clamp(0, self.levels - 1).long()
+    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        mean, raw = params.unbind(-1)
+        uniform = torch.rand_like(mean).clamp(1e-6, 1.0 - 1e-6)
+        x = mean + temperature * (F.softplus(raw + 5.0) - 7.0).exp() * uniform.logit()
+        return self._level(x).round().clamp(0, self.levels - 1)
+
+    def mean(self, params: torch.Tensor) -> torch.Tensor:
+        """That of the logistic distribution, within the levels."""
+        return self._level(params[..., 0]).clamp(0, self.levels - 1)
+
+    def _level(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 1.0) * (0.5 * (self.levels - 1))
 
 
-LIKELIHOODS: dict[str, type[_Categorical]] = {"categorical": _Categorical, "logistic": _Logistic}
-
-
-def _centred(v: torch.Tensor, levels: int, dtype: torch.dtype) -> torch.Tensor:
-    """Integers 0 .. levels - 1 as values from -1 to 1."""
-    return v.to(dtype) * (2.0 / (levels - 1)) - 1.0
+LIKELIHOODS: dict[str, Any] = {"categorical": nn.Categorical, "logistic": DiscretizedLogistic}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,12 +137,12 @@ class _Autoencoder(torch.nn.Module):
         self.decoder = _up(dim, hidden, channels * params, downsample, blocks, dropout)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
-        """x (B, C, H, W) from -1 to 1 -> (parameters (B, params C, H, W), codes, loss of the quantizers)."""
+        """x (B, C, H, W) from -1 to 1 -> (parameters (B, C params, H, W), codes, loss of the quantizers)."""
         quantized, codes, loss = self.quantizer(self.project(self.encoder(x)))
         return self.decoder(quantized), (codes,), loss
 
     def decode(self, codes: Codes) -> torch.Tensor:
-        """codes -> parameters (B, params C, H, W)."""
+        """codes -> parameters (B, C params, H, W)."""
         return self.decoder(self.quantizer.decode(codes[0]))
 
     def quantizers(self) -> list[nn.VectorQuantizer]:
@@ -308,14 +303,25 @@ class _CodeModel(DiscreteModel):
             self.autoencoder.train(training)
 
     def decode(self, *codes: torch.Tensor) -> torch.Tensor:
-        """The mean image of maps of codes (B, h, w): (B, C, H, W), at the middle of the levels' cells."""
-        estimate = self.likelihood.estimate(self._params(self.autoencoder.decode(codes)))
-        return (estimate.to(next(self.parameters()).dtype) + 0.5) / self.levels
+        """The likelihood's mean for maps of codes (B, h, w), as dequantized data (B, C, H, W)."""
+        return (self.likelihood.mean(self._params(self.autoencoder.decode(codes))) + 0.5) / self.levels
 
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W) in [0, 1) to its codes and back."""
         return self.decode(*self.encode(x))
+
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The vectors of x's codes in one row (B, L), map after map."""
+        latents = [q.decode(c) for q, c in zip(self.autoencoder.quantizers(), self.encode(x), strict=True)]
+        return torch.cat([z.flatten(1) for z in latents], 1)
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The image of the codes nearest to the vectors in z (B, L)."""
+        quantizers, sizes = self.autoencoder.quantizers(), self.autoencoder.sizes
+        parts = z.split([q.dim * math.prod(size) for q, size in zip(quantizers, sizes, strict=True)], 1)
+        maps = zip(quantizers, parts, sizes, strict=True)
+        return self.decode(*(q.encode(part.unflatten(1, (q.dim, *size))) for q, part, size in maps))
 
     def usage(self, x: torch.Tensor) -> tuple[nn.CodeUsage, ...]:
         """How evenly the codes of x (B, C, H, W) are used: perplexity and the share that is used at all, for each map."""
@@ -352,7 +358,7 @@ class _CodeModel(DiscreteModel):
         else:
             device = next(self.parameters()).device
             codes = tuple(torch.randint(self.codes, (n, *size), device=device) for size in self.autoencoder.sizes)
-        return self.likelihood.estimate(self._params(self.autoencoder.decode(codes)))
+        return self.likelihood.mean(self._params(self.autoencoder.decode(codes))).round().long()
 
     def load_autoencoder(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Take the autoencoder, codebooks included, from the state of a model that has the same. Raises RuntimeError if not."""
@@ -361,15 +367,15 @@ class _CodeModel(DiscreteModel):
 
     def _encoded(self, v: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prior is None):
-            return self.autoencoder(_centred(v, self.levels, next(self.parameters()).dtype))
+            return self.autoencoder(self.likelihood.encode(v.to(next(self.parameters()).dtype)))
 
     def _params(self, flat: torch.Tensor) -> torch.Tensor:
-        """(B, params C, H, W) -> (B, params, C, H, W), in float32 at least."""
-        params = flat.unflatten(1, (self.likelihood.params, self.shape[0]))
+        """(B, C params, H, W) -> (B, C, H, W, params), in float32 at least."""
+        params = flat.unflatten(1, (self.shape[0], self.likelihood.params)).movedim(2, -1)
         return params.to(accumulation_dtype(params))
 
     def _bound(self, v: torch.Tensor, params: torch.Tensor, codes: Codes, context: torch.Tensor | None) -> torch.Tensor:
-        pixels = self.likelihood.log_mass(v, self._params(params)).flatten(1).sum(1)
+        pixels = self.likelihood.log_prob(v, self._params(params)).flatten(1).sum(1)
         if self.prior is not None:
             return pixels + self.prior.log_mass(codes, context)
         return pixels - sum(map(math.prod, self.autoencoder.sizes)) * math.log(self.codes)

@@ -15,6 +15,7 @@ from ._evaluate import Diverged as Diverged
 from ._evaluate import Score as Score
 from ._evaluate import context_of as context_of
 from ._evaluate import evaluate as evaluate
+from ._evaluate import needed_draws as needed_draws
 from ._evaluate import negative_log_likelihood as negative_log_likelihood
 from ._evaluate import sample_nlls as sample_nlls
 from ._pictures import atomic as atomic

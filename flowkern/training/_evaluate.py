@@ -11,7 +11,17 @@ import torch
 from ..data import Batch, Dataset, batch_of
 from ..models import Model
 
-__all__ = ["EVALUATION_SEED", "Diverged", "Score", "context_of", "evaluate", "negative_log_likelihood", "sample_nlls", "suited"]
+__all__ = [
+    "EVALUATION_SEED",
+    "Diverged",
+    "Score",
+    "context_of",
+    "evaluate",
+    "needed_draws",
+    "negative_log_likelihood",
+    "sample_nlls",
+    "suited",
+]
 
 
 class Diverged(RuntimeError):
@@ -31,10 +41,10 @@ class Score:
 
     @classmethod
     def of(cls, nll: torch.Tensor, data: Dataset, draws: int) -> Score:
-        """The score of nll (N,) in nats, for samples of ``data``, each the mean over so many ``draws`` of noise."""
+        """The score of nll (N,) in nats, for samples of ``data``, each the mean over so many ``draws``."""
         nats, error = float(nll.mean()), float(nll.std() / math.sqrt(len(nll)))
         bit = math.prod(data.shape) * math.log(2.0)
-        return cls(nats, error, nats / bit, error / bit, len(nll), _draws(data, draws))
+        return cls(nats, error, nats / bit, error / bit, len(nll), draws)
 
     def __str__(self) -> str:
         return (
@@ -78,11 +88,12 @@ def evaluate(
 ) -> Score:
     """The mean of ``sample_nlls`` over a split, and its standard error over the samples. Raises as that does."""
     nll = sample_nlls(model, data, part, draws=draws, batch_size=batch_size, device=device)
-    return Score.of(nll, suited(data, model), draws)
+    return Score.of(nll, data, needed_draws(model, data, draws))
 
 
-def _draws(data: Dataset, draws: int) -> int:
-    return draws if data.levels is not None and data.noise else 1
+def needed_draws(model: Model, data: Dataset, draws: int) -> int:
+    """``draws`` where random numbers enter the bound, by noise on the data or in the model; else 1."""
+    return draws if model.stochastic or (data.levels is not None and not model.discrete) else 1
 
 
 @torch.no_grad()
@@ -92,7 +103,8 @@ def sample_nlls(
     """The negative log-likelihood of each sample of a split, (N,) in nats and float64.
 
     For discrete data it is the bound -log P(v) <= E_u[-log p((v + u) / levels)] + D log(levels), the expectation
-    averaged over ``draws`` draws of u for each sample, always the same ones; continuous data and discrete models need one.
+    averaged over ``draws`` draws of u for each sample, always the same ones; so it is for the latents of a model whose
+    ``log_prob`` is stochastic. Continuous data and other discrete models need one draw.
 
     Raises ValueError for data of another shape or number of classes than the model's, fewer than one draw, fewer than two
     samples, and for a likelihood that is not a number, with the count.
@@ -107,15 +119,17 @@ def sample_nlls(
     if n < 2:
         raise ValueError(f"{data.name}: a standard error needs at least 2 samples, the {part} split has {n}")
     data = suited(data, model)
-    draws = _draws(data, draws)
+    draws = needed_draws(model, data, draws)
     training = model.training
     model = model.to(device).eval()
     total = torch.zeros(n, dtype=torch.float64)
-    for draw in range(draws):
-        for start in range(0, n, batch_size):
-            samples = np.arange(start, min(start + batch_size, n))
-            batch = batch_of(data, part, samples, seed=EVALUATION_SEED, epoch=draw)
-            total[start : start + batch_size] += _nll(model, batch, data.levels, device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for draw in range(draws):
+            for start in range(0, n, batch_size):
+                samples = np.arange(start, min(start + batch_size, n))
+                batch = batch_of(data, part, samples, seed=EVALUATION_SEED, epoch=draw)
+                total[start : start + batch_size] += _nll(model, batch, data.levels, device)
     model.train(training)
     nll = total / draws
     if invalid := int(nll.isnan().sum()):

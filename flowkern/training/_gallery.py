@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..data import Batch, Dataset, batch_of
-from ..models import VQVAE, VQVAE2, FlowModel, Model
+from ..models import VQVAE, VQVAE2, Model
 from ._evaluate import EVALUATION_SEED, context_of
 from ._pictures import is_image, save_grid, to_pixels
 
@@ -24,25 +24,23 @@ _SIDE = 8
 #: Test images by which the use of codes is counted, at most.
 _MANY = 1024
 
-Save = Callable[[torch.Tensor, str, str], None]
-
 
 @torch.no_grad()
-def reconstruct(model: FlowModel, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-    """x (B, ...) to its latents and back: x up to rounding."""
-    return model.bijection.inverse(model.bijection(x, context)[0], context)[0]
+def reconstruct(model: Model, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    """x (B, ...) to its latents and back: of a flow x up to rounding."""
+    return model.render(model.embed(x, context), context)
 
 
 @torch.no_grad()
 def interpolate(
-    model: FlowModel, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None
+    model: Model, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What lies on the straight lines between the latents of x0 and x1 (B, ...), ends included: (B, steps, ...)."""
-    z0, z1 = (model.bijection(x, context)[0] for x in (x0, x1))
+    z0, z1 = (model.embed(x, context) for x in (x0, x1))
     weight = torch.linspace(0.0, 1.0, steps, dtype=z0.dtype, device=z0.device).view(1, steps, *[1] * (z0.ndim - 1))
     z = torch.lerp(z0[:, None], z1[:, None], weight)
     rows = None if context is None else context.repeat_interleave(steps, 0)
-    return model.bijection.inverse(z.flatten(0, 1), rows)[0].unflatten(0, (len(x0), steps))
+    return model.render(z.flatten(0, 1), rows).unflatten(0, (len(x0), steps))
 
 
 def pairs(labels: np.ndarray, n: int) -> np.ndarray:
@@ -59,8 +57,8 @@ def pairs(labels: np.ndarray, n: int) -> np.ndarray:
 def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: str = "cpu") -> list[str]:
     """Write the pictures to the folder ``out``; a line on each, or none for data that is no images.
 
-    ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; of test images, dequantized,
-    ``reconstructions.png`` for flows and VQ-VAE, and for flows ``interpolations.png``.
+    ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; of models with latents also
+    ``interpolations.png`` and ``reconstructions.png`` of test images, dequantized.
     """
     if data.levels is None or not is_image(data.shape):
         return []
@@ -78,29 +76,23 @@ def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: s
         name = "samples.png" if temperature == 1.0 else f"samples-{temperature}.png"
         save(images, name, f"samples at temperature {temperature}")
 
-    if isinstance(model, FlowModel):
-        _save_interpolations(model, data, save, device)
-    if isinstance(model, FlowModel | VQVAE | VQVAE2):
-        _save_reconstructions(model, data, save, device)
+    if model.has_latents:
+        _save_latents(model, data, save, device)
     if isinstance(model, VQVAE | VQVAE2):
         lines.append(_usage(model, data, device))
     return lines
 
 
-def _save_interpolations(model: FlowModel, data: Dataset, save: Save, device: str) -> None:
+def _save_latents(model: Model, data: Dataset, save: Callable[[torch.Tensor, str, str], None], device: str) -> None:
+    """Interpolations between test images, and test images from their latents."""
     labels = data.test.labels if model.context is not None and data.test.labels is not None else np.zeros(len(data.test))
     first, second = (_test_images(model, data, samples, device) for samples in pairs(labels, _SIDE).T)
     lines_of_images = interpolate(model, first.x, second.x, _SIDE, context_of(model, first.labels))
     save(lines_of_images.flatten(0, 1), "interpolations.png", "interpolations between test images")
 
-
-def _save_reconstructions(model: FlowModel | VQVAE | VQVAE2, data: Dataset, save: Save, device: str) -> None:
     samples = np.arange(_SIDE**2 // 2) * len(data.test) // (_SIDE**2 // 2)
     real = _test_images(model, data, samples, device)
-    if isinstance(model, FlowModel):
-        again = reconstruct(model, real.x, context_of(model, real.labels))
-    else:
-        again = model.reconstruct(real.x)
+    again = reconstruct(model, real.x, context_of(model, real.labels))
     rows = torch.stack([real.x.unflatten(0, (-1, _SIDE)), again.unflatten(0, (-1, _SIDE))], 1)
     error = float((again - real.x).abs().max())
     save(rows.flatten(0, 2), "reconstructions.png", f"test images over their reconstructions (largest error {error:.1e})")

@@ -88,20 +88,14 @@ class Plan:
         return max(1, 2 * self.batch_size // self.accumulate)
 
     def build(self, data: Dataset) -> models.Model:
-        """A new model for the data; images get a logit in front unless ``config`` says how to preprocess.
+        """A new model for the data; flows of images get a logit in front unless ``config`` says how to preprocess.
 
         Raises ValueError for labels that are not there and for a configuration that the model refuses.
         """
         if self.conditional and not data.classes:
             raise ValueError(f"conditional: {data.name} has no labels")
         context = len(data.classes) if self.conditional else None
-        if models.MODELS[self.model].discrete:
-            if data.levels is None:
-                raise ValueError(f"{self.model} is for discrete values, and those of {data.name} are continuous")
-            defaults: dict[str, Any] = {"levels": data.levels}
-        else:
-            # The pixels of images lie at the ends of their range more often than a Gaussian can follow.
-            defaults = {"preprocess": None if data.levels is None else {"logit": 0.05}}
+        defaults = models.MODELS[self.model].config_for(data.levels)
         try:
             model = models.build(self.model, {**defaults, "shape": list(data.shape), "context": context, **self.config})
         except TypeError as error:
