@@ -120,17 +120,17 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("pixelcnn", "digits", "default"): {"config": models.PRESETS["pixelcnn", "digits"], "lr": 2e-3, "ema": 0.998, "epochs": 60},
     ("vqvae", "digits", "default"): {"config": models.PRESETS["vqvae", "digits"], "lr": 2e-3, "ema": 0.99, "epochs": 100},
     ("vqvae2", "digits", "default"): {"config": models.PRESETS["vqvae2", "digits"], "lr": 2e-3, "ema": 0.99, "epochs": 100},
-    ("prior", "digits", "default"): {
-        "config": {"hidden": 32, "layers": 5, "dropout": 0.3},
+    ("vqvae", "photos", "default"): {
+        "config": models.PRESETS["vqvae", "photos"],
+        "batch_size": 32,
         "lr": 2e-3,
         "ema": 0.99,
-        "epochs": 100,
+        "epochs": 20,
     },
-    ("vqvae", "photos", "default"): {"config": models.PRESETS["vqvae", "photos"], "batch_size": 32, "ema": 0.99, "epochs": 20},
-    ("vqvae2", "photos", "default"): {"config": models.PRESETS["vqvae2", "photos"], "batch_size": 32, "ema": 0.99, "epochs": 20},
-    ("prior", "photos", "default"): {
-        "config": {"hidden": 48, "layers": 8, "dropout": 0.3},
+    ("vqvae2", "photos", "default"): {
+        "config": models.PRESETS["vqvae2", "photos"],
         "batch_size": 32,
+        "lr": 2e-3,
         "ema": 0.99,
         "epochs": 20,
     },
@@ -153,14 +153,31 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     },
 }
 
+#: As ``PRESETS``, of a prior over the codes of a VQ-VAE: (data, preset) -> fields.
+PRIOR_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("digits", "default"): {
+        "config": {"hidden": 32, "layers": 5, "dropout": 0.3},
+        "lr": 2e-3,
+        "ema": 0.99,
+        "epochs": 100,
+    },
+    ("photos", "default"): {
+        "config": {"hidden": 48, "layers": 8, "dropout": 0.3},
+        "batch_size": 32,
+        "ema": 0.99,
+        "epochs": 20,
+    },
+}
+
 
 def _preset(model: str, kind: str, preset: str) -> dict[str, Any]:
     """Fields of ``Plan``. Raises ValueError for a preset that the model does not have for this kind of data."""
-    known = [name for m, d, name in PRESETS if m in (model, "*") and d in (kind, "*")]
+    table = PRESETS | {("prior", *key): fields for key, fields in PRIOR_PRESETS.items()}
+    known = [name for m, d, name in table if m in (model, "*") and d in (kind, "*")]
     if preset not in known:
         raise ValueError(f"preset: {model} on {kind} has no {preset!r}; expected one of {', '.join(dict.fromkeys(known))}")
-    fields = dict(PRESETS["*", "*", "default"]) if preset == "default" else {}
-    return fields | PRESETS.get((model, kind, preset), {})
+    fields = table["*", "*", "default"] if preset == "default" else {}
+    return fields | table.get((model, kind, preset), {})
 
 
 def make_plan(model: str, data: str, *, preset: str = "default", **given: Any) -> Plan:
