@@ -71,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
 def _train_parser(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model", argument_default=argparse.SUPPRESS)
     train.set_defaults(run=_train)
-    train.add_argument("model", help="nice, realnvp, glow, made, maf or iaf")
-    train.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
+    train.add_argument("model", help="nice, realnvp, glow, made, maf, iaf, pixelcnn, vqvae, vqvae2, or prior of a vqvae")
+    train.add_argument("checkpoint", nargs="?", default=None, type=Path, help="for prior: of a trained vqvae or vqvae2")
+    train.add_argument("--data", metavar="SOURCE", help=f"{_SOURCES}; for prior by default what the vqvae was trained on")
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder of the run")
     train.add_argument("--preset", help="named settings: default, or recipe (realnvp on digits as published)")
     train.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the model, e.g. --set hidden=128")
@@ -133,17 +134,30 @@ def _train(arguments: argparse.Namespace) -> None:
     if config:
         given["config"] = config
     options = {name: given.pop(name) for name in _OPTIONS if name in given}
-    _start_training(given.pop("model"), given.pop("data"), given.pop("out"), given, options)
+    model, checkpoint = given.pop("model"), given.pop("checkpoint")
+    if model == "prior" and checkpoint is None:
+        raise ValueError("train prior: name the checkpoint of a vqvae or vqvae2")
+    if model != "prior" and checkpoint is not None:
+        raise ValueError(f"train {model}: takes no checkpoint, got {checkpoint}")
+    if model != "prior" and "data" not in given:
+        raise ValueError(f"train {model}: name the data (--data), one of {_SOURCES}")
+    _start_training(model, given.pop("out"), given, options, checkpoint)
 
 
-def _start_training(model: str, data: str, out: Path, given: dict[str, Any], options: dict[str, Any]) -> None:
+def _start_training(
+    model: str, out: Path, given: dict[str, Any], options: dict[str, Any], checkpoint: Path | None = None
+) -> None:
+    """``checkpoint``: of the VQ-VAE that a prior is for, else None."""
     from . import training
 
     if options.get("resume") and (out / "last.ckpt").exists():
         given.pop("preset", None)
-        plan = training.resumed_plan(out, {"model": model, "data": data, **given})
+        source = {"model": model} if checkpoint is None else {"autoencoder": str(checkpoint)}
+        plan = training.resumed_plan(out, {**source, **given})
+    elif checkpoint is not None:
+        plan = training.make_prior_plan(checkpoint, **given)
     else:
-        plan = training.make_plan(model, data, **given)
+        plan = training.make_plan(model, **given)
     _keep_pages()
     training.train(plan, out, **options)
 
@@ -180,7 +194,7 @@ def _demo_parser(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     options = {"overwrite": True, "max_minutes": arguments.minutes}
-    _start_training("realnvp", "digits", arguments.out, {"preset": "demo"}, options)
+    _start_training("realnvp", arguments.out, {"data": "digits", "preset": "demo"}, options)
     from .training import compare
 
     print()

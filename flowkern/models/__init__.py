@@ -13,8 +13,11 @@ from ._model import DiscreteModel as DiscreteModel
 from ._model import FlowModel as FlowModel
 from ._model import Model as Model
 from ._nice import NICE as NICE
+from ._pixelcnn import PixelCNN as PixelCNN
 from ._realnvp import RealNVP as RealNVP
 from ._registry import MODELS as MODELS
 from ._registry import PRESETS as PRESETS
 from ._registry import build as build
 from ._vae import VAE as VAE
+from ._vqvae import VQVAE as VQVAE
+from ._vqvae import VQVAE2 as VQVAE2

@@ -11,8 +11,10 @@ from ._glow import Glow
 from ._made import MADE
 from ._model import Model
 from ._nice import NICE
+from ._pixelcnn import PixelCNN
 from ._realnvp import RealNVP
 from ._vae import VAE
+from ._vqvae import VQVAE, VQVAE2
 
 __all__ = ["MODELS", "PRESETS", "build", "name_of"]
 
@@ -26,6 +28,9 @@ MODELS: dict[str, type[Model]] = {
     "dequantized": DequantizedFlow,
     "iaf": IAF,
     "vae": VAE,
+    "pixelcnn": PixelCNN,
+    "vqvae": VQVAE,
+    "vqvae2": VQVAE2,
 }
 
 #: Named settings: (model, preset) -> keyword arguments of the model's constructor, besides the shape.
@@ -84,6 +89,11 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     },
     # One wide layer does better than two.
     ("made", "digits"): {"hidden": [512]},
+    ("pixelcnn", "digits"): {"hidden": 48, "layers": 6, "dropout": 0.5},
+    ("vqvae", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 64, "likelihood": "categorical", "dropout": 0.1},
+    ("vqvae2", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 32, "likelihood": "categorical", "dropout": 0.1},
+    ("vqvae", "photos"): {"hidden": 64, "dim": 32, "codes": 256},
+    ("vqvae2", "photos"): {"hidden": 64, "dim": 32, "codes": 256},
     # Chosen on the validation bands of the photographs after three minutes on a CPU core; most comes from the bounded scale
     # and, in the plan, from small batches at a learning rate of 2e-3.
     ("glow", "photos"): {"levels": 3, "steps": 8, "hidden": 64, "preprocess": None},

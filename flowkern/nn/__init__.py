@@ -35,6 +35,8 @@ from ._likelihood import GaussianMixture as GaussianMixture
 from ._likelihood import Likelihood as Likelihood
 from ._made import MADE as MADE
 from ._made_density import MADEDensity as MADEDensity
+from ._masked_conv import GatedMaskedConv as GatedMaskedConv
+from ._masked_conv import Window as Window
 from ._masked_linear import MaskedLinear as MaskedLinear
 from ._mixture_coupling import MixtureLogisticCoupling as MixtureLogisticCoupling
 from ._multiscale import MultiScale as MultiScale
@@ -52,3 +54,6 @@ from ._squeeze import Squeeze as Squeeze
 from ._vae import VAE as VAE
 from ._vae import Objective as Objective
 from ._vae import VampPrior as VampPrior
+from ._vector_quantizer import CodeUsage as CodeUsage
+from ._vector_quantizer import ResidualVectorQuantizer as ResidualVectorQuantizer
+from ._vector_quantizer import VectorQuantizer as VectorQuantizer

@@ -10,7 +10,7 @@ import torch
 
 from .. import diagnostics
 from ..data import Batch, Dataset, batch_of
-from ..models import VAE, Model
+from ..models import VAE, VQVAE, VQVAE2, Model
 from ._evaluate import EVALUATION_SEED, context_of
 from ._pictures import is_image, save_grid, to_pixels
 
@@ -21,6 +21,9 @@ TEMPERATURES = (0.6, 0.8, 1.0)
 
 #: Rows and columns of the pictures.
 _SIDE = 8
+
+#: Test images by which the use of codes is counted, at most.
+_MANY = 1024
 
 
 @torch.no_grad()
@@ -77,6 +80,8 @@ def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: s
         _save_latents(model, data, save, device)
     if isinstance(model, VAE):
         _save_directions(model, data, save, device)
+    if isinstance(model, VQVAE | VQVAE2):
+        lines.append(_usage(model, data, device))
     return lines
 
 
@@ -112,6 +117,17 @@ def _save_directions(model: VAE, data: Dataset, save: Callable[[torch.Tensor, st
     fourth = model.render(diagnostics.analogy(z, z_other, following), None if context is None else context.roll(-1, 0))
     rows = [one.x, other.x, one.x.roll(-1, 0), fourth]
     save(torch.cat(rows), "analogies.png", "a, b, c and what is to c as b is to a, one below the other,")
+
+
+def _usage(model: VQVAE | VQVAE2, data: Dataset, device: str) -> str:
+    """How evenly the test images use the codes of each map."""
+    batch = _test_images(model, data, np.arange(min(_MANY, len(data.test))), device)
+    parts = []
+    for codes, usage in zip(model.encode(batch.x), model.usage(batch.x), strict=True):
+        height, width = codes.shape[1:]
+        used = f"{float(usage.used):.0%} used, perplexity {float(usage.perplexity):.0f}"
+        parts.append(f"{height}x{width} of {model.codes} ({used})")
+    return f"codes of {len(batch.x)} test images: {', '.join(parts)}"
 
 
 def _test_images(model: Model, data: Dataset, samples: np.ndarray, device: str) -> Batch:

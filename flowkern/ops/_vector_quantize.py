@@ -1,0 +1,208 @@
+"""Vector quantization: each row's nearest code, a gradient that passes by the choice, and the losses that train both sides.
+
+With c the code nearest to x, sg the stop-gradient, means over all values, and g, l the gradients of quantized and loss:
+
+================ ===================================================================================================
+quantized        c, differentiated as x + sg(c - x); rotation: as sg(|c|/|x| R) x, R the rotation of x/|x| onto c/|c|
+loss             mean (sg(x) - c)^2 + beta mean (x - sg(c))^2
+gradient of x    g + 2 beta l (x - c) / (N D); rotation: |c|/|x| (g - 2 r (r.g) + 2 e (q.g)) in place of g,
+                 with e = x/|x|, q = c/|c|, r = (e + q)/|e + q|
+of the codebook  2 l / (N D) times the sum of c - x over the rows of each code
+================ ===================================================================================================
+
+Sources: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning" (2017), eq. 3; the rotation: Fifty
+et al., "Restructuring Vector Quantization with the Rotation Trick" (2024), section 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
+from ._code_sums import code_sums
+from ._nearest_code import nearest_code
+
+__all__ = ["pass_gradient", "vector_quantize"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a * b).sum(-1, keepdim=True)
+
+
+class _Rotation:
+    """|c|/|x| R of every row, as constants; the identity where x or c is zero and has no direction."""
+
+    def __init__(self, x: torch.Tensor, code: torch.Tensor):
+        length, reach = _norm(x), _norm(code)
+        self.defined = (length > 0) & (reach > 0)
+        self.ratio = reach / length
+        self.e, self.q = x / length, code / reach
+        self.r = torch.nn.functional.normalize(self.e + self.q, dim=-1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._where(x, self.q, self.e)
+
+    def transposed(self, grad: torch.Tensor) -> torch.Tensor:
+        return self._where(grad, self.e, self.q)
+
+    def _where(self, v: torch.Tensor, to: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        rotated = self.ratio * (v - 2 * self.r * _dot(self.r, v) + 2 * to * _dot(of, v))
+        return torch.where(self.defined, rotated, v)
+
+
+def _surrogate(x: torch.Tensor, code: torch.Tensor, beta: float, codebook_loss: bool, rotation: bool) -> Pair:
+    """(quantized, loss) in plain torch, for the code of every row."""
+    dtype, kind = accumulation_dtype(x, code), x.dtype
+    x, code = x.to(dtype), code.to(dtype)
+    frozen = code.detach()
+    path = _Rotation(x.detach(), frozen)(x) if rotation else x
+    # Exactly the code as value, also where x is not finite.
+    quantized = frozen + (path - path.detach()).nan_to_num()
+    losses = beta * (x - frozen).square().sum()
+    if codebook_loss:
+        losses = losses + (x.detach() - code).square().sum()
+    return quantized.to(kind), losses / max(1, x.numel())
+
+
+@outside_autocast
+def reference(
+    x: torch.Tensor, codebook: torch.Tensor, *, beta: float = 0.25, codebook_loss: bool = True, rotation: bool = False
+) -> Triple:
+    """The definition in plain torch."""
+    index, _ = nearest_code(x.detach(), codebook.detach())
+    quantized, loss = _surrogate(x, codebook[index], beta, codebook_loss, rotation)
+    return quantized, index, loss
+
+
+class _VectorQuantize(torch.autograd.Function):
+    """Gather, straight-through and both losses in one node. It keeps the codes as they were: the codebook may then move."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, codebook: torch.Tensor, index: torch.Tensor, sqdist: torch.Tensor, *how: Any) -> Pair:
+        ctx.set_materialize_grads(False)
+        ctx.how = beta, codebook_loss, _ = how
+        code = codebook.index_select(0, index)
+        ctx.save_for_backward(x, code, index, codebook if ctx.needs_input_grad[1] else None)
+        # Summed in float64, the distances give the same float32 in any order.
+        loss = sqdist.sum(dtype=torch.float64) * ((beta + codebook_loss) / max(1, x.numel()))
+        return code.to(x.dtype), loss.to(sqdist.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, grad_loss: torch.Tensor | None) -> Any:
+        x, code, index, codebook = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_differentiate(grad, grad_loss, x, code, index, codebook, *ctx.how), *[None] * 5
+        needs_x, needs_codebook = ctx.needs_input_grad[:2]
+        beta, codebook_loss, rotation = ctx.how
+        dtype = accumulation_dtype(x, code)
+        difference = x.to(dtype) - code.to(dtype) if grad_loss is not None or rotation else None
+        dx = dcodebook = None
+        if needs_codebook and codebook_loss and grad_loss is not None:
+            assert difference is not None
+            sums = code_sums(difference, index, len(codebook))
+            dcodebook = sums.mul_(grad_loss * (-2.0 / max(1, x.numel()))).to(codebook.dtype)
+        if needs_x:
+            dx = None if grad is None else grad.to(dtype)
+            if dx is not None and rotation:
+                dx = _Rotation(x.to(dtype), code.to(dtype)).transposed(dx)
+            if grad_loss is not None:
+                assert difference is not None
+                commitment = difference.mul_(grad_loss * (2.0 * beta / max(1, x.numel())))
+                dx = commitment if dx is None else commitment.add_(dx)
+            dx = None if dx is None else dx.to(x.dtype)
+        return dx, dcodebook, *[None] * 5
+
+
+def _differentiate(
+    grad: torch.Tensor | None,
+    grad_loss: torch.Tensor | None,
+    x: torch.Tensor,
+    code: torch.Tensor,
+    index: torch.Tensor,
+    codebook: torch.Tensor | None,
+    *how: Any,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of x and of the codebook by autograd of the reference, differentiable themselves."""
+
+    def function(x: torch.Tensor, codebook: torch.Tensor | None = None) -> Pair:
+        return _surrogate(x, code if codebook is None else codebook[index], *how)
+
+    dx, *rest = differentiate(function, (x,) if codebook is None else (x, codebook), {}, (grad, grad_loss))
+    return dx, rest[0] if rest else None
+
+
+class _PassGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, value: torch.Tensor, rotation: bool) -> torch.Tensor:
+        ctx.rotation = rotation
+        ctx.save_for_backward(*(x, value) if rotation else ())
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        if not ctx.rotation:
+            return grad, None, None
+        x, value = (t.to(accumulation_dtype(*ctx.saved_tensors)) for t in ctx.saved_tensors)
+        return _Rotation(x, value).transposed(grad.to(x.dtype)).to(grad.dtype), None, None
+
+
+def pass_gradient(x: torch.Tensor, value: torch.Tensor, *, rotation: bool = False) -> torch.Tensor:
+    """``value``, of x's shape and dtype, with the gradient that ``vector_quantize`` gives x: a constant otherwise."""
+    return _PassGradient.apply(x, value.detach(), rotation)
+
+
+def vector_quantize(
+    x: torch.Tensor, codebook: torch.Tensor, *, beta: float = 0.25, codebook_loss: bool = True, rotation: bool = False
+) -> Triple:
+    """The nearest code of every row, with a gradient for x, and the loss that trains the codebook and the encoder.
+
+    quantized = x + sg(c - x), in value exactly c, and loss = mean (sg(x) - c)^2 + beta mean (x - sg(c))^2, where c is the
+    row of the codebook nearest to x and sg stops gradients. No tensor of rows times codes is made.
+
+    Args:
+        x: (..., D), any strides; float64, float32, bfloat16 or float16.
+        codebook: (K, D). May differ from x in floating dtype; distances count in float64 either way.
+        beta: the weight of the commitment term.
+        codebook_loss: whether the loss holds the first term. Without it nothing moves the codebook: for one that is learned
+            by moving averages.
+        rotation: the gradient of the rotation trick instead of the straight-through one.
+
+    Returns:
+        quantized: (..., D) in the dtype of x.
+        index: (...) int64, as ``nearest_code`` gives it: certified, the lowest of those at equal distance.
+        loss: 0-d, float64 if x or the codebook is, else float32; also under autocast. Zero if there are no rows.
+
+        A row that has a NaN gets code 0, and the loss is NaN. The codebook's gradient has the same bits for any number of
+        threads and any order of rows.
+
+    Raises:
+        TypeError: an input that is not a floating tensor.
+        ValueError: no codes, another shape or device.
+
+    Sources: van den Oord et al., "Neural Discrete Representation Learning" (2017), eq. 3; Fifty et al., "Restructuring Vector
+    Quantization with the Rotation Trick" (2024).
+    """
+    check_floating("x", x)
+    check_floating("codebook", codebook)
+    check_same_device("codebook", codebook, x)
+    if codebook.ndim != 2 or not len(codebook):
+        raise ValueError(f"codebook: expected shape (K, D) with at least one code, got {tuple(codebook.shape)}")
+    if x.ndim < 1 or x.shape[-1] != codebook.shape[1]:
+        raise ValueError(
+            f"x: expected shape (..., {codebook.shape[1]}), one value per column of the codebook, got {tuple(x.shape)}"
+        )
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return reference(x, codebook, beta=beta, codebook_loss=codebook_loss, rotation=rotation)
+    rows = x.reshape(-1, x.shape[-1])
+    index, sqdist = nearest_code(rows.detach(), codebook.detach())
+    quantized, loss = _VectorQuantize.apply(rows, codebook, index, sqdist, beta, codebook_loss, rotation)
+    return quantized.view(x.shape), index.view(x.shape[:-1]), loss

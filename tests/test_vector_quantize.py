@@ -1,0 +1,273 @@
+"""``ops.vector_quantize`` and ``ops.ema_update``: values, gradients, exact sums."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from comparison import assert_accurate
+
+import flowkern
+from flowkern import _backend, ops
+from flowkern.ops._code_sums import CodeSums, code_sums
+from flowkern.ops._vector_quantize import pass_gradient, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+HOW = [{}, {"rotation": True}, {"beta": 0.7, "codebook_loss": False}, {"beta": 2.0, "rotation": True}]
+SHAPES = [((7, 3), 5), ((2, 3, 5), 4), ((1, 1), 1), ((6,), 3), ((0, 4), 2), ((40, 33), 70)]
+
+
+def problem(shape: tuple[int, ...] = (7, 3), codes: int = 5, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(*s, dtype=torch.float64).to(dtype).requires_grad_() for s in (shape, (codes, shape[-1]))]
+
+
+def results(function: Any, given: list[torch.Tensor], **how: Any) -> list[torch.Tensor]:
+    """quantized, index, loss, and the gradients of x and of the codebook for fixed gradients of both outputs."""
+    quantized, index, loss = function(*given, **how)
+    g = torch.randn(quantized.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(quantized)
+    gradients = torch.autograd.grad((quantized, loss), given, (g, torch.tensor(3.0, dtype=loss.dtype)), materialize_grads=True)
+    return [quantized, index, loss, *gradients]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients_are_accurate(dtype: torch.dtype) -> None:
+    for (shape, codes), how in itertools.product(SHAPES, HOW):
+        given = problem(shape, codes, dtype)
+        actual = results(ops.vector_quantize, given, **how)
+        exact = results(reference, [t.detach().double().requires_grad_() for t in given], **how)
+        plain = results(reference, given, **how)
+        assert torch.equal(actual[1], exact[1])
+        for a, truth, same in zip(actual, exact, plain, strict=True):
+            if a is not actual[1]:
+                assert_accurate(a, truth, same, ulps=64 if dtype is torch.float64 else 4)
+        assert actual[0].dtype is actual[3].dtype is dtype
+        assert actual[2].dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+        # In value the code itself, not x + (c - x) as rounding leaves it.
+        assert torch.equal(actual[0], given[1].detach()[actual[1]])
+
+
+def test_the_losses_are_those_of_the_paper() -> None:
+    x, codebook = problem(dtype=torch.float64)
+    code = codebook.detach()[torch.cdist(x, codebook).argmin(1)].requires_grad_()
+    mse = torch.nn.functional.mse_loss
+    expected = mse(x.detach(), code) + 0.3 * mse(x, code.detach())
+    _, index, loss = ops.vector_quantize(x, codebook, beta=0.3)
+    torch.testing.assert_close(loss, expected)
+    by_x, by_codebook = torch.autograd.grad(loss, (x, codebook))
+    expected_x, by_code = torch.autograd.grad(expected, (x, code))
+    torch.testing.assert_close(by_x, expected_x)
+    torch.testing.assert_close(by_codebook, torch.zeros_like(codebook).index_add(0, index, by_code))
+    commitment = ops.vector_quantize(x, codebook, beta=0.3, codebook_loss=False)[2]
+    torch.testing.assert_close(commitment, 0.3 * mse(x, code))
+    assert torch.autograd.grad(commitment, codebook, allow_unused=True) == (None,)
+
+
+def test_the_rotation_takes_each_row_onto_its_code() -> None:
+    x, codebook = problem((9, 4), 3, torch.float64)
+    quantized, index, _ = ops.vector_quantize(x, codebook, rotation=True)
+    for i in range(len(x)):
+        jacobian = torch.stack([torch.autograd.grad(quantized[i, j], x, retain_graph=True)[0][i] for j in range(4)])
+        code, row = codebook[index[i]].detach(), x[i].detach()
+        torch.testing.assert_close(jacobian @ row, code)
+        rotation = jacobian * row.norm() / code.norm()
+        torch.testing.assert_close(rotation @ rotation.t(), torch.eye(4, dtype=torch.float64))
+        torch.testing.assert_close(torch.linalg.det(rotation), torch.ones((), dtype=torch.float64))
+        # It turns in the plane of the two alone.
+        normal = torch.linalg.svd(torch.stack([row, code]))[2][2:]
+        torch.testing.assert_close(normal @ rotation.t(), normal)
+
+
+def test_directions_that_do_not_exist_are_passed_straight() -> None:
+    x = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-2.0, 0.0]], requires_grad=True)
+    g = torch.randn(3, 2)
+    for code in (torch.zeros(1, 2), torch.tensor([[4.0, 0.0]])):
+        gradient = torch.autograd.grad(ops.vector_quantize(x, code, rotation=True)[0], x, g)[0]
+        assert gradient.isfinite().all()
+        assert torch.equal(gradient[0], g[0])
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_double_gradients_match_the_reference(how: dict[str, Any]) -> None:
+    given = problem(dtype=torch.float64)
+
+    def double(function: Any) -> tuple[torch.Tensor, ...]:
+        quantized, _, loss = function(*given, **how)
+        g = torch.ones_like(quantized).requires_grad_()
+        first = torch.autograd.grad(
+            (quantized.sin(), loss.square()), given, (g, torch.ones_like(loss)), create_graph=True, **rest
+        )
+        return torch.autograd.grad([f.square().sum() for f in first], (*given, g), **rest)
+
+    rest = {"allow_unused": True, "materialize_grads": True}
+    for actual, exact in zip(double(ops.vector_quantize), double(reference), strict=True):
+        torch.testing.assert_close(actual, exact)
+
+
+def test_mixed_dtypes_strides_and_single_gradients() -> None:
+    x, codebook = problem((12, 6), 5)
+    given = [x.detach()[::2].t().contiguous().t().requires_grad_(), codebook.detach().bfloat16().requires_grad_()]
+    for a, b in zip(results(ops.vector_quantize, given), results(reference, given), strict=True):
+        assert a.dtype is b.dtype
+        torch.testing.assert_close(a, b)
+    given = [x.detach().half().requires_grad_(), codebook]
+    quantized, *_ = actual = results(ops.vector_quantize, given, rotation=True)
+    assert quantized.dtype is torch.float16
+    for a, b in zip(actual, results(reference, given, rotation=True), strict=True):
+        torch.testing.assert_close(a, b)
+    quantized, _, loss = ops.vector_quantize(x, codebook.detach())
+    assert torch.equal(torch.autograd.grad(quantized.sum(), x, retain_graph=True)[0], torch.ones_like(x))
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], (x - quantized).detach() * 0.5 / x.numel())
+    assert not ops.vector_quantize(x.detach(), codebook.detach())[0].requires_grad
+
+
+def test_the_codebook_may_move_before_the_backward() -> None:
+    x, codebook = problem()
+    moved = codebook.detach().clone()
+    expected = torch.autograd.grad(sum(ops.vector_quantize(x, moved)[::2], torch.zeros(())).sum(), x)
+    outputs = ops.vector_quantize(x, moved)[::2]
+    moved.fill_(7.0)
+    assert torch.equal(torch.autograd.grad(sum(outputs, torch.zeros(())).sum(), x)[0], expected[0])
+
+
+def test_transforms_and_forward_mode() -> None:
+    x, codebook = (t.detach() for t in problem(dtype=torch.float64))
+
+    def loss(function: Any, x: torch.Tensor) -> torch.Tensor:
+        quantized, _, loss = function(x, codebook)
+        return quantized.square().sum() + loss.square()
+
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        actual, expected = (transform(lambda v, f=f: loss(f, v))(x) for f in (ops.vector_quantize, reference))
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("how", HOW[:2])
+def test_compiles_whole(how: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.vector_quantize, fullgraph=True, backend="aot_eager")
+    given = problem((2, 3, 5), 4)
+    for a, b in zip(results(compiled, given, **how), results(ops.vector_quantize, given, **how), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_does_not_round() -> None:
+    given = problem()
+    expected = results(ops.vector_quantize, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = results(ops.vector_quantize, given)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_stays_in_its_row() -> None:
+    x, codebook = problem()
+    bad = x.detach().clone()
+    bad[2, 1] = torch.nan
+    bad.requires_grad_()
+    quantized, index, loss, by_x, _ = results(ops.vector_quantize, [bad, codebook])
+    good, expected, *_ = results(ops.vector_quantize, [x, codebook])
+    assert index[2] == 0
+    assert torch.equal(quantized[2], codebook[0])
+    assert loss.isnan()
+    assert by_x.isnan().nonzero().tolist() == [[2, 1]]
+    rest = [0, 1, 3, 4, 5, 6]
+    assert torch.equal(index[rest], expected[rest])
+    assert torch.equal(quantized[rest], good[rest])
+
+
+# --- sums ---
+
+
+def test_sums_do_not_depend_on_order_threads_or_parts() -> None:
+    index = torch.randint(0, 9, (5000,))
+    scales = 10.0 ** torch.linspace(-30, 30, 9)[index, None]
+    x = torch.randn(5000, 40) * scales
+    expected = code_sums(x, index, 12)
+    exact = torch.zeros(12, 40, dtype=torch.float64).index_add_(0, index, x.double())
+    assert torch.equal(expected, exact.float())
+    order = torch.randperm(5000)
+    assert torch.equal(code_sums(x[order], index[order], 12), expected)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        assert torch.equal(code_sums(x, index, 12), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_sums_of_extreme_values() -> None:
+    for value in (1e-290, 1e-45, 3e38, 5e307):
+        x = torch.full((3, 2), value, dtype=torch.float64)
+        sums = CodeSums(x, torch.tensor([1, 1, 0]), 2)
+        assert sums.counts.tolist() == [1, 2]
+        ((_, values),) = sums.blocks()
+        torch.testing.assert_close(values, torch.stack([x[0], x[0] + x[1]]), rtol=1e-9, atol=0.0)
+    x = torch.tensor([[1.0], [torch.nan], [torch.inf]])
+    assert code_sums(x, torch.tensor([0, 1, 2]), 4).isnan().flatten().tolist() == [False, True, True, False]
+
+
+def test_ema_is_that_of_the_paper() -> None:
+    x, index = torch.randn(3, 10, 5), torch.randint(0, 4, (3, 10))
+    counts, sums = torch.rand(6), torch.randn(6, 5)
+    before = counts.clone(), sums.clone()
+    new_counts, new_sums = ops.ema_update(x, index, counts, sums, decay=0.9)
+    hot = torch.nn.functional.one_hot(index.flatten(), 6).float()
+    torch.testing.assert_close(new_counts, 0.9 * counts + 0.1 * hot.sum(0))
+    torch.testing.assert_close(new_sums, 0.9 * sums + 0.1 * hot.t() @ x.flatten(0, 1))
+    assert torch.equal(counts, before[0])
+    assert torch.equal(sums, before[1])
+    x[0, 0, 2] = torch.nan
+    index[0, 0] = 5
+    for value in ops.ema_update(x, index, counts, sums, decay=0.9):
+        assert value.isfinite().all()
+    for old, new in zip((counts, sums), ops.ema_update(x[:0], index[:0], counts, sums, decay=0.5), strict=True):
+        assert torch.equal(new, old / 2)
+
+
+def test_the_gradient_that_passes_a_value() -> None:
+    x, value = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    for rotation in (False, True):
+        y = pass_gradient(x, value, rotation=rotation)
+        assert torch.equal(y, value)
+        g = torch.randn(5, 3)
+        gradient = torch.autograd.grad(y, x, g)[0]
+        if rotation:
+            torch.testing.assert_close((gradient * x).sum(1), (g * value).sum(1))
+        else:
+            assert torch.equal(gradient, g)
+
+
+def test_bad_input_is_named() -> None:
+    x, codebook = (t.detach() for t in problem())
+    with pytest.raises(TypeError, match=r"x: expected a floating dtype .* got torch.int64"):
+        ops.vector_quantize(x.long(), codebook)
+    with pytest.raises(TypeError, match=r"codebook: expected a floating dtype .* got torch.int64"):
+        ops.vector_quantize(x, codebook.long())
+    with pytest.raises(ValueError, match=r"x: expected shape \(..., 3\), one value per column of the codebook, got \(7, 2\)"):
+        ops.vector_quantize(x[:, :2], codebook)
+    with pytest.raises(ValueError, match=r"codebook: expected shape \(K, D\) with at least one code, got \(0, 3\)"):
+        ops.vector_quantize(x, codebook[:0])
+    with pytest.raises(ValueError, match=r"codebook: expected device cpu .* got meta"):
+        ops.vector_quantize(x, codebook.to("meta"))
+    index, counts = torch.zeros(7, dtype=torch.int64), torch.zeros(5)
+    with pytest.raises(TypeError, match=r"index: expected an int64 tensor, got torch.int32"):
+        ops.ema_update(x, index.int(), counts, codebook, decay=0.9)
+    with pytest.raises(ValueError, match=r"index: expected shape \(7,\), one code per row of x, got \(6,\)"):
+        ops.ema_update(x, index[1:], counts, codebook, decay=0.9)
+    with pytest.raises(ValueError, match=r"counts, sums: expected shapes \(K,\) and \(K, 3\), got \(4,\), \(5, 3\)"):
+        ops.ema_update(x, index, counts[1:], codebook, decay=0.9)
+    with pytest.raises(TypeError, match=r"sums: expected float32 or float64, got torch.bfloat16"):
+        ops.ema_update(x, index, counts, codebook.bfloat16(), decay=0.9)
+    with pytest.raises(ValueError, match=r"decay: expected a number from 0 to 1, got 1.5"):
+        ops.ema_update(x, index, counts, codebook, decay=1.5)
+
+
+def test_backends_agree() -> None:
+    given = problem((40, 8), 20)
+    expected = results(ops.vector_quantize, given)
+    for name in ("torch", "cpp") if _backend.native is not None else ("torch",):
+        with flowkern.backend(name):
+            for a, b in zip(results(ops.vector_quantize, given), expected, strict=True):
+                assert torch.equal(a, b)
