@@ -12,6 +12,7 @@ from ._made import MADE
 from ._model import Model
 from ._nice import NICE
 from ._pixelcnn import PixelCNN
+from ._pixelvae import PixelVAE
 from ._realnvp import RealNVP
 from ._vae import VAE
 from ._vqvae import VQVAE, VQVAE2
@@ -29,6 +30,7 @@ MODELS: dict[str, type[Model]] = {
     "iaf": IAF,
     "vae": VAE,
     "pixelcnn": PixelCNN,
+    "pixelvae": PixelVAE,
     "vqvae": VQVAE,
     "vqvae2": VQVAE2,
 }
@@ -90,6 +92,12 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # One wide layer does better than two.
     ("made", "digits"): {"hidden": [512]},
     ("pixelcnn", "digits"): {"hidden": 48, "layers": 6, "dropout": 0.5},
+    ("pixelvae", "digits"): {
+        "latent": 8,
+        "pixelcnn": {"hidden": 48, "layers": 6, "dropout": 0.5},
+        "objective": {"free_bits": 0.05},
+        "dropout": 0.2,
+    },
     ("vqvae", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 64, "likelihood": "categorical", "dropout": 0.1},
     ("vqvae2", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 32, "likelihood": "categorical", "dropout": 0.1},
     ("vqvae", "photos"): {"hidden": 64, "dim": 32, "codes": 256},

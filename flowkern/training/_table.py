@@ -54,6 +54,8 @@ ROWS: dict[str, Row] = {
     "vae-2-vamp": _vae("VampPrior of 16", 2, prior="vamp"),
     "vae-2-realnvp": _vae("RealNVP prior", 2, prior="realnvp"),
     "vae-2-maf": _vae("MAF prior", 2, prior="maf"),
+    "pixelcnn": Row("PixelCNN, categorical", "pixelcnn", "default"),
+    "pixelvae": Row("VAE, L=8, PixelCNN decoder", "pixelvae", "default"),
     "made": Row("MADE, categorical", "made", "default"),
 }
 
