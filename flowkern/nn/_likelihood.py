@@ -44,7 +44,8 @@ def _normal(x: torch.Tensor, mean: torch.Tensor, raw: torch.Tensor) -> torch.Ten
 
 
 def _drawn(logits: torch.Tensor) -> torch.Tensor:
-    return torch.distributions.Categorical(logits=logits, validate_args=False).sample()
+    """Indices (...) drawn by their logits (..., C)."""
+    return logits.softmax(-1).flatten(0, -2).multinomial(1).view(logits.shape[:-1])
 
 
 class Gaussian(Likelihood):

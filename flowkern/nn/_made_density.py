@@ -7,114 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..ops import ScaleMap
 from ..ops._checks import accumulation_dtype
 from ._flow import _rows
+from ._likelihood import likelihood
 from ._made import MADE
 
 __all__ = ["MADEDensity"]
-
-_SCALE = ScaleMap.soft_clip(1e-3)  # standard deviations between 1e-3 and 1e3
-
-
-class _Output:
-    """The distribution of a feature, from K ``params``: log_prob and sample of shapes (B, D) for params (B, D, K).
-
-    ``temperature`` multiplies standard deviations and divides logits of values.
-    """
-
-    params = 1
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """What the network is shown of x."""
-        return x
-
-    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        raise NotImplementedError
-
-
-def _normal(x: torch.Tensor, mean: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-    scale, log_scale = _SCALE(raw)
-    return -0.5 * ((x - mean) / scale).square() - log_scale - 0.5 * math.log(2.0 * math.pi)
-
-
-class _Gaussian(_Output):
-    """Mean and raw log-scale."""
-
-    params = 2
-
-    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return _normal(x, *params.unbind(-1))
-
-    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        mean, raw = params.unbind(-1)
-        return mean + temperature * _SCALE(raw)[0] * torch.randn_like(mean)
-
-
-class _Mixture(_Output):
-    """C logits, C means and C raw log-scales."""
-
-    def __init__(self, components: int):
-        self.params = 3 * components
-
-    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        logits, mean, raw = params.chunk(3, -1)
-        return (logits.log_softmax(-1) + _normal(x[..., None], mean, raw)).logsumexp(-1)
-
-    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        logits, mean, raw = params.chunk(3, -1)
-        component = torch.distributions.Categorical(logits=logits, validate_args=False).sample()[..., None]
-        mean, raw = mean.gather(-1, component)[..., 0], raw.gather(-1, component)[..., 0]
-        return mean + temperature * _SCALE(raw)[0] * torch.randn_like(mean)
-
-
-class _Bernoulli(_Output):
-    """The logit of 1. Values between 0 and 1 count as probabilities: the cross-entropy."""
-
-    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        logit = params[..., 0]
-        return x * F.logsigmoid(logit) + (1.0 - x) * F.logsigmoid(-logit)
-
-    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        return (params[..., 0] / temperature).sigmoid().bernoulli()
-
-
-class _Categorical(_Output):
-    """One logit per level; levels are shown to the network as values from -1 to 1."""
-
-    def __init__(self, levels: int):
-        self.params = levels
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return 2.0 * x / (self.params - 1) - 1.0
-
-    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return params.log_softmax(-1).gather(-1, x.long()[..., None])[..., 0]
-
-    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        return torch.distributions.Categorical(logits=params / temperature, validate_args=False).sample().to(params.dtype)
-
-
-OUTPUTS = ("gaussian", "mixture", "bernoulli", "categorical")
-
-
-def _output(name: str, components: int, levels: int) -> _Output:
-    if components < 1 or levels < 2:
-        raise ValueError(f"components, levels: expected at least 1 and 2, got {components} and {levels}")
-    if name not in OUTPUTS:
-        raise ValueError(f"output: unknown name {name!r}; expected one of {', '.join(map(repr, OUTPUTS))}")
-    return {
-        "gaussian": _Gaussian(),
-        "mixture": _Mixture(components),
-        "bernoulli": _Bernoulli(),
-        "categorical": _Categorical(levels),
-    }[name]
 
 
 class MADEDensity(nn.Module):
@@ -126,6 +26,7 @@ class MADEDensity(nn.Module):
             ``"mixture"`` (of ``components`` such), ``"bernoulli"`` (x in {0, 1}) or ``"categorical"`` (x in 0..levels-1).
         masks: how many sets of masks the network has. With several, each set has an order of the features and degrees of its
             own, drawn with ``seed``: training takes the next set at each step, evaluation averages the probability over all.
+            Which one is next is kept in a state_dict, as ``steps``; the sets themselves follow from ``masks`` and ``seed``.
 
     Called as a module it returns ``log_prob``. Raises ValueError for an unknown name or a wrong size.
 
@@ -148,13 +49,26 @@ class MADEDensity(nn.Module):
         super().__init__()
         if masks < 1:
             raise ValueError(f"masks: expected at least 1, got {masks}")
-        self.output, self.distribution = output, _output(output, components, levels)
+        self.output, self.distribution = output, likelihood(output, components, levels)
         self.network = MADE(features, hidden, self.distribution.params, seed=seed, **network)
         self.mask_sets = nn.ModuleList([nn.ModuleList(self.network.masks())])
         self.steps = 0  # of training, by which the next set of masks is chosen
         if masks > 1:
             generator = torch.Generator().manual_seed(seed)
             self.mask_sets = nn.ModuleList(self._drawn_masks(generator) for _ in range(masks))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if len(self.mask_sets) > 1:
+            destination[f"{prefix}steps"] = torch.tensor(self.steps)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # A number, not a buffer: it is read at each step, and a GPU would be waited for. Older states are without.
+        name = f"{prefix}steps"
+        if len(self.mask_sets) > 1 and name in state_dict:
+            self.steps = int(state_dict[name])
+            state_dict = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _drawn_masks(self, generator: torch.Generator) -> nn.ModuleList:
         self.network.resample_masks(generator)
@@ -190,7 +104,7 @@ class MADEDensity(nn.Module):
     def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
         """n samples (n, D); ``context`` (n, C), or (1, C) for all. With several sets of masks each sample draws one.
 
-        Level by level: one pass of the network for each of its ``depth`` levels, at most D.
+        Level by level, for the work of one pass: every unit is computed once.
         ``temperature``, above 0, multiplies standard deviations and divides the logits of discrete values.
         Raises ValueError for a context of a wrong shape and for another temperature.
         """
@@ -206,9 +120,13 @@ class MADEDensity(nn.Module):
         return x
 
     def _sample(self, x: torch.Tensor, context: torch.Tensor | None, temperature: float) -> torch.Tensor:
-        for features in self.network.levels():
-            params = self.network(self.distribution.encode(x), context)[:, features]
-            x[:, features] = self.distribution.sample(params.to(accumulation_dtype(params)), temperature).to(x.dtype)
+        def draw(features: list[int], params: torch.Tensor) -> torch.Tensor:
+            # What the network is shown is the sample as it is returned, in the parameters' dtype.
+            drawn = self.distribution.sample(params, temperature).to(x.dtype)
+            x[:, features] = drawn
+            return self.distribution.encode(drawn)
+
+        self.network.generate(len(x), draw, context)
         return x
 
     def extra_repr(self) -> str:
