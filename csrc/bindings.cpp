@@ -78,13 +78,16 @@ namespace flowkern {
   void autoregressive_inverse_backward(const Autoregressive&, const Tensor& grad, const Tensor& grad_log,              \
                                        const Tensor& x, const Tensor& z, const Tensor& dz, const Tensor* values,       \
                                        const Tensor* grads, int threads);                                              \
+  void nearest_code_forward(const Tensor& x, const Tensor& codebook, const Tensor& index, const Tensor& sqdist,        \
+                            const Tensor& looked, bool cosine, bool pairs, int threads);                               \
   }                                                                                                                    \
   constexpr Kernels isa##_kernels = {#isa, isa::affine_coupling_partials, isa::affine_coupling_forward,                \
                                      isa::affine_coupling_backward, isa::additive_coupling_forward,                    \
                                      isa::plu_weight_forward,       isa::plu_weight_backward,                          \
                                      isa::invertible_linear_forward, isa::invertible_linear_backward,                  \
                                      isa::masked_linear_forward,    isa::masked_linear_backward,                       \
-                                     isa::autoregressive_inverse_forward, isa::autoregressive_inverse_backward};
+                                     isa::autoregressive_inverse_forward, isa::autoregressive_inverse_backward,        \
+                                     isa::nearest_code_forward};
 
 struct Kernels {
   const char* isa;
@@ -107,6 +110,7 @@ struct Kernels {
   void (*autoregressive_inverse_forward)(const Autoregressive*, int64_t, const Tensor&, const Tensor&, const Tensor&, int);
   void (*autoregressive_inverse_backward)(const Autoregressive&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                           const Tensor&, const Tensor*, const Tensor*, int);
+  void (*nearest_code_forward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool, int);
 };
 
 FLOWKERN_DECLARE(baseline)
@@ -334,6 +338,12 @@ void autoregressive_inverse_backward(const py::list& given, const Tensor& grad, 
                                           left.empty() ? nullptr : left.data(), threads);
 }
 
+void nearest_code_forward(const Tensor& x, const Tensor& codebook, const Tensor& index, const Tensor& sqdist,
+                          const Tensor& looked, bool cosine, bool pairs, int threads) {
+  py::gil_scoped_release release;
+  in_use->nearest_code_forward(x, codebook, index, sqdist, looked, cosine, pairs, threads);
+}
+
 }  // namespace flowkern
 
 PYBIND11_MODULE(_native, m) {
@@ -368,4 +378,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("plu_weight_backward", plu_weight_backward);
   m.def("autoregressive_inverse_forward", autoregressive_inverse_forward);
   m.def("autoregressive_inverse_backward", autoregressive_inverse_backward);
+  m.def("nearest_code_forward", nearest_code_forward);
 }

@@ -13,7 +13,7 @@ Nobody computes all of these. A screen of scores x.c - |c|^2/2, greatest for the
 its error; the definition decides among the codes that this leaves. In unit roundoffs u of the screen, whatever the order of
 its sums (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1):
 
-    |error of a score| <= n / (1 - n) (|x| |c| + |c|^2 / 2) + underflow,  n = (D + 8) u
+    |error of a score| <= n / (1 - n) (|x| |c| + |c|^2 / 2) + underflow,  n = 2 (D + 8) u
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .. import _backend
 from .._registry import define
 from ._checks import accumulation_dtype, check_floating, check_same_device, outside_autocast
 
@@ -34,7 +35,12 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # The torch code screens so many scores at a time, which stay in the cache, keeps the best of each tile of codes, and
 # computes the definition of so many entries at a time.
-_SCORES, _TILE, _ENTRIES = 1 << 18, 32, 1 << 22
+_SCORES, _FEWEST_ROWS, _TILE, _ENTRIES = 1 << 21, 64, 64, 1 << 22
+# The definition's own rounding of a distance, far below this by |x|^2 + |c|^2.
+_OWN = 2.0**-45
+
+# The extension screens in bfloat16 where the processor multiplies that.
+_PAIRS = True
 
 
 # --- the definition ---
@@ -43,11 +49,30 @@ _SCORES, _TILE, _ENTRIES = 1 << 18, 32, 1 << 22
 def _halving_sum(s: torch.Tensor) -> torch.Tensor:
     """The sum over the last dimension by halving, as defined."""
     size = 1 << max(0, s.shape[-1] - 1).bit_length()
-    s = F.pad(s, (0, size - s.shape[-1]))
+    s = F.pad(s, (0, size - s.shape[-1])) if size > s.shape[-1] else s
     while size > 1:
         size //= 2
         s = s[..., :size] + s[..., size:]
     return s[..., 0]
+
+
+def _sqrt(s: torch.Tensor) -> torch.Tensor:
+    """The square root as IEEE 754 rounds it: that of torch may be one unit off, where MKL computes it.
+
+    Which of three neighbours is nearest is decided by the exact s - r^2 (Dekker, "A floating-point technique for extending
+    the available precision", 1971): a middle between two, squared, falls between two of its possible values.
+    """
+    fraction, exponent = torch.frexp(s)
+    odd = exponent.remainder(2)
+    s = torch.ldexp(fraction, odd)
+    r = s.sqrt()
+    high = r * (2.0**27 + 1)
+    high = high - (high - r)
+    low, square = r - high, r * r
+    rest = (s - square) - (((high * high - square) + 2 * high * low) + low * low)
+    above, below = (torch.nextafter(r, torch.full_like(r, end)) for end in (math.inf, 0.0))
+    r = torch.where(rest > r * (above - r), above, torch.where((rest <= r * (below - r)) & (r > 0), below, r))
+    return torch.ldexp(r, torch.div(exponent - odd, 2, rounding_mode="floor"))
 
 
 def _operand(x: torch.Tensor, cosine: bool) -> torch.Tensor:
@@ -55,38 +80,31 @@ def _operand(x: torch.Tensor, cosine: bool) -> torch.Tensor:
     x = x.double()
     if not cosine:
         return x
-    norm = _halving_sum(x.square()).sqrt()
+    norm = _sqrt(_halving_sum(x.square()))
     return x / torch.where(norm == 0, 1.0, norm)[..., None]
 
 
-def _not_finite(x: torch.Tensor) -> torch.Tensor:
-    return ~x.isfinite().all(-1)
-
-
-def _special(x: torch.Tensor, index: torch.Tensor, sqdist: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index and distance with those of rows that are not finite put in: 0 and NaN, without a NaN 0 and infinity."""
-    special = torch.where(x.isnan().any(-1), math.nan, math.inf).to(sqdist)
-    bad = _not_finite(x)
-    return torch.where(bad, 0, index), torch.where(bad, special, sqdist)
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """Of each row the largest magnitude, or NaN: what is not below infinity is also the distance of such a row."""
+    return torch.linalg.vector_norm(x, math.inf, -1)
 
 
 def _reference(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, missing = _operand(codebook, cosine), _not_finite(codebook)
-    rows = max(1, _ENTRIES // max(1, codebook.numel()))
-    found = []
-    for block in x.split(rows):
+    codes, missing = _operand(codebook, cosine), ~(_largest(codebook) < math.inf)
+    indices, distances = [codes.new_empty(0, dtype=torch.int64)], [codes.new_empty(0)]
+    for block in x.split(max(1, _ENTRIES // codebook.numel())):
+        largest = _largest(block)
         d = _halving_sum((_operand(block, cosine)[:, None] - codes).square())
-        d = torch.where(missing, math.inf, d)
-        index = d.nan_to_num(math.inf, math.inf).argmin(1)
-        sqdist = d.gather(1, index[:, None])[:, 0].to(accumulation_dtype(x, codebook))
-        found.append(_special(block, index, sqdist))
-    index, sqdist = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return index, sqdist
+        d = torch.where(missing | ~(largest[:, None] < math.inf), math.inf, d)
+        sqdist, index = d.min(1)
+        indices.append(index)
+        distances.append(torch.where(largest < math.inf, sqdist, largest.double()))
+    return torch.cat(indices), torch.cat(distances).to(accumulation_dtype(x, codebook))
 
 
 def reference(x: torch.Tensor, codebook: torch.Tensor, *, metric: str = "euclidean") -> tuple[torch.Tensor, torch.Tensor]:
     """The definition in plain torch: all distances in float64, some rows at a time."""
-    index, sqdist = _reference(x.reshape(x.shape[:-1].numel(), x.shape[-1]), codebook, metric == "cosine")
+    index, sqdist = _reference(x.reshape(-1, x.shape[-1]), codebook, metric == "cosine")
     return index.view(x.shape[:-1]), sqdist.view(x.shape[:-1])
 
 
@@ -104,24 +122,36 @@ def _outputs(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
 
 
 class _Screen:
-    """The codebook as the screen of the torch code wants it: whole tiles, in the dtype of its arithmetic.
-
-    Codes that are not finite, and those that fill up the last tile, are zeros whose score is -infinity.
-    """
+    """What the screen of the torch code knows of the codebook. Codes that are not finite are zeros of score -infinity."""
 
     def __init__(self, x: torch.Tensor, codebook: torch.Tensor, cosine: bool):
         self.dtype = accumulation_dtype(x, codebook)
-        self.missing = _not_finite(codebook)
-        self.exact = _operand(codebook, True) if cosine else codebook
         self.count, self.depth = codebook.shape
-        room = (0, 0, 0, -self.count % _TILE)
-        codes = torch.where(self.missing[:, None], 0, self.exact)
-        squares = codes.double().square().sum(1)
-        self.codes = F.pad(codes.to(self.dtype), room)
-        self.shift = -F.pad(torch.where(self.missing, math.inf, squares / 2), room[2:], value=math.inf).to(self.dtype)
-        self.norms = F.pad(squares.sqrt(), room[2:])
-        self.tile_norms = self.norms.view(-1, _TILE).amax(1)
         self.relative, self.absolute = self._errors(x)
+        # Beyond this norm a sum might overflow: then the bound is infinite.
+        self.limit = math.sqrt(torch.finfo(self.dtype).max) / 16
+        self.exact, self.codes, norms, finite = self.prepare(codebook, cosine)
+        self.missing = None if finite is None else ~finite
+        self.shift = norms.square() / -2
+        if self.missing is not None:
+            self.shift[self.missing] = -math.inf
+        tiles = F.pad(self.from_above(norms), (0, -self.count % _TILE)).view(-1, _TILE).amax(1)
+        # The bound is slope |x| + offset, and what it has of |x| alone.
+        self.slope = torch.where(tiles < self.limit, self.relative * tiles + self.absolute, math.inf)
+        self.offset = (self.relative / 2 + 2 * _OWN) * tiles * tiles + self.absolute * (1 + tiles)
+
+    def prepare(self, x: torch.Tensor, cosine: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(operands of the definition, those of the screen, their norms, which rows are finite or None for all).
+
+        Rows that are not are zeros for the screen.
+        """
+        exact = _operand(x, True) if cosine else x
+        rounded = exact.to(self.dtype)
+        norms = torch.linalg.vector_norm(rounded, dim=1)
+        if (norms < math.inf).all():
+            return exact, rounded, norms, None
+        finite = _largest(x) < math.inf
+        return exact, torch.where(finite[:, None], rounded, 0), torch.where(finite, norms, 0), finite
 
     def _errors(self, x: torch.Tensor) -> tuple[float, float]:
         """The error of a score by |x| |c| + |c|^2 / 2, and what underflow adds by 1 + |x| + |c|."""
@@ -129,42 +159,54 @@ class _Screen:
         matmul = (torch.backends.cuda if x.is_cuda else torch.backends.mkldnn).matmul
         # The user may have allowed products of float32 in bfloat16, which has 8 bits.
         lowered = self.dtype is torch.float32 and matmul.fp32_precision not in ("none", "ieee")
-        rounding = (self.depth + 8) * info.eps / 2 + (2.0**-6 if lowered else 0)
-        return rounding / (1 - rounding) if rounding < 1 else math.inf, (self.depth + 8) * info.tiny
+        rounding = (self.depth + 8) * info.eps + (2.0**-6 if lowered else 0)
+        return rounding / (1 - rounding) if rounding < 1 else math.inf, 2 * (self.depth + 8) * info.tiny
 
-    def error(self, row_norms: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """The bound, and that of the definition's own rounding: infinite or NaN where a sum of the screen may overflow."""
-        size = row_norms * norms + norms * norms / 2
-        screen = self.relative * size + self.absolute * (1 + row_norms + norms)
-        screen = torch.where(size < torch.finfo(self.dtype).max / 4, screen, math.inf)
-        own = (math.log2(self.depth + 1) + 8) * 2.0**-53
-        return screen + own * (row_norms + norms) ** 2
+    def from_above(self, norms: torch.Tensor) -> torch.Tensor:
+        """Norms with what rounding and underflow may have taken from them, in float64."""
+        return norms.double() * (1 + self.relative) + math.sqrt(self.absolute)
+
+    def by_row(self, norms: torch.Tensor) -> torch.Tensor:
+        """What the bound has of |x| alone: the definition itself is rounded in float64."""
+        return torch.where(norms < self.limit, 2 * _OWN * norms * norms, math.inf)
 
 
 def _decide(
-    block: torch.Tensor, screen: _Screen, row: torch.Tensor, code: torch.Tensor, cosine: bool
+    x: torch.Tensor, screen: _Screen, row: torch.Tensor, code: torch.Tensor, alone: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lowest of each row's nearest codes among the pairs (row, code), and its distance, by the definition."""
-    x = _operand(block, cosine)
-    pairs = max(1, _ENTRIES // max(1, screen.depth))
-    parts = zip(row.split(pairs), code.split(pairs), strict=True)
-    d = torch.cat([_halving_sum((x[r] - screen.exact[c].double()).square()) for r, c in parts])
-    d = torch.where(screen.missing[code], math.inf, d).nan_to_num(math.inf, math.inf)
-    sqdist = d.new_full((len(block),), math.inf).scatter_reduce(0, row, d, "amin")
-    nearest = torch.where(d == sqdist[row], code, screen.count)
-    return code.new_full((len(block),), screen.count).scatter_reduce(0, row, nearest, "amin"), sqdist
+    """The lowest of each row's nearest codes among the pairs (row, code), and its distance, by the definition.
+
+    ``alone``: every row has just one code.
+    """
+    size = max(1, _ENTRIES // screen.depth)
+    parts = zip(row.split(size), code.split(size), strict=True)
+    d = [
+        _halving_sum(((x if alone and len(r) == len(x) else x[r]).double() - screen.exact[c].double()).square_())
+        for r, c in parts
+    ]
+    distance = torch.cat(d)
+    if screen.missing is not None:
+        distance[screen.missing[code]] = math.inf
+    if not alone:
+        sqdist = distance.new_full((len(x),), math.inf).scatter_reduce_(0, row, distance, "amin")
+        nearest = torch.where(distance == sqdist[row], code, screen.count)
+        code, distance = code.new_full((len(x),), screen.count).scatter_reduce_(0, row, nearest, "amin"), sqdist
+    return torch.where(distance < math.inf, code, 0), distance
 
 
 def _candidates(scores: torch.Tensor, norms: torch.Tensor, screen: _Screen) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, code) of every code whose score may be the greatest of its row. Comparisons with NaN leave a code in."""
     tiles = scores.view(len(scores), -1, _TILE)
-    best = tiles.amax(2).double()
-    error = screen.error(norms[:, None], screen.tile_norms)
-    least = (best - error).nan_to_num(-math.inf, math.inf, -math.inf).amax(1)
-    row, tile = (~(best + error < least[:, None])).nonzero(as_tuple=True)
-    error = screen.error(norms[row, None], screen.norms.view(-1, _TILE)[tile])
-    pair, place = (~(tiles[row, tile] + error < least[row, None])).nonzero(as_tuple=True)
+    norms = screen.from_above(norms)[:, None]
+    best, error = tiles.amax(2), torch.addcmul(screen.offset, norms, screen.slope).add_(screen.by_row(norms))
+    least = (best - error).nan_to_num_(-math.inf, math.inf, -math.inf).amax(1, keepdim=True)
+    row, tile = (~(best + error < least)).nonzero(as_tuple=True)
+    # A score may be so much less; its own rounding to the screen's dtype is within the bound.
+    enough = (least[row] - error[row, tile][:, None]).to(scores.dtype)
+    pair, place = (~(tiles[row, tile] < enough)).nonzero(as_tuple=True)
     row, code = row[pair], tile[pair] * _TILE + place
+    if _TILE * tiles.shape[1] == screen.count:
+        return row, code
     real = code < screen.count
     return row[real], code[real]
 
@@ -172,28 +214,42 @@ def _candidates(scores: torch.Tensor, norms: torch.Tensor, screen: _Screen) -> t
 @outside_autocast
 def _torch_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
     index, sqdist, looked = _outputs(x, codebook, cosine)
-    screen = _Screen(x, codebook, cosine)
     looked.zero_()
     if not len(x):
         return index, sqdist, looked
-    rows = max(16, _SCORES // len(screen.codes))
-    buffer = screen.codes.new_empty(min(rows, len(x)), len(screen.codes))
-    start = 0
-    for block in x.split(rows):
-        own = slice(start, start := start + len(block))
-        exact = _operand(torch.where(_not_finite(block)[:, None], 0, block), cosine)
-        scores = torch.addmm(screen.shift, exact.to(screen.dtype), screen.codes.t(), out=buffer[: len(block)])
-        row, code = _candidates(scores, exact.square().sum(1).sqrt(), screen)
-        looked += (row.bincount(minlength=len(block)) > 1).sum()
-        index[own], sqdist[own] = _special(block, *_decide(block, screen, row, code, cosine))
+    screen = _Screen(x, codebook, cosine)
+    width = len(screen.slope) * _TILE
+    rows = min(len(x), max(_FEWEST_ROWS, _SCORES // width))
+    buffer = screen.codes.new_empty(rows, width)
+    buffer[:, screen.count :] = -math.inf
+    for start in range(0, len(x), rows):
+        own = slice(start, start + rows)
+        exact, rounded, norms, finite = screen.prepare(x[own], cosine)
+        scores = buffer[: len(exact)]
+        torch.addmm(screen.shift, rounded, screen.codes.t(), out=scores[:, : screen.count])
+        row, code = _candidates(scores, norms, screen)
+        if finite is None:
+            alone = len(row) == len(exact)  # as every row has a candidate
+        else:
+            row, code, alone = row[finite[row]], code[finite[row]], False
+        if not alone:
+            looked += (row.bincount(minlength=len(exact)) > 1).sum()
+        index[own], d = _decide(exact, screen, row, code, alone)
+        sqdist[own] = d if finite is None else torch.where(finite, d, _largest(x[own]).double())
     return index, sqdist, looked
+
+
+def _cpp_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
+    outputs = index, sqdist, looked = _outputs(x, codebook, cosine)
+    _backend.call_native("nearest_code_forward", x, codebook, index, sqdist, looked, cosine, _PAIRS)
+    return outputs
 
 
 _forward = define(
     "nearest_code(Tensor x, Tensor codebook, bool cosine) -> (Tensor index, Tensor sqdist, Tensor looked)",
     fake=_outputs,
     torch_=_torch_forward,
-    cpp=_torch_forward,
+    cpp=_cpp_forward,
     triton="nearest_code.forward",
 )
 
@@ -201,8 +257,8 @@ _forward = define(
 def _check_inputs(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> None:
     check_floating("x", x)
     check_floating("codebook", codebook)
-    if codebook.ndim != 2 or not len(codebook):
-        raise ValueError(f"codebook: expected shape (K, D) with at least one code, got {tuple(codebook.shape)}")
+    if codebook.ndim != 2 or not codebook.numel():
+        raise ValueError(f"codebook: expected shape (K, D) with at least one code and entry, got {tuple(codebook.shape)}")
     if x.ndim < 1 or x.shape[-1] != codebook.shape[1]:
         raise ValueError(f"x: expected shape (..., {codebook.shape[1]}) as the codes have, got {tuple(x.shape)}")
     check_same_device("codebook", codebook, x)
@@ -225,7 +281,7 @@ def nearest_code(
 
     Args:
         x: (..., D), any strides; float64, float32, bfloat16 or float16.
-        codebook: (K, D), K >= 1. May differ from x in floating dtype.
+        codebook: (K, D), K and D >= 1. May differ from x in floating dtype.
         metric: "euclidean", or "cosine": x and the codes are first divided by their norms, in float64, the squares summed
             as above; zeros stay zeros. The squared distance is then 2 - 2 cos.
         return_stats: also return how many rows were looked at again, because the screen in lower precision left more
@@ -243,7 +299,7 @@ def nearest_code(
     Source: van den Oord et al., "Neural Discrete Representation Learning" (2017), eq. 1 and 2.
     """
     _check_inputs(x, codebook, metric)
-    flat, codes, cosine = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]), codebook.detach(), metric == "cosine"
+    flat, codes, cosine = x.detach().reshape(-1, x.shape[-1]), codebook.detach(), metric == "cosine"
     if not (x.is_cpu or x.is_cuda) or torch._C._are_functorch_transforms_active():
         index, sqdist = _reference(flat, codes, cosine)
         looked = index.new_tensor(0)
