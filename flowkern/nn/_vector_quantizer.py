@@ -12,6 +12,7 @@ from torch import distributed, nn
 from .. import ops
 from ..ops._checks import accumulation_dtype, check_floating
 from ..ops._ema_update import finite_rows, update_averages_
+from ..ops._opaque import opaque
 from ..ops._vector_quantize import pass_gradient
 
 __all__ = ["CodeUsage", "ResidualVectorQuantizer", "VectorQuantizer"]
@@ -93,7 +94,7 @@ def _follow(
         _normalize(codebook)
 
 
-@torch.library.custom_op("flowkern::initialize_codes", mutates_args=("codebook", "counts", "sums", "initialized"))
+@opaque(mutates=("codebook", "counts", "sums", "initialized"))
 def _initialize_codes(
     rows: torch.Tensor,
     codebook: torch.Tensor,
@@ -120,7 +121,7 @@ def _initialize_codes(
     initialized.fill_(True)
 
 
-@torch.library.custom_op("flowkern::update_codes", mutates_args=("codebook", "counts", "sums", "steps"))
+@opaque(mutates=("codebook", "counts", "sums", "steps"))
 def _update_codes(
     rows: torch.Tensor,
     index: torch.Tensor,

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ._checks import accumulation_dtype
+from ._opaque import opaque
+
 __all__ = ["CodeSums", "code_sums"]
 
 #: Sums the values of all processes, or takes the largest ("sum", "max"), in place.
@@ -67,15 +70,14 @@ class CodeSums:
             yield columns, sums.double().mul_(self._unit)
 
 
-@torch.library.custom_op("flowkern::code_sums", mutates_args=())
+def _output(x: torch.Tensor, index: torch.Tensor, codes: int) -> torch.Tensor:
+    return x.new_empty((codes, x.shape[1]), dtype=accumulation_dtype(x))
+
+
+@opaque(fake=_output)
 def code_sums(x: torch.Tensor, index: torch.Tensor, codes: int) -> torch.Tensor:
     """S, (K, D): the sums of the rows of each code, in float64 for float64 rows, else in float32."""
-    sums = _sums(x, index, codes)
+    sums = _output(x, index, codes)
     for columns, values in CodeSums(x, index, codes).blocks():
         sums[:, columns] = values
     return sums
-
-
-@code_sums.register_fake
-def _sums(x: torch.Tensor, index: torch.Tensor, codes: int) -> torch.Tensor:
-    return x.new_empty((codes, x.shape[1]), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
