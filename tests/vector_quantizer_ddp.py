@@ -16,7 +16,7 @@ from flowkern import nn
 
 WORLD, BATCH, DIM, CODES = 2, 24, 6, 16
 #: What is trained, and for how many steps.
-KINDS = {"ddp": 50, "heads": 10, "cosine": 10, "few": 10, "residual": 10, "compiled": 5}
+KINDS = {"ddp": 50, "heads": 10, "cosine": 10, "few": 10, "residual": 10}
 
 States = list[dict[str, torch.Tensor]]
 
@@ -56,8 +56,6 @@ def train(kind: str, rank: int | None = None) -> States:
     """The states over the steps, of the process with these shares of the batches (None: all)."""
     made = quantizer(kind)
     run, states = made, []
-    if kind == "compiled" and rank is not None:
-        run = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=True)
     if kind == "ddp":
         made = torch.nn.Sequential(Scale(), made)
         run = made if rank is None else DistributedDataParallel(made)
