@@ -15,7 +15,7 @@ import torch
 
 from flowkern import OPS
 
-from . import autoregressive, glow, nearest_code
+from . import autoregressive, glow, nearest_code, vector_quantizer
 from .measure import FUSED, Options, Row, measure
 from .report import HEADER, describe, line, write_csv
 from .timing import pages_here
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return autoregressive.main(argv[1:])
     if argv[:1] == ["nearest_code"]:
         return nearest_code.main(argv[1:])
+    if argv[:1] == ["vector_quantizer"]:
+        return vector_quantizer.main(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.op if name not in OPS]:

@@ -11,7 +11,9 @@ from torch import distributed, nn
 
 from .. import ops
 from ..ops._checks import accumulation_dtype, check_floating
-from ..ops._ema_update import finite_rows, update_averages_
+from ..ops._code_sums import magnitudes
+from ..ops._ema_update import update_averages_
+from ..ops._opaque import opaque
 from ..ops._vector_quantize import pass_gradient
 
 __all__ = ["CodeUsage", "ResidualVectorQuantizer", "VectorQuantizer"]
@@ -93,7 +95,7 @@ def _follow(
         _normalize(codebook)
 
 
-@torch.library.custom_op("flowkern::initialize_codes", mutates_args=("codebook", "counts", "sums", "initialized"))
+@opaque(mutates=("codebook", "counts", "sums", "initialized"))
 def _initialize_codes(
     rows: torch.Tensor,
     codebook: torch.Tensor,
@@ -120,7 +122,7 @@ def _initialize_codes(
     initialized.fill_(True)
 
 
-@torch.library.custom_op("flowkern::update_codes", mutates_args=("codebook", "counts", "sums", "steps"))
+@opaque(mutates=("codebook", "counts", "sums", "steps"))
 def _update_codes(
     rows: torch.Tensor,
     index: torch.Tensor,
@@ -150,7 +152,7 @@ def _revive(
     lowest = flat_counts.sort(stable=True).indices[:_REVIVED_AT_ONCE]
     drawn = _random(steps * _REVIVED_AT_ONCE + torch.arange(len(lowest), device=rows.device)) % total.clamp(min=1)
     fresh = _rows_of_all(rows.flatten(0, 1), drawn * heads + lowest // codes, start * heads, codebook)
-    dead = (flat_counts[lowest] < least) & finite_rows(fresh) & (total > 0)
+    dead = (flat_counts[lowest] < least) & magnitudes(fresh).isfinite() & (total > 0)
     least = least.to(counts.dtype)
     for state, value in ((codebook, fresh), (sums, fresh * least)):
         view = state.view(-1, features)

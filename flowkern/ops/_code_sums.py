@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-__all__ = ["CodeSums", "code_sums"]
+from ._checks import accumulation_dtype
+from ._opaque import opaque
+
+__all__ = ["CodeSums", "code_sums", "magnitudes"]
 
 #: Sums the values of all processes, or takes the largest ("sum", "max"), in place.
 Reduce = Callable[[torch.Tensor, str], object]
@@ -28,54 +31,61 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return ((exponent.clamp(-1000, 1000) + 1023) << 52).view(torch.float64)
 
 
+def magnitudes(x: torch.Tensor) -> torch.Tensor:
+    """(N,): the largest magnitude in each row of x, (N, D); NaN if the row has one. Faster than the norm that it is."""
+    return torch.maximum(x.amax(1), -x.amin(1)) if x.numel() else x.new_zeros(len(x))
+
+
 class CodeSums:
     """n_k = number of the rows i with index_i = k, and S_k = sum of these rows.
 
     Args:
         x: (N, D), floating.
         index: (N,) int64, under ``codes``. Of ``codes``, K, there may be more than rows.
+        skip: leave out rows with a value that is not finite. Otherwise the sums of their codes are NaN.
         reduce: makes the numbers of this process those of all of them. It is called with tensors whose shapes depend on
             K and D alone, and as often: a process without rows takes part.
 
-    Attributes: counts, (K,) int64. A code with a row that is not finite has sums that are NaN.
+    Attributes: counts, (K,) int64.
     """
 
-    def __init__(self, x: torch.Tensor, index: torch.Tensor, codes: int, reduce: Reduce = alone):
-        self.x, self.index, self.reduce = x, index, reduce
-        self.counts = torch.zeros(codes, dtype=torch.int64, device=x.device).index_add_(0, index, torch.ones_like(index))
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=1) if len(x) else x.new_empty(0)
-        self.largest = torch.zeros(codes, dtype=torch.float64, device=x.device)
-        self.largest.scatter_reduce_(0, index, largest.double(), "amax")
-        reduce(self.counts, "sum")
+    def __init__(self, x: torch.Tensor, index: torch.Tensor, codes: int, *, skip: bool = False, reduce: Reduce = alone):
+        largest = magnitudes(x).double()
+        if skip:  # into one more code, which nobody sees
+            index = torch.where(largest.isfinite(), index, codes)
+        self.x, self.index, self.codes, self.bins, self.reduce = x, index, codes, codes + skip, reduce
+        counts = torch.zeros(self.bins, dtype=torch.int64, device=x.device).index_add_(0, index, torch.ones_like(index))
+        bound = torch.zeros(self.bins, dtype=torch.float64, device=x.device).scatter_reduce_(0, index, largest, "amax")
+        reduce(counts, "sum")
         # NaN would be lost in a maximum over processes.
-        reduce(self.largest.nan_to_num_(nan=torch.inf, posinf=torch.inf), "max")
-        finite = self.largest.isfinite()
-        magnitude = torch.where(finite, self.largest, 1.0).frexp().exponent.long()
-        unit = magnitude + self.counts.double().frexp().exponent - 62
+        reduce(bound.nan_to_num_(nan=torch.inf, posinf=torch.inf), "max")
+        finite = bound.isfinite()
+        magnitude = torch.where(finite, bound, 1.0).frexp().exponent.long()
+        unit = magnitude + counts.double().frexp().exponent - 62
+        self.counts = counts[:codes]
         self._per_unit = _power_of_two(-unit)[index][:, None]
-        self._unit = torch.where(finite, _power_of_two(unit), torch.nan)[:, None]
+        self._unit = torch.where(finite, _power_of_two(unit), torch.nan)[:codes, None]
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(columns, S of these columns in float64), one block of columns after the other. S is the caller's to change."""
-        features, codes = self.x.shape[1], len(self.counts)
-        width = max(1, min(_COLUMNS, _SUMS // max(1, codes)))
+        features = self.x.shape[1]
+        width = max(1, min(_COLUMNS, _SUMS // max(1, self.codes)))
         for start in range(0, features, width):
             columns = slice(start, min(start + width, features))
             fixed = (self.x[:, columns].double() * self._per_unit).round_().long()
-            sums = torch.zeros(codes, fixed.shape[1], dtype=torch.int64, device=self.x.device).index_add_(0, self.index, fixed)
+            sums = fixed.new_zeros(self.bins, fixed.shape[1]).index_add_(0, self.index, fixed)
             self.reduce(sums, "sum")
-            yield columns, sums.double().mul_(self._unit)
+            yield columns, sums[: self.codes].double().mul_(self._unit)
 
 
-@torch.library.custom_op("flowkern::code_sums", mutates_args=())
+def _output(x: torch.Tensor, index: torch.Tensor, codes: int) -> torch.Tensor:
+    return x.new_empty((codes, x.shape[1]), dtype=accumulation_dtype(x))
+
+
+@opaque(fake=_output)
 def code_sums(x: torch.Tensor, index: torch.Tensor, codes: int) -> torch.Tensor:
     """S, (K, D): the sums of the rows of each code, in float64 for float64 rows, else in float32."""
-    sums = _sums(x, index, codes)
+    sums = _output(x, index, codes)
     for columns, values in CodeSums(x, index, codes).blocks():
         sums[:, columns] = values
     return sums
-
-
-@code_sums.register_fake
-def _sums(x: torch.Tensor, index: torch.Tensor, codes: int) -> torch.Tensor:
-    return x.new_empty((codes, x.shape[1]), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)

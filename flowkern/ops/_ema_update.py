@@ -13,14 +13,9 @@ import torch
 from ._checks import check_floating, check_same_device
 from ._code_sums import CodeSums, Reduce, alone
 
-__all__ = ["ema_update", "finite_rows", "update_averages_"]
+__all__ = ["ema_update", "update_averages_"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def finite_rows(x: torch.Tensor) -> torch.Tensor:
-    """(N,) bool: the rows of x, (N, D), that are finite throughout."""
-    return torch.linalg.vector_norm(x, torch.inf, dim=1).isfinite() if x.numel() else x.new_ones(len(x), dtype=torch.bool)
 
 
 def _averaged(old: torch.Tensor, new: torch.Tensor, decay: float) -> torch.Tensor:
@@ -36,23 +31,22 @@ def update_averages_(
     sums: torch.Tensor,
     decay: float,
     reduce: Reduce = alone,
-) -> torch.Tensor:
-    """Moves counts (K,), sums (K, D) and the codes that have rows, in place; n, (K,) int64. All are float32 or float64.
+) -> None:
+    """Moves counts (K,), sums (K, D) and the codes that have rows, in place. All are float32 or float64.
 
     Rows that are not finite are left out. A code without rows stays exactly where it is.
     """
-    codes = len(counts)
-    batch = CodeSums(x, torch.where(finite_rows(x), index, codes), codes + 1, reduce)  # the rows left out: one more code
-    present = batch.counts[:codes]
-    averaged = _averaged(counts, present.double(), decay)
+    batch = CodeSums(x, index, len(counts), skip=True, reduce=reduce)
+    averaged = _averaged(counts, batch.counts.double(), decay)
     counts.copy_(averaged)
+    # Codes with rows become the mean, the others stay: in arithmetic, which is exact here, as torch.where is slow.
+    absent = batch.counts == 0
+    divisor, kept = averaged.masked_fill_(absent, torch.inf)[:, None], absent.double()[:, None]
     for columns, values in batch.blocks():
-        moved = _averaged(sums[:, columns], values[:codes], decay)
+        moved = _averaged(sums[:, columns], values, decay)
         sums[:, columns] = moved
         if codebook is not None:
-            mean = moved.div_(averaged[:, None])
-            codebook[:, columns] = torch.where(present[:, None] > 0, mean.to(codebook.dtype), codebook[:, columns])
-    return present
+            codebook[:, columns] = moved.div_(divisor).add_(codebook[:, columns] * kept)
 
 
 @torch.no_grad()
