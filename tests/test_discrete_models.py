@@ -93,6 +93,15 @@ def test_trained_by_the_trainer(tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["curve.png", "samples-0.6.png", "samples-0.8.png", "samples.png"]
 
 
+def test_values_out_of_range_are_counted() -> None:
+    x = torch.full((2, 1, 2, 2), 0.5)
+    x[0, 0, 0], x[1, 0, 1, 1] = torch.tensor([-0.1, 1.0]), math.nan
+    with pytest.raises(ValueError, match=r"x: expected values in \[0, 1\), got 3 of 8 outside, or NaN"):
+        small().log_prob(x)
+    with pytest.raises(ValueError, match="labels: expected 0 to 2, got 1 to 3"):
+        training.context_of(small(context=3), torch.tensor([1, 3]))
+
+
 def test_errors(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"x: expected shape \(B, 1, 2, 2\), got \(3, 4\)"):
         small().log_prob(torch.rand(3, 4))

@@ -110,9 +110,16 @@ class DiscreteModel(Model):
         return self.log_prob(x, context)
 
     def values(self, x: torch.Tensor) -> torch.Tensor:
-        """The integers v of dequantized x = (v + u) / levels, int64."""
+        """The integers v of dequantized x = (v + u) / levels, int64.
+
+        Raises ValueError, with the count, for values outside [0, 1), where they can be seen at no cost (on a CPU).
+        """
         # x is rounded, by up to half of the noise's last bit: round to that bit first, or 3 / 17 * 17 would come out below 3.
         bits = (x.detach().double() * (self.levels * 2**16)).round()
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            inside = (bits >= 0) & (bits < self.levels * 2**16)
+            if not inside.all():
+                raise ValueError(f"x: expected values in [0, 1), got {int((~inside).sum())} of {x.numel()} outside, or NaN")
         return (bits / 2**16).floor().long().clamp(0, self.levels - 1)
 
     @torch.no_grad()

@@ -58,12 +58,14 @@ class Score:
 def context_of(model: Model, labels: torch.Tensor | None) -> torch.Tensor | None:
     """The labels (B,) one-hot as (B, K) in the model's dtype, or None for a model without context.
 
-    Raises ValueError if the model needs labels and there are none.
+    Raises ValueError if the model needs labels and there are none, and for labels out of range.
     """
     if model.context is None:
         return None
     if labels is None:
         raise ValueError("the model is conditional, and the data has no labels")
+    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < model.context:
+        raise ValueError(f"labels: expected 0 to {model.context - 1}, got {int(labels.min())} to {int(labels.max())}")
     return torch.nn.functional.one_hot(labels, model.context).to(_dtype(model))
 
 
