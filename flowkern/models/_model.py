@@ -117,7 +117,7 @@ class DiscreteModel(Model):
         # x is rounded, by up to half of the noise's last bit: round to that bit first, or 3 / 17 * 17 would come out below 3.
         bits = (x.detach().double() * (self.levels * 2**16)).round()
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            inside = (bits >= 0) & (bits < self.levels * 2**16)
+            inside = (x >= 0.0) & (x < 1.0)
             if not inside.all():
                 raise ValueError(f"x: expected values in [0, 1), got {int((~inside).sum())} of {x.numel()} outside, or NaN")
         return (bits / 2**16).floor().long().clamp(0, self.levels - 1)
