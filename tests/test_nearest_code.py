@@ -142,7 +142,15 @@ def scales(dtype: torch.dtype) -> Iterator[Case]:
         yield "tiny", drawn(40, depth, -30, -30), drawn(70, depth, -30, -30)
         yield "subnormal", drawn(40, depth, -45, -37), drawn(70, depth, -45, -37)
         yield "one huge code", drawn(40, depth, 0, 0), torch.cat([drawn(70, depth, 0, 0), drawn(1, depth, 38, 38)])
-        yield "far away", drawn(40, depth, 20, 20), drawn(70, depth, 0, 0)
+        for exponent in (12, 14, 16, 20):  # float64 itself rounds the distances to few values
+            yield f"far away {exponent}", drawn(40, depth, exponent, exponent), drawn(70, depth, 0, 0)
+        for exponent in (-18, -20, -21, -22):  # products are subnormal in float32, where the first code sets the scale
+            close = drawn(1, depth, exponent, exponent).double() * (1 + 1e-3 * torch.randn(90, depth))
+            yield (
+                f"subnormal products {exponent}",
+                finite(close[:30], dtype),
+                torch.cat([drawn(1, depth, 0, 0), finite(close[30:], dtype)]),
+            )
         yield "in one entry", torch.cat([drawn(40, depth, 0, 0), drawn(40, 1, 25, 25)], 1), drawn(60, depth + 1, 0, 0)
         if dtype is torch.float64:
             yield "overflow", drawn(40, depth, 150, 300), drawn(40, depth, 150, 300)
@@ -203,9 +211,9 @@ void run(Dtype dtype, int64_t rows, int64_t codes, int64_t depth, bool cosine, b
   if (looked < 0 || looked > rows) std::printf("looked %ld", long(looked));
 }
 int main() {
-  for (int64_t rows : {0, 1, 7, 97, 301})
-    for (int64_t codes : {1, 2, 65, 300})
-      for (int64_t depth : {1, 2, 15, 33})
+  for (int64_t rows : {0, 1, 97, 301})
+    for (int64_t codes : {1, 65, 300})
+      for (int64_t depth : {1, 2, 33})
         for (int flags = 0; flags < 8; ++flags) {
           run<float>(Dtype::float32, rows, codes, depth, flags & 1, flags & 2, flags & 4);
           run<double>(Dtype::float64, rows, codes, depth, flags & 1, flags & 2, flags & 4);
@@ -219,7 +227,7 @@ ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512d
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and its sanitizer runtimes")
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", ISAS[:1])
 def test_memory_and_arithmetic_under_sanitizers(isa: str, tmp_path: Path) -> None:
     """The kernel alone, in a program of its own, so that only one file is compiled."""
     (tmp_path / "driver.cpp").write_text(DRIVER.replace("ISA", isa))
@@ -325,7 +333,7 @@ def test_autocast_and_lower_precision_of_products_change_nothing(where: str) -> 
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def test_it_is_compiled_without_a_graph_break(where: str) -> None:
+def test_it_is_compiled_without_a_graph_break() -> None:
     compiled = torch.compile(ops.nearest_code, backend="aot_eager", fullgraph=True)
     x, codebook = torch.randn(3, 7, 5), torch.randn(6, 5)
     for actual, expected in zip(compiled(x, codebook), ops.nearest_code(x, codebook), strict=True):
