@@ -75,13 +75,16 @@ namespace flowkern {
                               const Tensor& dx, const Tensor& dweight, const Tensor& dbias, int threads);              \
   void autoregressive_inverse_forward(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x, \
                                       const Tensor& logabsdet, int threads);                                           \
+  void autoregressive_inverse_backward(const Autoregressive&, const Tensor& grad, const Tensor& grad_log,              \
+                                       const Tensor& x, const Tensor& z, const Tensor& dz, const Tensor* values,       \
+                                       const Tensor* grads, int threads);                                              \
   }                                                                                                                    \
   constexpr Kernels isa##_kernels = {#isa, isa::affine_coupling_partials, isa::affine_coupling_forward,                \
                                      isa::affine_coupling_backward, isa::additive_coupling_forward,                    \
                                      isa::plu_weight_forward,       isa::plu_weight_backward,                          \
                                      isa::invertible_linear_forward, isa::invertible_linear_backward,                  \
                                      isa::masked_linear_forward,    isa::masked_linear_backward,                       \
-                                     isa::autoregressive_inverse_forward};
+                                     isa::autoregressive_inverse_forward, isa::autoregressive_inverse_backward};
 
 struct Kernels {
   const char* isa;
@@ -102,6 +105,8 @@ struct Kernels {
   void (*masked_linear_backward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int);
   void (*autoregressive_inverse_forward)(const Autoregressive*, int64_t, const Tensor&, const Tensor&, const Tensor&, int);
+  void (*autoregressive_inverse_backward)(const Autoregressive&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                          const Tensor&, const Tensor*, const Tensor*, int);
 };
 
 FLOWKERN_DECLARE(baseline)
@@ -284,6 +289,12 @@ void masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& w
   in_use->masked_linear_backward(grad, x, weight, bias, reach, first, rows, columns, dx, dweight, dbias, threads);
 }
 
+std::vector<Tensor> tensors(const py::list& given) {
+  std::vector<Tensor> found;
+  for (const auto& tensor : given) found.push_back(tensor.cast<Tensor>());
+  return found;
+}
+
 // A chain of networks, each (weights and biases, context or None, table, a, b).
 struct Chain {
   std::vector<std::vector<Tensor>> tensors;
@@ -293,8 +304,7 @@ struct Chain {
     tensors.reserve(given.size());
     for (const auto& item : given) {
       const py::tuple parts = py::reinterpret_borrow<py::tuple>(item);
-      tensors.emplace_back();
-      for (const auto& tensor : py::cast<py::list>(parts[0])) tensors.back().push_back(tensor.cast<Tensor>());
+      tensors.push_back(flowkern::tensors(parts[0]));
       Autoregressive network;
       network.tensors = tensors.back().data();
       network.context = parts[1].cast<Tensor>();
@@ -311,6 +321,17 @@ void autoregressive_inverse_forward(const py::list& given, const Tensor& z, cons
   const Chain chain(given);
   py::gil_scoped_release release;
   in_use->autoregressive_inverse_forward(chain.networks.data(), int64_t(chain.networks.size()), z, x, logabsdet, threads);
+}
+
+// `given` is a chain of one; `values` and `grads` hold a tensor for each of its linear layers, or nothing.
+void autoregressive_inverse_backward(const py::list& given, const Tensor& grad, const Tensor& grad_log, const Tensor& x,
+                                     const Tensor& z, const Tensor& dz, const py::list& values, const py::list& grads,
+                                     int threads) {
+  const Chain chain(given);
+  const std::vector<Tensor> seen = tensors(values), left = tensors(grads);
+  py::gil_scoped_release release;
+  in_use->autoregressive_inverse_backward(chain.networks[0], grad, grad_log, x, z, dz, seen.empty() ? nullptr : seen.data(),
+                                          left.empty() ? nullptr : left.data(), threads);
 }
 
 }  // namespace flowkern
@@ -346,4 +367,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("plu_weight_forward", plu_weight_forward);
   m.def("plu_weight_backward", plu_weight_backward);
   m.def("autoregressive_inverse_forward", autoregressive_inverse_forward);
+  m.def("autoregressive_inverse_backward", autoregressive_inverse_backward);
 }

@@ -2,135 +2,11 @@
 // The formulas stand at the top of flowkern/ops/_affine_coupling.py.
 
 #include "coupling.h"
+#include "scale_maps.h"
 
 namespace flowkern {
 namespace FLOWKERN_ISA {
 namespace {
-
-// Each map gives, for a raw output u: scale (or its reciprocal) with log s, and scale with the slope of log s.
-
-template <class A>
-struct Exp {
-  Exp(double, double) {}
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale(A u, A& log_s) const {
-    log_s = u;
-    return exp_(Reciprocal ? -u : u);
-  }
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
-    slope = A(1);
-    return exp_(Reciprocal ? -u : u);
-  }
-};
-
-// sigmoid(v) = numerator / (1 + e) with e = exp(-|v|): nothing overflows, nothing cancels.
-template <class A>
-struct Sigmoid {
-  A bias;
-  Sigmoid(double a, double) : bias(A(a)) {}
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale(A u, A& log_s) const {
-    const A v = u + bias, e = exp_(-abs_(v)), numerator = v >= A(0) ? A(1) : e;
-    log_s = (v < A(0) ? v : A(0)) - log1p_unit(e);
-    return Reciprocal ? (A(1) + e) / numerator : numerator / (A(1) + e);
-  }
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
-    const A v = u + bias, e = exp_(-abs_(v)), inverse = A(1) / (A(1) + e);
-    const A numerator = v >= A(0) ? A(1) : e;
-    slope = (v >= A(0) ? e : A(1)) * inverse;
-    return Reciprocal ? (A(1) + e) / numerator : numerator * inverse;
-  }
-};
-
-template <class A>
-struct SigmoidPlus {
-  A bias, eps;
-  SigmoidPlus(double a, double b) : bias(A(a)), eps(A(b)) {}
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale(A u, A& log_s) const {
-    const A v = u + bias, e = exp_(-abs_(v)), s = (v >= A(0) ? A(1) : e) / (A(1) + e) + eps;
-    log_s = log_(s);
-    return Reciprocal ? A(1) / s : s;
-  }
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
-    const A v = u + bias, e = exp_(-abs_(v)), inverse = A(1) / (A(1) + e);
-    const A s = (v >= A(0) ? A(1) : e) * inverse + eps;
-    slope = e * inverse * inverse / s;
-    return Reciprocal ? A(1) / s : s;
-  }
-};
-
-template <class A>
-struct Softplus {
-  A eps;
-  Softplus(double a, double) : eps(A(a)) {}
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale(A u, A& log_s) const {
-    const A s = (u > A(0) ? u : A(0)) + log1p_unit(exp_(-abs_(u))) + eps;
-    log_s = log_(s);
-    return Reciprocal ? A(1) / s : s;
-  }
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
-    const A e = exp_(-abs_(u)), s = (u > A(0) ? u : A(0)) + log1p_unit(e) + eps;
-    slope = (u >= A(0) ? A(1) : e) / ((A(1) + e) * s);
-    return Reciprocal ? A(1) / s : s;
-  }
-};
-
-template <class A>
-struct Tanh {
-  A clamp, inverse_clamp;
-  Tanh(double a, double) : clamp(A(a)), inverse_clamp(A(1 / a)) {}
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale(A u, A& log_s) const {
-    log_s = clamp * tanh_(u * inverse_clamp);
-    return exp_(Reciprocal ? -log_s : log_s);
-  }
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
-    const A t = tanh_(u * inverse_clamp);
-    slope = A(1) - t * t;
-    return exp_(Reciprocal ? -clamp * t : clamp * t);
-  }
-};
-
-template <class A>
-struct Atan {
-  A clamp;
-  Atan(double a, double) : clamp(A(0.636 * a)) {}
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale(A u, A& log_s) const {
-    log_s = clamp * atan_(u);
-    return exp_(Reciprocal ? -log_s : log_s);
-  }
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
-    const A log_s = clamp * atan_(u);
-    slope = clamp / (A(1) + u * u);
-    return exp_(Reciprocal ? -log_s : log_s);
-  }
-};
-
-template <class A>
-struct SoftClip {
-  A inverse_bound;
-  SoftClip(double a, double) : inverse_bound(A(1 / a)) {}
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale(A u, A& log_s) const {
-    log_s = u / (A(1) + abs_(u * inverse_bound));
-    return exp_(Reciprocal ? -log_s : log_s);
-  }
-  template <bool Reciprocal>
-  FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
-    const A inverse = A(1) / (A(1) + abs_(u * inverse_bound));
-    slope = inverse * inverse;
-    return exp_(Reciprocal ? -u * inverse : u * inverse);
-  }
-};
 
 // The loops take their map as an address, so that what surrounds them is compiled once.
 template <class A, bool Inverse, bool ShiftFirst, class Map>
@@ -189,19 +65,6 @@ Differentiate<A> differentiate_of(const Affine& c, const Map&) {
   return c.shift_first ? differentiate<A, false, true, Map> : differentiate<A, false, false, Map>;
 }
 
-// Calls f with the scale map: it and the two flags of the loops above are constants there, the layout is strides alone.
-template <class A, class F>
-void with_map(const Affine& c, F&& f) {
-  switch (c.scale) {
-    case 0: return f(Exp<A>(c.a, c.b));
-    case 1: return c.b == 0 ? f(Sigmoid<A>(c.a, c.b)) : f(SigmoidPlus<A>(c.a, c.b));
-    case 2: return f(Softplus<A>(c.a, c.b));
-    case 3: return f(Tanh<A>(c.a, c.b));
-    case 4: return f(Atan<A>(c.a, c.b));
-    default: return f(SoftClip<A>(c.a, c.b));
-  }
-}
-
 struct Halves {
   Operand raw, shift;
 };
@@ -242,7 +105,7 @@ void forward(const Affine& c, const Tensor& x, const Tensor& params, const Tenso
       partial[task] = total;
     });
   };
-  with_map<A>(c, [&](const auto& map) { sweep(transform_of<A>(c, map), &map); });
+  with_map<A>(c.scale, c.a, c.b, [&](const auto& map) { sweep(transform_of<A>(c, map), &map); });
   for (int64_t b = 0; b < c.batch; ++b) {
     double total = 0;
     for (int64_t s = 0; s < segments; ++s) total += partial[b * segments + s];
@@ -281,7 +144,7 @@ void backward(const Affine& c, const Tensor& grad, const Tensor& grad_logabsdet,
       }
     });
   };
-  with_map<A>(c, [&](const auto& map) { sweep(differentiate_of<A>(c, map), &map); });
+  with_map<A>(c.scale, c.a, c.b, [&](const auto& map) { sweep(differentiate_of<A>(c, map), &map); });
 }
 
 }  // namespace

@@ -3,355 +3,163 @@
 //
 // Samples lie innermost, in tiles of one or two vectors, and never meet: a thread takes some tiles through the whole chain.
 // The steps go in panels. For each, the rows of the weights are copied in the order of use, short of what the masks hide;
-// what was known before the panel comes in by products that fill the registers, the rest step by step.
+// what was known before the panel comes in by products that fill the registers, the rest step by step. The backward goes
+// through the panels in reverse and solves for the gradient of z in the same way, the transposed weights in the same copies.
+//
+// For few samples vectors run along the rows of the weights instead, which are read where they lie.
 
-#include "../autoregressive.h"
-#include "matrix.h"
+#include "activations.h"
+#include "autoregressive.h"
+#include "scale_maps.h"
 
 namespace flowkern {
 namespace FLOWKERN_ISA {
 namespace {
 
-// --- the plan ---
+constexpr int64_t few = 4;  // samples
 
-// Units of a layer, sorted by degree: the unit at each place, how many of the layer before it sees, and the places where
-// steps end.
-struct Layer {
-  const int32_t *order = nullptr, *prefix = nullptr, *ends = nullptr;
-  int64_t width = 0, count = 0;
-};
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-struct Plan {
-  static constexpr int header = 11;
-  int64_t linears, depth, panels;
-  int activation, scale;
-  bool residual, gated;
-  int64_t raw_first, raw_step, shift_first, shift_step;  // rows of the output layer
-  const int32_t *source, *panel;
-  Buffer<Layer> layers;  // the features, the hidden layers, and the features as outputs
+// --- the affine maps ---
 
-  explicit Plan(const int32_t* table)
-      : linears(table[0]),
-        depth(table[1]),
-        panels(table[2]),
-        activation(table[3]),
-        scale(table[4]),
-        residual(table[5] != 0),
-        gated(table[6] != 0),
-        raw_first(table[7]),
-        raw_step(table[8]),
-        shift_first(table[9]),
-        shift_step(table[10]),
-        layers(linears + 1) {
-    const int32_t *widths = table + header, *at = widths + linears + 1;
-    for (int64_t i = 0; i <= linears; ++i) {
-      Layer& layer = layers[i];
-      layer.width = widths[i];
-      layer.order = at;
-      layer.prefix = at + layer.width;
-      layer.ends = layer.prefix + layer.width;
-      layer.count = layer.ends[depth];
-      at = layer.ends + depth + 1;
-    }
-    source = at;
-    panel = source + layers[0].width;
-  }
-
-  const int32_t* panel_at(int64_t i) const { return panel + i * (2 + linears); }  // begin, end, and the known units
-
-  // Rows of a linear layer that a place has: the outputs are pairs.
-  int64_t rows(int64_t layer) const { return layer == linears ? 2 : 1; }
-  bool activated(int64_t layer) const { return !(residual && layer == linears - 1); }
-  bool added(int64_t layer) const { return residual && layer >= 3 && layer % 2 == 1; }
-};
-
-// --- elementary functions ---
-
-FLOWKERN_INLINE double erf_(double x) { return std::erf(x); }
-
-// A polynomial near 0, and 1 - exp(polynomial) beyond.
-FLOWKERN_INLINE float erf_(float x) {
-  const float z = x * x;
-  const float t = abs_(x) > 4.f ? 4.f : abs_(x);
-  float p = 7.889117841841653e-05f;
-  p = p * z + -0.0008020840468816459f;
-  p = p * z + 0.005189535208046436f;
-  p = p * z + -0.026854444295167923f;
-  p = p * z + 0.11283600330352783f;
-  p = p * z + -0.3761262595653534f;
-  p = p * z + 0.12837916612625122f;
-  float q = 7.84523138008808e-07f;
-  q = q * t + -1.2452926057449076e-05f;
-  q = q * t + 6.434338865801692e-05f;
-  q = q * t + 0.00010174796625506133f;
-  q = q * t + -0.003360225586220622f;
-  q = q * t + 0.02383640967309475f;
-  q = q * t + -0.10696136206388474f;
-  q = q * t + -0.6341962218284607f;
-  q = q * t + -1.1292037963867188f;
-  q = q * t + 0.00012528180377557874f;
-  return abs_(x) < 1.f ? p * x + x : x != x ? x : copysign_(1.f - exp_(q), x);
-}
-
+// y = (z - t) / s, or (z - (1 - s) t) / s; log s is added to `logs`.
 template <class A>
-FLOWKERN_INLINE A relu(A x) {
-  return x < A(0) ? A(0) : x;  // NaN passes
-}
-
-template <class A, class F>
-FLOWKERN_INLINE void map_run(const A* from, A* to, int64_t n, F&& f) {
+void solve(const Plan& plan, double a, double b, const A* u, const A* t, const A* z, A* y, double* logs, int64_t n) {
+  const bool gated = plan.gated;
+  with_map<A>(plan.scale, a, b, [&](const auto& given) {
+    const auto map = given;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = f(from[i]);
+    for (int64_t i = 0; i < n; ++i) {
+      A log_s;
+      const A s = map.template scale<false>(u[i], log_s);
+      y[i] = (z[i] - (gated ? (A(1) - s) * t[i] : t[i])) / s;
+      logs[i] += double(log_s);
+    }
+  });
 }
 
-// The positions in ACTIVATIONS of flowkern/ops/_autoregressive_network.py.
+// The reverse, in place: v = -sum / s for the sum of all that enters, y becomes z, and u and t become their gradients, those
+// by z = s y + t (gated: s y + (1 - s) t) along v, and by log s along `grad_log`.
 template <class A>
-void activate(int activation, const A* from, A* to, int64_t n) {
-  switch (activation) {
-    case 0: return map_run(from, to, n, [](A x) { return relu(x); });
-    case 1: return map_run(from, to, n, [](A x) { return x < A(0) ? A(0.01) * x : x; });
-    case 2: return map_run(from, to, n, [](A x) { return x > A(0) ? x : exp_(x) - A(1); });
-    case 3: return map_run(from, to, n, [](A x) { return A(0.5) * x * (A(1) + erf_(x * A(0.70710678118654752440))); });
-    case 4: return map_run(from, to, n, [](A x) { return x / (A(1) + exp_(-x)); });
-    case 5: return map_run(from, to, n, [](A x) { return tanh_(x); });
-    default: return map_run(from, to, n, [](A x) { return A(1) / (A(1) + exp_(-x)); });
-  }
-}
-
-// y = (z - t) / s, or (z - (1 - s) t) / s; log s is added to `logs`. `scale_of(u, log_s)` gives s.
-template <class A, class F>
-FLOWKERN_INLINE void solve_run(const A* u, const A* t, const A* z, bool gated, A* y, double* logs, int64_t n, F&& scale_of) {
+void pull_affine(const Plan& plan, double a, double b, A* u, A* t, A* y, A* sum, const A* grad_log, int64_t n) {
+  const bool gated = plan.gated;
+  with_map<A>(plan.scale, a, b, [&](const auto& given) {
+    const auto map = given;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    A log_s;
-    const A s = scale_of(u[i], log_s);
-    y[i] = (z[i] - (gated ? (A(1) - s) * t[i] : t[i])) / s;
-    logs[i] += double(log_s);
-  }
-}
-
-template <class A>
-void solve(int scale, double a, double b, const A* u, const A* t, const A* z, bool gated, A* y, double* logs, int64_t n) {
-  const A c = A(a), eps = A(b);
-  const auto run = [&](auto&& scale_of) { solve_run(u, t, z, gated, y, logs, n, scale_of); };
-  switch (scale) {
-    case 0: return run([](A v, A& log_s) { return exp_(log_s = v); });
-    case 1:
-      if (eps == A(0))
-        return run([c](A v, A& log_s) {
-          const A w = v + c, e = exp_(-abs_(w));
-          log_s = (w > A(0) ? A(0) : w) - log1p_unit(e);
-          return (w >= A(0) ? A(1) : e) / (A(1) + e);
-        });
-      return run([c, eps](A v, A& log_s) {
-        const A w = v + c, e = exp_(-abs_(w)), s = (w >= A(0) ? A(1) : e) / (A(1) + e) + eps;
-        log_s = log_(s);
-        return s;
-      });
-    case 2:
-      return run([c](A v, A& log_s) {
-        const A s = relu(v) + log1p_unit(exp_(-abs_(v))) + c;
-        log_s = log_(s);
-        return s;
-      });
-    case 3: return run([c](A v, A& log_s) { return exp_(log_s = c * tanh_(v / c)); });
-    case 4: return run([c](A v, A& log_s) { return exp_(log_s = A(0.636) * c * atan_(v)); });
-    default: return run([c](A v, A& log_s) { return exp_(log_s = v / (A(1) + abs_(v / c))); });
-  }
-}
-
-// --- the weights in the order of use ---
-
-// n elements of a tensor from `offset` on, `stride` apart or where `index` says.
-template <class A>
-void read(const Tensor& t, int64_t offset, int64_t stride, const int32_t* index, int64_t n, A* to) {
-  Operand o;
-  o.data = t.data;
-  o.dtype = t.dtype;
-  load_rows(o, offset, stride, index, n, 0, 1, to);
-}
-
-template <class A>
-void write(const Tensor& t, int64_t offset, int64_t stride, int64_t n, const A* from) {
-  Operand o;
-  o.data = t.data;
-  o.dtype = t.dtype;
-  store_rows(o, offset, stride, nullptr, n, 0, 1, from);
-}
-
-bool identity(const int32_t* order, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    if (order[i] != i) return false;
-  return true;
-}
-
-// An odd number of cache lines, so that rows do not share places in the cache.
-template <class A>
-int64_t packed_row(int64_t columns) {
-  constexpr int64_t line = 64 / int64_t(sizeof(A));
-  return ((columns + line - 1) / line | 1) * line;
-}
-
-template <class A>
-struct Network {
-  Plan plan;
-  const Autoregressive& given;
-  Buffer<A> biases;       // of all linear layers, sorted
-  Buffer<A*> bias;        // where those of each begin
-  Buffer<bool> in_order;  // whether the columns of each linear layer are sorted as they are
-  int64_t largest = 0;    // packed panel
-
-  explicit Network(const Autoregressive& g)
-      : plan(g.table), given(g), biases(rows_of(plan)), bias(plan.linears), in_order(plan.linears) {
-    A* to = biases;
-    for (int64_t i = 1; i <= plan.linears; ++i) {
-      const Layer &layer = plan.layers[i], &before = plan.layers[i - 1];
-      in_order[i - 1] = identity(before.order, before.count);
-      bias[i - 1] = to;
-      const Tensor& from = g.tensors[2 * (i - 1) + 1];
-      each_row(i, 0, layer.count, [&](int64_t row) { read(from, row * from.stride[0], 0, nullptr, 1, to++); });
+    for (int64_t i = 0; i < n; ++i) {
+      A slope;
+      const A s = map.template scale_and_slope<false>(u[i], slope), v = -sum[i] / s;
+      const A moved = gated ? y[i] - t[i] : y[i], by_shift = gated ? A(1) - s : A(1);
+      y[i] = s * y[i] + by_shift * t[i];
+      u[i] = slope * (s * moved * v + grad_log[i]);
+      t[i] = by_shift * v;
+      sum[i] = v;
     }
-    for (int64_t p = 0; p < plan.panels; ++p) {
-      int64_t size = 0;
-      for (int64_t i = 1; i <= plan.linears; ++i) size += rows(p, i) * row_size(p, i);
-      largest = size > largest ? size : largest;
-    }
-  }
+  });
+}
 
-  static int64_t rows_of(const Plan& plan) {
-    int64_t total = 0;
-    for (int64_t i = 1; i <= plan.linears; ++i) total += plan.rows(i) * plan.layers[i].count;
-    return total;
-  }
+// --- one tile ---
 
-  // Calls f with the number of each row of a linear layer that belongs to places [begin, end).
-  template <class F>
-  void each_row(int64_t i, int64_t begin, int64_t end, F&& f) const {
-    const int32_t* order = plan.layers[i].order;
-    for (int64_t place = begin; place < end; ++place) {
-      if (i < plan.linears) {
-        f(int64_t(order[place]));
-      } else {
-        f(plan.raw_first + order[place] * plan.raw_step);
-        f(plan.shift_first + order[place] * plan.shift_step);
-      }
-    }
-  }
-
-  int64_t begin(int64_t panel, int64_t i) const { return plan.layers[i].ends[plan.panel_at(panel)[0]]; }
-  int64_t end(int64_t panel, int64_t i) const { return plan.layers[i].ends[plan.panel_at(panel)[1]]; }
-  int64_t rows(int64_t panel, int64_t i) const { return plan.rows(i) * (end(panel, i) - begin(panel, i)); }
-  int64_t row_size(int64_t panel, int64_t i) const {
-    return rows(panel, i) == 0 ? 0 : packed_row<A>(plan.layers[i].prefix[end(panel, i) - 1]);
-  }
-
-  // The rows of a panel, layer after layer, each as far as it sees the layer before.
-  void pack(int64_t panel, A* to) const {
-    for (int64_t i = 1; i <= plan.linears; ++i) {
-      const Tensor& weight = given.tensors[2 * (i - 1)];
-      const int32_t* index = in_order[i - 1] ? nullptr : plan.layers[i - 1].order;
-      const int64_t size = row_size(panel, i);
-      int64_t count = 0;
-      each_row(i, begin(panel, i), end(panel, i), [&](int64_t row) {
-        const int64_t place = begin(panel, i) + count++ / plan.rows(i);
-        read(weight, row * weight.stride[0], weight.stride[1], index, plan.layers[i].prefix[place], to);
-        to += size;
-      });
-    }
-  }
-};
-
-// --- the sweep ---
-
-// What a tile of samples knows: of each layer the values, and for layers to which others are added those before the activation.
+// What a tile of samples knows of each layer: the values, and those before the activation. They are kept apart where the latter
+// are used again: in residual networks, and if `whole`, for the backward. That keeps all outputs, too, not those of a panel
+// alone, and has places for what enters the features.
 template <class A>
 struct State {
   const Network<A>& network;
   const int64_t width;  // samples of a tile, whole vectors
   A* memory;
+  const bool whole;
 
-  static int64_t units(const Plan& plan) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < plan.linears; ++i) total += plan.layers[i].count * (plan.residual ? 2 : 1);
-    int64_t outputs = 0;
+  static int64_t units(const Plan& plan, bool whole) {
+    int64_t hidden = 0, outputs = 0;
+    for (int64_t i = 1; i < plan.linears; ++i) hidden += plan.layers[i].count;
     for (int64_t p = 0; p < plan.panels; ++p) {
       const int32_t *panel = plan.panel_at(p), *ends = plan.layers[plan.linears].ends;
       const int64_t rows = 2 * (ends[panel[1]] - ends[panel[0]]);
-      outputs = rows > outputs ? rows : outputs;
+      outputs = whole ? outputs + rows : rows > outputs ? rows : outputs;
     }
-    return total + outputs;
+    return plan.layers[0].count * (whole ? 2 : 1) + hidden * (whole || plan.residual ? 2 : 1) + outputs;
   }
 
   A* values(int64_t layer) const {
     A* at = memory;
-    for (int64_t i = 0; i < layer; ++i) at += network.plan.layers[i].count * width * (network.plan.residual ? 2 : 1);
+    for (int64_t i = 0; i < layer; ++i) at += network.plan.layers[i].count * width * (apart(i) ? 2 : 1);
     return at;
   }
-  A* before(int64_t layer) const {
+  A* before(int64_t layer) const { return values(layer) + (apart(layer) ? network.plan.layers[layer].count * width : 0); }
+  bool apart(int64_t layer) const {
     const Plan& plan = network.plan;
-    const bool separate = plan.residual && layer > 0 && layer < plan.linears && plan.activated(layer);
-    return values(layer) + (separate ? plan.layers[layer].count * width : 0);
+    return layer > 0 && layer < plan.linears && (whole || (plan.residual && plan.activated(layer)));
+  }
+
+  // The outputs of a panel.
+  A* outputs(int64_t panel) const {
+    const int64_t begin = whole ? 2 * network.begin(panel, network.plan.linears) : 0;
+    return before(network.plan.linears) + begin * width;
+  }
+
+  // Where the rows of a linear layer in a panel write to.
+  A* rows(int64_t panel, int64_t i) const {
+    return i == network.plan.linears ? outputs(panel) : before(i) + network.begin(panel, i) * width;
   }
 
   // One panel: `packed` are its weights, z and logs those of the tile, and `samples` the first and the number of its samples.
   void sweep(int64_t panel, const A* packed, const A* z, double* logs, int64_t first, int64_t samples) const {
     const Plan& plan = network.plan;
     const int32_t* numbers = plan.panel_at(panel);
-    const A* weights = packed;
-    for (int64_t i = 1; i <= plan.linears; ++i) {
-      const int64_t begin = network.begin(panel, i), rows = network.rows(panel, i);
-      Product<A> p;
-      p.a = weights;
-      p.a_row = network.row_size(panel, i);
-      p.b = values(i - 1);
-      p.b_step = width;
-      p.count = numbers[1 + i];
-      p.out = i == plan.linears ? before(i) : before(i) + begin * width;
-      p.out_row = width;
-      p.plus = Plus::rows;
-      p.start = network.bias[i - 1] + plan.rows(i) * begin;
-      multiply(p, 0, rows, width);
-      if (i == 1 && network.given.context.data) add_context(panel, p.out, first, samples);
-      weights += rows * p.a_row;
-    }
+    each_layer(panel, packed, [&](int64_t i, const A* weights) { begin(panel, i, weights, first, samples); });
     for (int64_t step = numbers[0]; step < numbers[1]; ++step) {
-      weights = packed;
-      for (int64_t i = 1; i <= plan.linears; ++i) {
-        finish(panel, step, i, weights);
-        weights += network.rows(panel, i) * network.row_size(panel, i);
-      }
+      each_layer(panel, packed, [&](int64_t i, const A* weights) {
+        finish(panel, i, weights, plan.layers[i].ends[step], plan.layers[i].ends[step + 1]);
+      });
       const Layer& features = plan.layers[0];
       const int64_t start = network.begin(panel, plan.linears);
       for (int64_t f = features.ends[step]; f < features.ends[step + 1]; ++f) {
-        const A* u = before(plan.linears) + 2 * (f - start) * width;
-        solve(plan.scale, network.given.a, network.given.b, u, u + width, z + features.order[f] * width, plan.gated,
-              values(0) + f * width, logs, width);
+        const A* u = outputs(panel) + 2 * (f - start) * width;
+        solve(plan, network.given.a, network.given.b, u, u + width, z + features.order[f] * width, values(0) + f * width, logs,
+              width);
       }
     }
   }
 
-  // The rows of one step in one layer: what they see of this panel, and the activation.
-  void finish(int64_t panel, int64_t step, int64_t i, const A* weights) const {
-    const Plan& plan = network.plan;
-    const Layer& layer = plan.layers[i];
-    const int64_t start = network.begin(panel, i), known = plan.panel_at(panel)[1 + i], twice = plan.rows(i);
-    A* out = i == plan.linears ? before(i) - twice * start * width : before(i);
-    const int64_t begin = layer.ends[step], end = layer.ends[step + 1];
-    Product<A> p;
-    p.a_row = network.row_size(panel, i);
-    p.b = values(i - 1) + known * width;
-    p.b_step = width;
-    p.out_row = width;
-    p.plus = Plus::out;
-    for (int64_t place = begin, next; place < end; place = next) {
-      for (next = place + 1; next < end && layer.prefix[next] == layer.prefix[place]; ++next) {
-      }
-      p.count = layer.prefix[place] - known;
-      if (p.count <= 0) continue;
-      p.a = weights + twice * (place - start) * p.a_row + known;
-      p.out = out + twice * place * width;
-      multiply(p, 0, twice * (next - place), width);
+  // One panel where the features are known.
+  void pass(int64_t panel, const A* packed, int64_t first, int64_t samples) const {
+    each_layer(panel, packed, [&](int64_t i, const A* weights) {
+      begin(panel, i, weights, first, samples);
+      finish(panel, i, weights, network.begin(panel, i), network.end(panel, i));
+    });
+  }
+
+  // Calls f with each linear layer and its packed weights.
+  template <class F>
+  void each_layer(int64_t panel, const A* packed, F&& f) const {
+    for (int64_t i = 1; i <= network.plan.linears; ++i) {
+      f(i, packed);
+      packed += network.rows(panel, i) * network.row_size(panel, i);
     }
+  }
+
+  // The rows of a layer, as far as all of them see what was known before the panel.
+  void begin(int64_t panel, int64_t i, const A* weights, int64_t first, int64_t samples) const {
+    Product<A> p;
+    p.a = weights;
+    p.a_row = network.row_size(panel, i);
+    p.b = values(i - 1);
+    p.b_step = width;
+    p.count = network.plan.panel_at(panel)[1 + i];
+    p.out = rows(panel, i);
+    p.out_row = width;
+    p.plus = Plus::rows;
+    p.start = network.bias[i - 1] + network.plan.rows(i) * network.begin(panel, i);
+    multiply(p, 0, network.rows(panel, i), width);
+    if (i == 1 && network.given.context.data) add_context(panel, p.out, first, samples);
+  }
+
+  // Places [begin, end) of a layer: what they see of this panel, and the activation.
+  void finish(int64_t panel, int64_t i, const A* weights, int64_t begin, int64_t end) const {
+    const Plan& plan = network.plan;
+    const int64_t together = max_rows / plan.rows(i);
+    for (int64_t place = begin; place < end; place += together) staircase(panel, i, weights, place, least(end, place + together));
     if (i == plan.linears || begin == end) return;
     A *pre = before(i) + begin * width, *to = values(i) + begin * width;
     const int64_t n = (end - begin) * width;
@@ -360,7 +168,32 @@ struct State {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) pre[j] += more[j];
     }
-    if (plan.activated(i)) activate(plan.activation, pre, to, n);
+    if (plan.activated(i)) {
+      activate(plan.activation, pre, to, n);
+    } else if (pre != to) {
+      std::memcpy(to, pre, size_t(n) * sizeof(A));
+    }
+  }
+
+  // Rows that see further go on where the others end.
+  void staircase(int64_t panel, int64_t i, const A* weights, int64_t begin, int64_t end) const {
+    const int32_t* prefix = network.plan.layers[i].prefix;
+    const int64_t start = network.begin(panel, i), twice = network.plan.rows(i);
+    int64_t done = network.plan.panel_at(panel)[1 + i];
+    Product<A> p;
+    p.a_row = network.row_size(panel, i);
+    p.b_step = width;
+    p.out_row = width;
+    p.plus = Plus::out;
+    for (; begin < end; ++begin) {
+      if (prefix[begin] <= done) continue;
+      p.count = prefix[begin] - done;
+      p.a = weights + twice * (begin - start) * p.a_row + done;
+      p.b = values(i - 1) + done * width;
+      p.out = rows(panel, i) + twice * (begin - start) * width;
+      multiply(p, 0, twice * (end - begin), width);
+      done = prefix[begin];
+    }
   }
 
   void add_context(int64_t panel, A* out, int64_t first, int64_t samples) const {
@@ -372,57 +205,156 @@ struct State {
       out += width;
     });
   }
+
+  // --- in reverse ---
+
+  // What enters the units of a layer. That of hidden ones takes the places of the values, which are not used any more, and
+  // becomes the gradient before the activation; that of the outputs, the places of the outputs.
+  A* entering(int64_t layer) const {
+    if (layer == network.plan.linears) return before(layer);
+    return layer == 0 ? before(network.plan.linears) + 2 * network.plan.layers[0].count * width : values(layer);
+  }
+
+  // One panel: all that comes from later ones has been added to what enters.
+  void pull(int64_t panel, const A* packed, const A* grad_log) const {
+    const Plan& plan = network.plan;
+    const int32_t* numbers = plan.panel_at(panel);
+    for (int64_t step = numbers[1] - 1; step >= numbers[0]; --step) {
+      pull_step(panel, step, 0, packed, grad_log);
+      for (int64_t i = plan.linears - 1; i > 0; --i) pull_step(panel, step, i, packed, grad_log);
+    }
+    each_layer(panel, packed, [&](int64_t i, const A* weights) {
+      transposed(panel, i, weights, network.begin(panel, i), 0, plan.layers[i - 1].ends[numbers[0]]);
+    });
+  }
+
+  // The units of a layer in one step: what enters them from this panel, and what leaves.
+  void pull_step(int64_t panel, int64_t step, int64_t layer, const A* packed, const A* grad_log) const {
+    const Plan& plan = network.plan;
+    const int64_t begin = plan.layers[layer].ends[step], end = plan.layers[layer].ends[step + 1];
+    if (begin == end) return;
+    each_layer(panel, packed, [&](int64_t i, const A* weights) {
+      if (i == layer + 1) transposed(panel, i, weights, plan.layers[i].ends[step + (layer == 0)], begin, end);
+    });
+    if (layer == 0) {
+      for (int64_t f = begin; f < end; ++f) {
+        A* u = before(plan.linears) + 2 * f * width;
+        pull_affine(plan, network.given.a, network.given.b, u, u + width, values(0) + f * width, entering(0) + f * width, grad_log,
+                    width);
+      }
+      return;
+    }
+    A* grad = entering(layer) + begin * width;
+    const int64_t n = (end - begin) * width;
+    if (plan.activated(layer)) times_slope(plan.activation, before(layer) + begin * width, grad, n);
+    if (layer + 2 < plan.linears && plan.added(layer + 2)) {
+      const A* more = entering(layer + 2) + begin * width;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) grad[j] += more[j];
+    }
+  }
+
+  // What leaves a panel's rows of linear layer i, from place `row` on, enters columns [begin, end).
+  void transposed(int64_t panel, int64_t i, const A* weights, int64_t row, int64_t begin, int64_t end) const {
+    const int64_t twice = network.plan.rows(i);
+    end = least(end, network.seen(panel, i));
+    Product<A> p;
+    p.a_row = 1;
+    p.a_step = network.row_size(panel, i);
+    p.a = weights + twice * (row - network.begin(panel, i)) * p.a_step + begin;
+    p.b = entering(i) + twice * row * width;
+    p.b_step = width;
+    p.count = twice * (network.end(panel, i) - row);
+    p.out = entering(i - 1) + begin * width;
+    p.out_row = width;
+    p.plus = Plus::out;
+    if (begin < end && p.count > 0) multiply(p, 0, end - begin, width);
+  }
 };
 
+// --- tiles and tensors ---
+
 // Features of samples [first, first + n), sample by sample in the tensor, [feature][width] in the tile; zeros beyond them.
+// `source`: the column of each feature, or null.
 template <class A>
-void read_tile(const Tensor& t, int64_t first, int64_t n, A* to, int64_t width) {
+void read_tile(const Tensor& t, const int32_t* source, int64_t first, int64_t n, A* to, int64_t width) {
   for (int64_t d = 0; d < t.size[1]; ++d, to += width) {
-    read(t, first * t.stride[0] + d * t.stride[1], t.stride[0], nullptr, n, to);
+    const int64_t column = source ? source[d] : d;
+    read(t, first * t.stride[0] + column * t.stride[1], t.stride[0], nullptr, n, to);
     for (int64_t j = n; j < width; ++j) to[j] = A(0);
   }
 }
 
 template <class A>
-void write_tile(const A* from, int64_t width, const Tensor& t, int64_t first, int64_t n) {
-  for (int64_t d = 0; d < t.size[1]; ++d) write(t, first * t.stride[0] + d * t.stride[1], t.stride[0], n, from + d * width);
+void write_row(const A* from, const Tensor& t, int64_t column, int64_t first, int64_t n) {
+  write(t, first * t.stride[0] + column * t.stride[1], t.stride[0], nullptr, n, from);
 }
+
+// `units` rows of a tile, whose columns in the tensor are `order`, sample by sample.
+template <class A>
+void write_turned(const A* from, int64_t width, const Tensor& t, const int32_t* order, int64_t units, int64_t first, int64_t n) {
+  constexpr int64_t together = 64;
+  const Buffer<A> turned(width * together), rest(together * width);
+  for (int64_t begin = 0; begin < units; begin += together) {
+    const int64_t count = least(together, units - begin);
+    const A* rows = from + begin * width;
+    if (count < together) {
+      std::memset(rest + 0, 0, size_t(together * width) * sizeof(A));
+      std::memcpy(rest + 0, rows, size_t(count * width) * sizeof(A));
+      rows = rest;
+    }
+    transpose<A>(rows, width, together, width, turned, together);
+    for (int64_t j = 0; j < n; ++j) write(t, (first + j) * t.stride[0], t.stride[1], order + begin, count, turned + j * together);
+  }
+}
+
+// How the samples are split: tiles of `width`, `together` of them to a task.
+struct Tiles {
+  int64_t batch, width, count, together, work = 0;
+
+  Tiles(const Autoregressive* networks, int64_t networks_count, int64_t samples, int64_t lanes, int threads, int64_t most)
+      : batch(samples) {
+    width = batch < 2 * lanes * threads ? lanes : 2 * lanes;  // rather a tile for every thread
+    count = (batch + width - 1) / width;
+    together = least((count + threads - 1) / threads, most);
+    for (int64_t k = 0; k < networks_count; ++k) {
+      const Plan plan(networks[k].table);
+      for (int64_t i = 1; i <= plan.linears; ++i) work += plan.layers[i].count * plan.layers[i - 1].count / 2;
+    }
+  }
+
+  int64_t samples(int64_t tile) const { return least(width, batch - tile * width); }
+
+  // Calls f with the first and the number of the tiles of each task.
+  template <class F>
+  void each_task(int threads, F&& f) const {
+    parallel_for((count + together - 1) / together, work * batch / 16, threads, [&](int64_t task) {
+      f(task * together, least(together, count - task * together));
+    });
+  }
+};
 
 template <class A>
 void forward(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x, const Tensor& logabsdet,
              int threads) {
-  constexpr int64_t most = 8;  // tiles that share a packed panel: their states stay in the second cache
-  const int64_t batch = z.size[0], features = z.size[1];
-  if (batch == 0) return;
-  const bool narrow_tiles = batch < 2 * lanes<A> * threads;  // rather a tile for every thread
-  const int64_t width = narrow_tiles ? lanes<A> : 2 * lanes<A>, tiles = (batch + width - 1) / width;
-  const int64_t each = (tiles + threads - 1) / threads, together = each < most ? each : most;
-  int64_t work = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const Plan plan(networks[k].table);
-    for (int64_t i = 1; i <= plan.linears; ++i) work += plan.layers[i].count * plan.layers[i - 1].count / 2;
-  }
-  parallel_for((tiles + together - 1) / together, work * batch / 16, threads, [&](int64_t task) {
-    const int64_t first = task * together, last = first + together < tiles ? first + together : tiles, own = last - first;
-    const auto samples = [&](int64_t tile) {
-      const int64_t left = batch - (first + tile) * width;
-      return left < width ? left : width;
-    };
-    const int64_t room = features * width;
+  // The states of 8 tiles, which share a packed panel, stay in the second cache.
+  const Tiles tiles(networks, count, z.size[0], lanes<A>, threads, 8);
+  const int64_t width = tiles.width, features = z.size[1], room = features * width;
+  tiles.each_task(threads, [&](int64_t first, int64_t own) {
     const Buffer<A> states(own * room);
     const Buffer<double> logs(own * width);
     for (int64_t j = 0; j < own * width; ++j) logs[j] = 0;
     for (int64_t tile = 0; tile < own; ++tile)
-      read_tile<A>(z, (first + tile) * width, samples(tile), states + tile * room, width);
+      read_tile<A>(z, nullptr, (first + tile) * width, tiles.samples(first + tile), states + tile * room, width);
     for (int64_t k = count - 1; k >= 0; --k) {
       const Network<A> network(networks[k]);
-      const int64_t units = State<A>::units(network.plan) * width;
+      const int64_t units = State<A>::units(network.plan, false) * width;
       const Buffer<A> packed(network.largest), memory(own * units);
       for (int64_t panel = 0; panel < network.plan.panels; ++panel) {
         network.pack(panel, packed);
         for (int64_t tile = 0; tile < own; ++tile) {
-          const State<A> state{network, width, memory + tile * units};
-          state.sweep(panel, packed, states + tile * room, logs + tile * width, (first + tile) * width, samples(tile));
+          const State<A> state{network, width, memory + tile * units, false};
+          state.sweep(panel, packed, states + tile * room, logs + tile * width, (first + tile) * width, tiles.samples(first + tile));
         }
       }
       for (int64_t tile = 0; tile < own; ++tile) {
@@ -432,10 +364,85 @@ void forward(const Autoregressive* networks, int64_t count, const Tensor& z, con
       }
     }
     for (int64_t tile = 0; tile < own; ++tile) {
-      write_tile<A>(states + tile * room, width, x, (first + tile) * width, samples(tile));
-      A* to = reinterpret_cast<A*>(logabsdet.data) + (first + tile) * width;
-      for (int64_t j = 0; j < samples(tile); ++j) to[j] = A(-logs[tile * width + j]);
+      const int64_t start = (first + tile) * width, samples = tiles.samples(first + tile);
+      for (int64_t d = 0; d < features; ++d) write_row<A>(states + tile * room + d * width, x, d, start, samples);
+      A* to = reinterpret_cast<A*>(logabsdet.data) + start;
+      for (int64_t j = 0; j < samples; ++j) to[j] = A(-logs[tile * width + j]);
     }
+  });
+}
+
+// --- the backward ---
+
+// What one network's backward is given, and what it writes. `values` and `grads`, if not null, are one tensor for each linear
+// layer: what it sees, and the negated gradient of what it gives.
+struct Pull {
+  const Autoregressive& given;
+  const Tensor &grad, &grad_log, &x, &z, &dz;
+  const Tensor *values, *grads;
+};
+
+// A tile before the sweep in reverse.
+template <class A>
+void begin_tile(const State<A>& state, const Pull& pull, int64_t first, int64_t samples) {
+  const Plan& plan = state.network.plan;
+  const int64_t width = state.width;
+  for (int64_t i = 0; pull.values && i < plan.linears; ++i)
+    write_turned<A>(state.values(i), width, pull.values[i], plan.layers[i].order, plan.layers[i].count, first, samples);
+  A* entering = state.entering(0);
+  read_tile<A>(pull.grad, plan.source, first, samples, entering, width);
+  for (int64_t j = 0; j < plan.layers[0].count * width; ++j) entering[j] = -entering[j];
+  for (int64_t i = 1; i < plan.linears; ++i)
+    std::memset(state.entering(i), 0, size_t(plan.layers[i].count * width) * sizeof(A));
+}
+
+// A tile after it.
+template <class A>
+void end_tile(const State<A>& state, const Pull& pull, int64_t first, int64_t samples) {
+  const Plan& plan = state.network.plan;
+  const int64_t width = state.width;
+  for (int64_t f = 0; f < plan.layers[0].count; ++f) {
+    write_row<A>(state.values(0) + f * width, pull.z, plan.layers[0].order[f], first, samples);
+    write_row<A>(state.entering(0) + f * width, pull.dz, plan.layers[0].order[f], first, samples);
+  }
+  for (int64_t i = 1; pull.grads && i <= plan.linears; ++i) {
+    A* row = state.entering(i);
+    state.network.each_row(i, 0, plan.layers[i].count, [&](int64_t unit) {
+      for (int64_t j = 0; j < samples; ++j) row[j] = -row[j];
+      write_row<A>(row, pull.grads[i - 1], unit, first, samples);
+      row += width;
+    });
+  }
+}
+
+template <class A>
+void backward(const Pull& pull, int threads) {
+  const Tiles tiles(&pull.given, 1, pull.x.size[0], lanes<A>, threads, 4);
+  const int64_t width = tiles.width;
+  tiles.each_task(threads, [&](int64_t first, int64_t own) {
+    const Network<A> network(pull.given);
+    const Plan& plan = network.plan;
+    const int64_t units = State<A>::units(plan, true) * width;
+    const Buffer<A> packed(network.largest), memory(own * units), logs(own * width);
+    const auto each_tile = [&](auto&& f) {
+      for (int64_t tile = 0; tile < own; ++tile)
+        f(State<A>{network, width, memory + tile * units, true}, (first + tile) * width, tiles.samples(first + tile), logs + tile * width);
+    };
+    each_tile([&](const State<A>& state, int64_t start, int64_t samples, A* log) {
+      read_tile<A>(pull.x, plan.source, start, samples, state.values(0), width);
+      for (int64_t j = 0; j < width; ++j) log[j] = A(0);
+      if (pull.grad_log.data) read(pull.grad_log, start * pull.grad_log.stride[0], pull.grad_log.stride[0], nullptr, samples, log);
+    });
+    for (int64_t panel = 0; panel < plan.panels; ++panel) {
+      network.pack(panel, packed);
+      each_tile([&](const State<A>& state, int64_t start, int64_t samples, A*) { state.pass(panel, packed, start, samples); });
+    }
+    each_tile([&](const State<A>& state, int64_t start, int64_t samples, A*) { begin_tile(state, pull, start, samples); });
+    for (int64_t panel = plan.panels - 1; panel >= 0; --panel) {
+      network.pack(panel, packed);
+      each_tile([&](const State<A>& state, int64_t, int64_t, const A* log) { state.pull(panel, packed, log); });
+    }
+    each_tile([&](const State<A>& state, int64_t start, int64_t samples, A*) { end_tile(state, pull, start, samples); });
   });
 }
 
@@ -444,7 +451,14 @@ void forward(const Autoregressive* networks, int64_t count, const Tensor& z, con
 void autoregressive_inverse_forward(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x,
                                     const Tensor& logabsdet, int threads) {
   const auto run = logabsdet.dtype == Dtype::float64 ? forward<double> : forward<float>;
-  run(networks, count, z, x, logabsdet, threads);
+  if (z.size[0]) run(networks, count, z, x, logabsdet, threads);
+}
+
+void autoregressive_inverse_backward(const Autoregressive& network, const Tensor& grad, const Tensor& grad_log, const Tensor& x,
+                                     const Tensor& z, const Tensor& dz, const Tensor* values, const Tensor* grads, int threads) {
+  const Pull pull{network, grad, grad_log, x, z, dz, values, grads};
+  const auto run = z.dtype == Dtype::float64 ? backward<double> : backward<float>;
+  if (x.size[0]) run(pull, threads);
 }
 
 }  // namespace FLOWKERN_ISA

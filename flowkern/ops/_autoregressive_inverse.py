@@ -17,16 +17,14 @@ al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), e
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from .. import _backend
 from .._registry import Sample, define
-from . import _autoregressive_cuda
+from . import _autoregressive_cpp, _autoregressive_cuda
 from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, plans
 from ._autoregressive_sweep import Parameters, affine, invert, parameters_of, pull_back
 from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
@@ -223,32 +221,25 @@ def _flat(p: Parameters) -> list[torch.Tensor]:
     return [*p.weights, *p.biases, *([] if p.context is None else [p.context])]
 
 
-@functools.lru_cache(maxsize=256)
-def _table(text: str) -> torch.Tensor:
-    """A plan as the kernels read it: numbers, widths, then order, prefix and ends of each layer, the source, and the panels."""
-    (plan,) = plans(text)
-    network, layers = plan.network, plan.layers
-    rows = [part for rows in network.output_rows for part in (rows.start, rows.step)]
-    kind = [*ACTIVATIONS].index(network.activation), network.scale.code, int(network.residual), int(network.gated)
-    numbers = [network.layers, plan.depth, len(plan.panels), *kind, *rows, *(len(layer.order) for layer in layers)]
-    for layer in layers:
-        numbers += [*layer.order, *layer.prefix, *layer.ends]
-    numbers += plan.source
-    for panel in plan.panels:
-        numbers += [panel.begin, panel.end, *panel.known]
-    return torch.tensor(numbers, dtype=torch.int32)
-
-
 def _cpp_forward(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]) -> Pair:
     x, logabsdet = _outputs(z, tensors, text, contexts)
-    describe, found = _backend._describe, plans(text)
-    chain = []
-    for plan, p in zip(found, parameters_of(tensors, [plan.network for plan in found], contexts), strict=True):
-        scale, pairs = plan.network.scale, zip(p.weights, p.biases, strict=True)
-        given = [describe(t) for pair in pairs for t in pair]
-        chain.append((given, describe(p.context), describe(_table(plan.network.text)), scale.a, scale.b))
-    _backend.call_native("autoregressive_inverse_forward", chain, z, x, logabsdet)
+    _autoregressive_cpp.forward(z, tensors, text, contexts, x, logabsdet)
     return x, logabsdet
+
+
+def _cpp_backward(
+    grad: torch.Tensor,
+    grad_logabsdet: torch.Tensor | None,
+    x: torch.Tensor,
+    tensors: Tensors,
+    text: str,
+    contexts: Sequence[bool],
+    needs_parameters: bool,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    dz, outputs = _gradients(grad, grad_logabsdet, x, tensors, text, contexts, needs_parameters)
+    wanted = outputs if needs_parameters else None
+    _autoregressive_cpp.backward(grad, grad_logabsdet, x, tensors, text, contexts, dz, wanted)
+    return dz, outputs
 
 
 _forward = define(
@@ -263,7 +254,7 @@ _backward = define(
     " bool[] contexts, bool needs_parameters) -> (Tensor, Tensor[])",
     fake=_gradients,
     torch_=_torch_backward,
-    cpp=_torch_backward,
+    cpp=_cpp_backward,
     cuda=_torch_backward,
 )
 

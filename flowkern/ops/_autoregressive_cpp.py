@@ -1,0 +1,124 @@
+"""The CPU launcher of ``autoregressive_inverse``: plans as tables, and the products that give the gradients of weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _backend
+from ._autoregressive_network import ACTIVATIONS, Plan, plans
+from ._autoregressive_sweep import Parameters, parameters_of
+from ._checks import accumulation_dtype
+
+__all__ = ["backward", "forward"]
+
+Tensors = Sequence[torch.Tensor]
+
+
+def forward(
+    z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool], x: torch.Tensor, logabsdet: torch.Tensor
+) -> None:
+    """The op's forward, into x and logabsdet: one call for the whole chain."""
+    found = plans(text)
+    given = parameters_of(tensors, [plan.network for plan in found], contexts)
+    chain = [_described(plan, p) for plan, p in zip(found, given, strict=True)]
+    _backend.call_native("autoregressive_inverse_forward", chain, z, x, logabsdet)
+
+
+def backward(
+    grad: torch.Tensor,
+    grad_logabsdet: torch.Tensor | None,
+    x: torch.Tensor,
+    tensors: Tensors,
+    text: str,
+    contexts: Sequence[bool],
+    dz: torch.Tensor,
+    outputs: Tensors | None,
+) -> None:
+    """The op's backward, into dz and, if given, the gradients of the tensors: a sweep for each network of the chain."""
+    found, dtype = plans(text), accumulation_dtype(x, *tensors)
+    networks = [plan.network for plan in found]
+    given = parameters_of(tensors, networks, contexts)
+    wanted = [None for _ in found] if outputs is None else parameters_of(outputs, networks, contexts)
+    for plan, p, into in zip(found, given, wanted, strict=True):
+        z = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        v = dz if plan is found[-1] and dz.dtype is dtype else torch.empty_like(z)
+        values, grads = ([], []) if into is None else _kept(plan, x.shape[0], z)
+        kept = ([_backend._describe(t) for t in kept] for kept in (values, grads))
+        _backend.call_native("autoregressive_inverse_backward", [_described(plan, p)], grad, grad_logabsdet, x, z, v, *kept)
+        if into is not None:
+            _parameter_gradients(plan, p, values, grads, into)
+        x, grad = z, v
+    if grad is not dz:
+        dz.copy_(grad)
+
+
+def _kept(plan: Plan, batch: int, like: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Room for what each linear layer sees, and for the gradients of what it gives; zeros for units that are not computed.
+
+    The former lie sample by sample, the latter unit by unit: as the products read them.
+    """
+    *seen, _ = plan.network.widths
+    _, *given = plan.network.widths
+    return [like.new_zeros((batch, n)) for n in seen], [like.new_zeros((n, batch)).t() for n in given]
+
+
+def _parameter_gradients(plan: Plan, p: Parameters, values: Tensors, grads: Tensors, into: Parameters) -> None:
+    """Those of the masked linear layers."""
+    for i, mask in enumerate(_masks(plan.network.text)):
+        into_layer = into.weights[i], into.biases[i]
+        given = grads[i], values[i], p.weights[i], p.biases[i]
+        _backend.call_native("masked_linear_backward", *given, mask.reach, None, mask.rows, mask.columns, None, *into_layer)
+    if into.context is not None:
+        into.context.copy_(grads[0])
+
+
+def _described(plan: Plan, p: Parameters) -> tuple[Any, ...]:
+    """A network as the extension takes it."""
+    scale, describe = plan.network.scale, _backend._describe
+    tensors = [describe(t) for pair in zip(p.weights, p.biases, strict=True) for t in pair]
+    return tensors, describe(p.context), describe(_table(plan.network.text)), scale.a, scale.b
+
+
+@functools.lru_cache(maxsize=256)
+def _table(text: str) -> torch.Tensor:
+    """A plan as the kernels read it: numbers, widths, then order, prefix and ends of each layer, the source, and the panels."""
+    (plan,) = plans(text)
+    network, layers = plan.network, plan.layers
+    rows = [part for rows in network.output_rows for part in (rows.start, rows.step)]
+    kind = [*ACTIVATIONS].index(network.activation), network.scale.code, int(network.residual), int(network.gated)
+    numbers = [network.layers, plan.depth, len(plan.panels), *kind, *rows, *(len(layer.order) for layer in layers)]
+    for layer in layers:
+        numbers += [*layer.order, *layer.prefix, *layer.ends]
+    numbers += plan.source
+    for panel in plan.panels:
+        numbers += [panel.begin, panel.end, *panel.known]
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+class _Mask(NamedTuple):
+    """How far the sorted rows of a linear layer see the sorted columns, and their orders; None where they come sorted."""
+
+    reach: torch.Tensor
+    rows: torch.Tensor | None
+    columns: torch.Tensor | None
+
+
+@functools.lru_cache(maxsize=256)
+def _masks(text: str) -> list[_Mask]:
+    (plan,) = plans(text)
+    orders = [layer.order for layer in plan.layers]
+    raw, shift = plan.network.output_rows
+    rows = [*orders[1:-1], [row for i in orders[-1] for row in (raw[i], shift[i])]]
+    reaches = [*(layer.prefix for layer in plan.layers[1:-1]), [n for n in plan.layers[-1].prefix for _ in range(2)]]
+    return [
+        _Mask(torch.tensor(reach, dtype=torch.int32), _unless_sorted(own), _unless_sorted(columns))
+        for reach, own, columns in zip(reaches, rows, orders, strict=False)
+    ]
+
+
+def _unless_sorted(order: list[int]) -> torch.Tensor | None:
+    return None if order == [*range(len(order))] else torch.tensor(order, dtype=torch.int32)
