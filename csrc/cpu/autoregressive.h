@@ -56,6 +56,11 @@ struct Plan {
 
   // Rows of a linear layer that a place has: the outputs are pairs.
   int64_t rows(int64_t layer) const { return layer == linears ? 2 : 1; }
+  int64_t widest() const {
+    int64_t width = 0;
+    for (int64_t i = 0; i < linears; ++i) width = layers[i].width > width ? layers[i].width : width;
+    return width;
+  }
   bool activated(int64_t layer) const { return !(residual && layer == linears - 1); }
   bool added(int64_t layer) const { return residual && layer >= 3 && layer % 2 == 1; }
 };

@@ -372,6 +372,133 @@ void forward(const Autoregressive* networks, int64_t count, const Tensor& z, con
   });
 }
 
+// --- few samples ---
+
+// Sums in lanes, whose halves are added up: short chains of additions, the same for any company.
+template <class A>
+FLOWKERN_INLINE A dot(const A* a, const A* b, int64_t n) {
+  Vector<A> sum[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * lanes<A> <= n; k += 4 * lanes<A>) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[v] += load(a + k + v * lanes<A>) * load(b + k + v * lanes<A>);
+  }
+  for (; k + lanes<A> <= n; k += lanes<A>) sum[0] += load(a + k) * load(b + k);
+  A total[lanes<A>];
+  store<A>((sum[0] + sum[1]) + (sum[2] + sum[3]), total);
+#pragma GCC unroll 4
+  for (int half = lanes<A> / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) total[i] += total[i + half];
+  for (; k < n; ++k) total[0] += a[k] * b[k];
+  return total[0];
+}
+
+// What a few samples know, [layer][sample][unit]; values and those before the activation are apart in residual networks.
+template <class A>
+struct Few {
+  const Network<A>& network;
+  const int64_t samples;
+  A* memory;
+  A* room;  // for a row
+
+  static int64_t units(const Plan& plan) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < plan.linears; ++i) total += plan.layers[i].count * (plan.residual ? 2 : 1);
+    return total + 2 * plan.layers[0].count;
+  }
+
+  A* values(int64_t layer, int64_t sample) const {
+    const Layer* layers = network.plan.layers;
+    A* at = memory + sample * layers[layer].count;
+    for (int64_t i = 0; i < layer; ++i) at += layers[i].count * samples * (network.plan.residual ? 2 : 1);
+    return at;
+  }
+  A* before(int64_t layer, int64_t sample) const {
+    const Plan& plan = network.plan;
+    return values(layer, sample) + (plan.residual && plan.activated(layer) ? plan.layers[layer].count * samples : 0);
+  }
+  A* outputs(int64_t which, int64_t sample) const {  // u, or t
+    return values(network.plan.linears, 0) + (which * samples + sample) * network.plan.layers[0].count;
+  }
+
+  // z and logs are [sample][feature], in the order of use.
+  void sweep(const A* z, double* logs) const {
+    const Plan& plan = network.plan;
+    for (int64_t step = 0; step < plan.depth; ++step) {
+      for (int64_t i = 1; i < plan.linears; ++i) hidden(i, plan.layers[i].ends[step], plan.layers[i].ends[step + 1]);
+      features(plan.layers[0].ends[step], plan.layers[0].ends[step + 1], z, logs);
+    }
+  }
+
+  void hidden(int64_t i, int64_t begin, int64_t end) const {
+    const Plan& plan = network.plan;
+    const Layer& layer = plan.layers[i];
+    for (int64_t place = begin; place < end; ++place) {
+      const A* row = network.row_of(i, layer.order[place], layer.prefix[place], room);
+      for (int64_t j = 0; j < samples; ++j) {
+        A& sum = before(i, j)[place];
+        sum = dot<A>(row, values(i - 1, j), layer.prefix[place]) + network.bias[i - 1][place];
+        if (i == 1) sum += context(j, layer.order[place]);
+        if (plan.added(i)) sum += before(i - 2, j)[place];
+      }
+    }
+    for (int64_t j = 0; plan.activated(i) && j < samples; ++j)
+      activate(plan.activation, before(i, j) + begin, values(i, j) + begin, end - begin);
+  }
+
+  void features(int64_t begin, int64_t end, const A* z, double* logs) const {
+    const Plan& plan = network.plan;
+    const int64_t last = plan.linears, count = plan.layers[0].count;
+    int64_t output = 2 * begin;
+    network.each_row(last, begin, end, [&](int64_t unit) {
+      const int64_t place = output / 2, prefix = plan.layers[last].prefix[place];
+      const A* row = network.row_of(last, unit, prefix, room);
+      for (int64_t j = 0; j < samples; ++j) {
+        A& sum = outputs(output % 2, j)[place];
+        sum = dot<A>(row, values(last - 1, j), prefix) + network.bias[last - 1][output];
+        if (last == 1) sum += context(j, unit);
+      }
+      ++output;
+    });
+    for (int64_t j = 0; j < samples; ++j)
+      solve(plan, network.given.a, network.given.b, outputs(0, j) + begin, outputs(1, j) + begin, z + j * count + begin,
+            values(0, j) + begin, logs + j * count + begin, end - begin);
+  }
+
+  A context(int64_t sample, int64_t unit) const {
+    const Tensor& t = network.given.context;
+    A value = A(0);
+    if (t.data) read(t, sample * t.stride[0] + unit * t.stride[1], 0, nullptr, 1, &value);
+    return value;
+  }
+};
+
+template <class A>
+void forward_few(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x, const Tensor& logabsdet) {
+  const int64_t samples = z.size[0], features = z.size[1];
+  const Buffer<A> state(samples * features), sorted(samples * features);
+  const Buffer<double> logs(samples * features);
+  for (int64_t i = 0; i < samples * features; ++i) logs[i] = 0;
+  for (int64_t j = 0; j < samples; ++j) read(z, j * z.stride[0], z.stride[1], nullptr, features, state + j * features);
+  for (int64_t k = count - 1; k >= 0; --k) {
+    const Network<A> network(networks[k]);
+    const Plan& plan = network.plan;
+    const Buffer<A> memory(Few<A>::units(plan) * samples), room(plan.widest());
+    const Few<A> known{network, samples, memory, room};
+    for (int64_t i = 0; i < samples * features; ++i)
+      sorted[i] = state[i / features * features + plan.layers[0].order[i % features]];
+    known.sweep(sorted, logs);
+    for (int64_t i = 0; i < samples * features; ++i)
+      state[i / features * features + plan.source[i % features]] = known.values(0, 0)[i];
+  }
+  for (int64_t j = 0; j < samples; ++j) {
+    write(x, j * x.stride[0], x.stride[1], nullptr, features, state + j * features);
+    double total = 0;
+    for (int64_t i = 0; i < features; ++i) total += logs[j * features + i];
+    reinterpret_cast<A*>(logabsdet.data)[j] = A(-total);
+  }
+}
+
 // --- the backward ---
 
 // What one network's backward is given, and what it writes. `values` and `grads`, if not null, are one tensor for each linear
@@ -450,8 +577,9 @@ void backward(const Pull& pull, int threads) {
 
 void autoregressive_inverse_forward(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x,
                                     const Tensor& logabsdet, int threads) {
-  const auto run = logabsdet.dtype == Dtype::float64 ? forward<double> : forward<float>;
-  if (z.size[0]) run(networks, count, z, x, logabsdet, threads);
+  const bool wide = logabsdet.dtype == Dtype::float64;
+  if (z.size[0] <= few) return (wide ? forward_few<double> : forward_few<float>)(networks, count, z, x, logabsdet);
+  (wide ? forward<double> : forward<float>)(networks, count, z, x, logabsdet, threads);
 }
 
 void autoregressive_inverse_backward(const Autoregressive& network, const Tensor& grad, const Tensor& grad_log, const Tensor& x,
