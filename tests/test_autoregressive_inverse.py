@@ -270,17 +270,49 @@ def test_same_bits_for_any_number_of_threads_and_any_company(name: str) -> None:
     repeats = -(-1200 // len(tensors[0]))
     z, parameters, contexts = rebuilt(sample, tensors)
     many = [None if c is None else c.repeat(repeats, 1) for c in contexts]
-    before, found = torch.get_num_threads(), []
+    before, found, slopes = torch.get_num_threads(), [], []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             found.append(ops.autoregressive_inverse(z.repeat(repeats, 1), parameters, sample.args[2], contexts=many))
+            inputs = [t.clone().requires_grad_() for t in (z.repeat(repeats, 1), *parameters)]
+            outputs = ops.autoregressive_inverse(inputs[0], inputs[1:], sample.args[2], contexts=many)
+            slopes.append(torch.autograd.grad(outputs, inputs, output_gradients(outputs)))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for first, *others in (found, slopes):
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     for a, b in zip(found[0], call(sample, *tensors), strict=True):  # one tile among many, and alone
         assert torch.equal(a[: len(z)], b)
+
+
+@needs_native
+@pytest.mark.parametrize("sample", parametrized())
+def test_few_samples_and_many_agree(sample: Sample) -> None:
+    """Few samples take a path of their own."""
+    z, parameters, contexts = rebuilt(sample, [t.detach() for t in leaves(sample)])
+
+    def inverse(of: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
+        given = [None if c is None else of(c) for c in contexts]
+        return ops.autoregressive_inverse(of(z), parameters, sample.args[2], contexts=given)
+
+    many = inverse(lambda t: t.repeat(5, 1))
+    for count in (1, 3):
+        few = inverse(lambda t, n=count: t[:n])
+        torch.testing.assert_close(few, tuple(y[: len(few[0])] for y in many), rtol=1e-12, atol=1e-12)
+
+
+@needs_native
+def test_both_directions_run_in_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    native = _backend.call_native
+    monkeypatch.setattr(_backend, "call_native", lambda name, *args: (called.append(name), native(name, *args))[1])
+    sample = named("chain")
+    results(call, sample)
+    assert called.count("autoregressive_inverse_forward") == 1
+    assert called.count("autoregressive_inverse_backward") == len(sample.args[2])
+    assert called.count("masked_linear_backward") == sum(network.layers for network in sample.args[2])
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
