@@ -9,6 +9,7 @@ only once or twice.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import itertools
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 import flowkern
 from flowkern import nn, ops
 
+from . import roundtrip
 from .files import slug, write_atomically
 from .glow import FLOWKERN, Call, Row, as_csv, installed, line
 from .provenance import provenance
@@ -35,6 +37,7 @@ __all__ = ["main"]
 #: (features, hidden widths, batch).
 SIZES = ((784, (1024, 1024), 64), (64, (256, 256), 64), (3072, (512, 512), 64), (3072, (512, 512), 1))
 QUICK = ((24, (32, 32), 8),)
+QUICK_ROUNDTRIP: dict[str, Any] = {"side": 8, "hidden": (32, 32), "steps": 20, "samples": 20}
 #: Features of the picture, where the peers' inverses, of which one at the largest takes a minute, end earlier.
 FEATURES, PEERS_TO = (16, 64, 256, 784, 1536, 3072), 784
 
@@ -113,12 +116,12 @@ def _copy(layer: nn.MaskedAutoregressive, theirs: Sequence[Any]) -> None:
             other.bias.copy_(ours.bias)
 
 
-def on(backend: str, function: Callable[[torch.Tensor], Pair]) -> Callable[[torch.Tensor], Pair]:
+def running(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function on one backend."""
 
-    def run(x: torch.Tensor) -> Pair:
+    def run(*args: torch.Tensor) -> Any:
         with flowkern.backend(backend):
-            return function(x)
+            return function(*args)
 
     return run
 
@@ -196,11 +199,33 @@ def training(function: Callable[[torch.Tensor], Pair], x: torch.Tensor, paramete
     return call
 
 
+def training_rows(s: _Subjects, seconds: float) -> Iterator[dict[str, Any]]:
+    """The inverse and the gradients of z and of the parameters through it, beside those of the density pass."""
+    z = s.ours(s.x)[0].detach()
+    weights, biases = masked(s.ours)
+    own, tensors = [*s.ours.parameters()], [t.requires_grad_() for t in (*weights, *biases)]
+    calls = {
+        "dense": training(dense_pass(s.ours, weights, biases), s.x, tensors),
+        f"{FLOWKERN}-density": training(s.ours.forward, s.x, own),
+    }
+    backends = ("cpp", "torch") if flowkern._backend.native is not None else ("torch",)
+    inverses = {f"{FLOWKERN}-{name}": running(name, training(s.ours.inverse, z, own)) for name in backends}
+    exact = copy.deepcopy(s.ours).double()
+    expected = running("torch", training(exact.inverse, exact(s.x.double())[0].detach(), [*exact.parameters()]))()
+    failures = {name: differing(call(), expected) for name, call in inverses.items()}
+    yield from rows(s.case, "inverse+backward", {**calls, **inverses}, failures, seconds)
+
+
+def differing(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str:
+    """The first of some results that is further from another than rounding."""
+    return next(filter(None, (differs((a, a), (b, b)) for a, b in zip(got, expected, strict=True))), "")
+
+
 @torch.no_grad()
 def inverse_rows(s: _Subjects, seconds: float) -> Iterator[dict[str, Any]]:
     """The inverse, beside the density pass."""
     z = s.ours(s.x)[0]
-    inverses = {f"{FLOWKERN}-{name}": on(name, s.ours.inverse) for name in ("cpp", "torch")}
+    inverses = {f"{FLOWKERN}-{name}": running(name, s.ours.inverse) for name in ("cpp", "torch")}
     if flowkern._backend.native is None:
         del inverses[f"{FLOWKERN}-cpp"]
     failures = {name: differs(inverse(z), (s.x, -dense(s.ours)(s.x)[1])) for name, inverse in inverses.items()}
@@ -215,11 +240,17 @@ def inverse_rows(s: _Subjects, seconds: float) -> Iterator[dict[str, Any]]:
     yield from rows(s.case, "inverse", calls, failures, seconds, slow)
 
 
-def measured(features: int, hidden: tuple[int, ...], batch: int, seconds: float) -> Iterator[dict[str, Any]]:
+#: What is measured of each size.
+PARTS = {"density": density_rows, "inverse": inverse_rows, "training": training_rows}
+
+
+def measured(
+    features: int, hidden: tuple[int, ...], batch: int, parts: Iterable[str], seconds: float
+) -> Iterator[dict[str, Any]]:
     """Rows of one size."""
     compared = subjects(features, hidden, batch)
-    yield from density_rows(compared, seconds)
-    yield from inverse_rows(compared, seconds)
+    for part in parts:
+        yield from PARTS[part](compared, seconds)
 
 
 def over_features(quick: bool) -> Iterator[dict[str, Any]]:
@@ -286,6 +317,9 @@ def rows(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 1 if a result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench autoregressive", description=__doc__)
+    parser.add_argument(
+        "--only", choices=(*PARTS, "roundtrip"), help="one part: roundtrip is the error of both directions of a trained MAF"
+    )
     parser.add_argument("--quick", action="store_true", help="one small size: to see that it works, not to quote")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
     folder: dict[str, Any] = {"nargs": "?", "type": Path, "const": Path("bench/results"), "metavar": "DIR"}
@@ -293,6 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--csv", help="write autoregressive-DEVICE.csv there, and a picture of the inverse over features", **folder
     )
     arguments = parser.parse_args(argv)
+    if arguments.csv is not None and arguments.only is not None:
+        parser.error("--csv: the file holds all parts; leave out --only")
     torch.set_num_threads(arguments.threads)
     common = {"threads": arguments.threads, **provenance("cpu")}
     missing = {field.name: None for field in fields(Row)} | {"against": "", "failure": ""}
@@ -305,7 +341,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line(found[-1]), flush=True)
         return found
 
-    found = rows_of(itertools.chain.from_iterable(measured(*size, 0.2 if arguments.quick else 5.0) for size in sizes))
+    parts = [part for part in PARTS if arguments.only in (None, part)]
+    seconds = 0.2 if arguments.quick else 5.0
+    found = rows_of(itertools.chain.from_iterable(measured(*size, parts, seconds) for size in sizes if parts))
+    if arguments.only in (None, "roundtrip"):
+        for result in roundtrip.measured(**(QUICK_ROUNDTRIP if arguments.quick else {})):
+            print(result, flush=True)
     if arguments.csv is not None:
         path = arguments.csv / f"autoregressive-{slug(common['device'])}.csv"
         drawn = rows_of(over_features(arguments.quick))

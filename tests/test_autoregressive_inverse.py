@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_accurate, output_gradients
+from flowkern.bench import roundtrip
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern
 from flowkern import _backend, ops
@@ -423,6 +425,50 @@ def test_depth_and_used_weights() -> None:
     # in: degrees 1..4 see 1+2+3+4 of 4*5, out: 2 * (0+1+2+3+4) of 4*10; degree 4 of the hidden units is seen by feature 5.
     assert full.used_weights == pytest.approx(30 / 60)
     assert 0.50 < made(784, 1024, 1024).used_weights < 0.53
+
+
+class _Products(TorchDispatchMode):
+    """Counts the multiplications of matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.mm):
+            left, right = args[-2:]
+            self.count += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("features", [16, 48, 96])
+def test_work_is_linear_in_the_weights_that_are_not_masked(features: int) -> None:
+    network = made(features, 3 * features, 2 * features)
+    (plan,) = op.plans(network.text)
+    parameters = parameters_of(network)
+    given, z = op.Parameters(parameters[0::2], parameters[1::2], None), torch.randn(features, 7)
+    with _Products() as products:
+        op.invert(z, plan, given)
+    unmasked = sum(int(mask.sum()) for mask in op._masks(network, z.device))
+    assert products.count == 7 * unmasked
+    # The plan's own numbers, which the kernels follow: a row takes what was known before its panel, and then the rest.
+    steps = range(plan.depth)
+    layers = [*range(1, network.layers + 1), network.layers]  # of each feature, u and t
+    assert unmasked == sum((e - b) * prefix for i in layers for step in steps for b, e, prefix in plan.groups(i, step))
+    assert unmasked == round(network.used_weights * sum(w.numel() for w in parameters[0::2]))
+
+
+def test_depth_is_bounded_by_the_degrees() -> None:
+    random = torch.Generator().manual_seed(0)
+    for features, *widths in ((784, 64, 32), (40, 300, 300), (30, 7, 90, 5), (12,)):
+        hidden = tuple(tuple(torch.randint(1, max(2, features), (n,), generator=random).tolist()) for n in widths)
+        network = AutoregressiveNetwork(tuple(torch.randperm(features, generator=random).add(1).tolist()), hidden)
+        assert network.depth <= min(features, *(len({*degrees}) + 1 for degrees in hidden), features)
+
+
+def test_round_trip_in_float32_with_trained_weights() -> None:
+    for result in roundtrip.measured(side=8, hidden=(64, 64), steps=20, samples=50):
+        assert result.error <= 1e-4
+        assert result.in_float64 <= 1e-12
+        assert result.limit <= result.error
 
 
 def test_plans_visit_every_unit_once_and_never_read_ahead() -> None:
