@@ -19,6 +19,7 @@ import flowkern
 from flowkern import _backend, ops
 from flowkern._registry import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
+from flowkern.ops import _autoregressive_definition as definition
 from flowkern.ops import _autoregressive_inverse as op
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -343,7 +344,7 @@ def masked_places(sample: Sample) -> Iterator[tuple[int, torch.Tensor]]:
     """The number of each weight among the parameters, and where its mask hides it."""
     i = 0
     for network in sample.args[2]:
-        for mask in op._masks(network, torch.device("cpu")):
+        for mask in definition.masks(network, torch.device("cpu")):
             yield i, ~mask
             i += 2
 
@@ -402,7 +403,7 @@ def test_it_stays_finite_where_passes_over_half_known_features_overflow(backend:
     z = op.density(x, parameters, [network], [False])[0]
     looped = torch.zeros_like(z)
     for _ in range(network.depth):
-        u, t = op._network_outputs(network, looped, op.Parameters(parameters[0::2], parameters[1::2], None))
+        u, t = definition.network_outputs(network, looped, op.Parameters(parameters[0::2], parameters[1::2], None))
         looped = (z - t) / u.exp()
     assert looped.isnan().any()
     with flowkern.backend(backend):
@@ -447,7 +448,7 @@ def test_work_is_linear_in_the_weights_that_are_not_masked(features: int) -> Non
     given, z = op.Parameters(parameters[0::2], parameters[1::2], None), torch.randn(features, 7)
     with _Products() as products:
         op.invert(z, plan, given)
-    unmasked = sum(int(mask.sum()) for mask in op._masks(network, z.device))
+    unmasked = sum(int(mask.sum()) for mask in definition.masks(network, z.device))
     assert products.count == 7 * unmasked
     # The plan's own numbers, which the kernels follow: a row takes what was known before its panel, and then the rest.
     steps = range(plan.depth)

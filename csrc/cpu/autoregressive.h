@@ -69,7 +69,7 @@ struct Plan {
 
 // n elements of a tensor from `offset` on, `stride` apart or where `index` says.
 template <class A>
-void read(const Tensor& t, int64_t offset, int64_t stride, const int32_t* index, int64_t n, A* to) {
+__attribute__((noinline)) void read(const Tensor& t, int64_t offset, int64_t stride, const int32_t* index, int64_t n, A* to) {
   Operand o;
   o.data = t.data;
   o.dtype = t.dtype;
@@ -77,7 +77,8 @@ void read(const Tensor& t, int64_t offset, int64_t stride, const int32_t* index,
 }
 
 template <class A>
-void write(const Tensor& t, int64_t offset, int64_t stride, const int32_t* index, int64_t n, const A* from) {
+__attribute__((noinline)) void write(const Tensor& t, int64_t offset, int64_t stride, const int32_t* index, int64_t n,
+                                     const A* from) {
   Operand o;
   o.data = t.data;
   o.dtype = t.dtype;
@@ -114,7 +115,11 @@ struct Network {
       in_order[i - 1] = identity(before.order, before.count);
       bias[i - 1] = to;
       const Tensor& from = g.tensors[2 * (i - 1) + 1];
-      each_row(i, 0, layer.count, [&](int64_t row) { read(from, row * from.stride[0], 0, nullptr, 1, to++); });
+      const Buffer<int32_t> index(plan.rows(i) * layer.count);
+      int64_t count = 0;
+      each_row(i, 0, layer.count, [&](int64_t row) { index[count++] = int32_t(row); });
+      read(from, 0, from.stride[0], index, count, to);
+      to += count;
     }
     for (int64_t p = 0; p < plan.panels; ++p) {
       int64_t size = 0;
@@ -150,13 +155,15 @@ struct Network {
   int64_t seen(int64_t panel, int64_t i) const { return rows(panel, i) == 0 ? 0 : plan.layers[i].prefix[end(panel, i) - 1]; }
   int64_t row_size(int64_t panel, int64_t i) const { return rows(panel, i) == 0 ? 0 : packed_row<A>(seen(panel, i)); }
 
+  int64_t row_stride(int64_t i) const { return given.tensors[2 * (i - 1)].stride[0]; }
+
   // Row `row` of linear layer i as far as `prefix`, sorted: where it lies, or else copied to `room`.
   const A* row_of(int64_t i, int64_t row, int64_t prefix, A* room) const {
     const Tensor& weight = given.tensors[2 * (i - 1)];
     if (weight.dtype == dtype_of<A>() && weight.stride[1] == 1 && in_order[i - 1])
-      return reinterpret_cast<const A*>(weight.data) + row * weight.stride[0];
+      return reinterpret_cast<const A*>(weight.data) + row * row_stride(i);
     const int32_t* index = in_order[i - 1] ? nullptr : plan.layers[i - 1].order;
-    read(weight, row * weight.stride[0], weight.stride[1], index, prefix, room);
+    read(weight, row * row_stride(i), weight.stride[1], index, prefix, room);
     return room;
   }
 
