@@ -60,7 +60,7 @@ class _Rotation:
 
 
 def _surrogate(x: torch.Tensor, code: torch.Tensor, beta: float, codebook_loss: bool, rotation: bool) -> Pair:
-    """(quantized, loss) in plain torch, for the code of every row."""
+    """(quantized, the loss as a sum over values) in plain torch, for the code of every row."""
     dtype, kind = accumulation_dtype(x, code), x.dtype
     x, code = x.to(dtype), code.to(dtype)
     frozen = code.detach()
@@ -70,7 +70,7 @@ def _surrogate(x: torch.Tensor, code: torch.Tensor, beta: float, codebook_loss: 
     losses = beta * (x - frozen).square().sum()
     if codebook_loss:
         losses = losses + (x.detach() - code).square().sum()
-    return quantized.to(kind), losses / max(1, x.numel())
+    return quantized.to(kind), losses
 
 
 @outside_autocast
@@ -79,12 +79,16 @@ def reference(
 ) -> Triple:
     """The definition in plain torch."""
     index, _ = nearest_code(x.detach(), codebook.detach())
-    quantized, loss = _surrogate(x, codebook[index], beta, codebook_loss, rotation)
-    return quantized, index, loss
+    quantized, total = _surrogate(x, codebook[index], beta, codebook_loss, rotation)
+    return quantized, index, total / max(1, x.numel())
 
 
 class _VectorQuantize(torch.autograd.Function):
-    """Gather, straight-through and both losses in one node. It keeps the codes as they were: the codebook may then move."""
+    """Gather, straight-through and both losses, as a float64 sum over values, in one node.
+
+    It keeps the codes as they were: the codebook may then move. The number of values is the caller's to divide by: a compiler
+    for dynamic shapes fails at arithmetic with sizes in here.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, codebook: torch.Tensor, index: torch.Tensor, sqdist: torch.Tensor, *how: Any) -> Pair:
@@ -92,31 +96,29 @@ class _VectorQuantize(torch.autograd.Function):
         ctx.how = beta, codebook_loss, _ = how
         code = codebook.index_select(0, index)
         ctx.save_for_backward(x, code, index, codebook if ctx.needs_input_grad[1] else None)
-        # Summed in float64, the distances give the same float32 in any order.
-        loss = sqdist.sum(dtype=torch.float64) * ((beta + codebook_loss) / max(1, x.numel()))
-        return code.to(x.dtype), loss.to(sqdist.dtype)
+        return code.to(x.dtype), sqdist.sum(dtype=torch.float64) * (beta + codebook_loss)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, grad_loss: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor | None, grad_total: torch.Tensor | None) -> Any:
         x, code, index, codebook = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiate(grad, grad_loss, x, code, index, codebook, *ctx.how), *[None] * 5
+            return *_differentiate(grad, grad_total, x, code, index, codebook, *ctx.how), *[None] * 5
         needs_x, needs_codebook = ctx.needs_input_grad[:2]
         beta, codebook_loss, rotation = ctx.how
         dtype = accumulation_dtype(x, code)
-        difference = x.to(dtype) - code.to(dtype) if grad_loss is not None or rotation else None
+        difference = x.to(dtype) - code.to(dtype) if grad_total is not None else None
         dx = dcodebook = None
-        if needs_codebook and codebook_loss and grad_loss is not None:
+        if needs_codebook and codebook_loss and grad_total is not None:
             assert difference is not None
             sums = code_sums(difference, index, len(codebook))
-            dcodebook = sums.mul_(grad_loss * (-2.0 / max(1, x.numel()))).to(codebook.dtype)
+            dcodebook = sums.mul_(grad_total * -2.0).to(codebook.dtype)
         if needs_x:
             dx = None if grad is None else grad.to(dtype)
             if dx is not None and rotation:
                 dx = _Rotation(x.to(dtype), code.to(dtype)).transposed(dx)
-            if grad_loss is not None:
+            if grad_total is not None:
                 assert difference is not None
-                commitment = difference.mul_(grad_loss * (2.0 * beta / max(1, x.numel())))
+                commitment = difference.mul_(grad_total * (2.0 * beta))
                 dx = commitment if dx is None else commitment.add_(dx)
             dx = None if dx is None else dx.to(x.dtype)
         return dx, dcodebook, *[None] * 5
@@ -124,7 +126,7 @@ class _VectorQuantize(torch.autograd.Function):
 
 def _differentiate(
     grad: torch.Tensor | None,
-    grad_loss: torch.Tensor | None,
+    grad_total: torch.Tensor | None,
     x: torch.Tensor,
     code: torch.Tensor,
     index: torch.Tensor,
@@ -136,7 +138,8 @@ def _differentiate(
     def function(x: torch.Tensor, codebook: torch.Tensor | None = None) -> Pair:
         return _surrogate(x, code if codebook is None else codebook[index], *how)
 
-    dx, *rest = differentiate(function, (x,) if codebook is None else (x, codebook), {}, (grad, grad_loss))
+    total = None if grad_total is None else grad_total.to(accumulation_dtype(x, code))
+    dx, *rest = differentiate(function, (x,) if codebook is None else (x, codebook), {}, (grad, total))
     return dx, rest[0] if rest else None
 
 
@@ -204,5 +207,7 @@ def vector_quantize(
         return reference(x, codebook, beta=beta, codebook_loss=codebook_loss, rotation=rotation)
     rows = x.reshape(-1, x.shape[-1])
     index, sqdist = nearest_code(rows.detach(), codebook.detach())
-    quantized, loss = _VectorQuantize.apply(rows, codebook, index, sqdist, beta, codebook_loss, rotation)
+    quantized, total = _VectorQuantize.apply(rows, codebook, index, sqdist, beta, codebook_loss, rotation)
+    # Summed in float64, the distances give the same float32 in any order.
+    loss = (total / max(1, rows.numel())).to(sqdist.dtype)
     return quantized.view(x.shape), index.view(x.shape[:-1]), loss
