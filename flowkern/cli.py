@@ -1,4 +1,4 @@
-"""The command line: ``flowkern train``, ``sample``, ``eval``, ``compare``, ``demo``, ``bench`` and ``doctor``.
+"""The command line: ``flowkern train``, ``sample``, ``eval``, ``compare``, ``table``, ``demo``, ``bench`` and ``doctor``.
 
 ``bench``, ``doctor`` and ``--help`` need torch alone; the other commands need the extra ``flowkern[train]``.
 """
@@ -49,7 +49,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flowkern", description="Normalizing flows on fused kernels.")
+    parser = argparse.ArgumentParser(prog="flowkern", description="Normalizing flows and other density models on fused kernels.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="command")
     _train_parser(commands)
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _sample_parser(commands)
     _eval_parser(commands)
     _compare_parser(commands)
+    _table_parser(commands)
     commands.add_parser("bench", help="time and memory of every op; its options: flowkern bench --help")
     doctor = commands.add_parser("doctor", help="print versions, backends and devices")
     doctor.set_defaults(run=_doctor)
@@ -70,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
 def _train_parser(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model", argument_default=argparse.SUPPRESS)
     train.set_defaults(run=_train)
-    train.add_argument("model", help="nice, realnvp or glow")
-    train.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
+    train.add_argument("model", help="nice, realnvp, glow, made, maf, iaf, pixelcnn, vqvae, vqvae2, or prior of a vqvae")
+    train.add_argument("checkpoint", nargs="?", default=None, type=Path, help="for prior: of a trained vqvae or vqvae2")
+    train.add_argument("--data", metavar="SOURCE", help=f"{_SOURCES}; for prior by default what the vqvae was trained on")
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder of the run")
     train.add_argument("--preset", help="named settings: default, or recipe (realnvp on digits as published)")
     train.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the model, e.g. --set hidden=128")
@@ -132,17 +134,30 @@ def _train(arguments: argparse.Namespace) -> None:
     if config:
         given["config"] = config
     options = {name: given.pop(name) for name in _OPTIONS if name in given}
-    _start_training(given.pop("model"), given.pop("data"), given.pop("out"), given, options)
+    model, checkpoint = given.pop("model"), given.pop("checkpoint")
+    if model == "prior" and checkpoint is None:
+        raise ValueError("train prior: name the checkpoint of a vqvae or vqvae2")
+    if model != "prior" and checkpoint is not None:
+        raise ValueError(f"train {model}: takes no checkpoint, got {checkpoint}")
+    if model != "prior" and "data" not in given:
+        raise ValueError(f"train {model}: name the data (--data), one of {_SOURCES}")
+    _start_training(model, given.pop("out"), given, options, checkpoint)
 
 
-def _start_training(model: str, data: str, out: Path, given: dict[str, Any], options: dict[str, Any]) -> None:
+def _start_training(
+    model: str, out: Path, given: dict[str, Any], options: dict[str, Any], checkpoint: Path | None = None
+) -> None:
+    """``checkpoint``: of the VQ-VAE that a prior is for, else None."""
     from . import training
 
     if options.get("resume") and (out / "last.ckpt").exists():
         given.pop("preset", None)
-        plan = training.resumed_plan(out, {"model": model, "data": data, **given})
+        source = {"model": model} if checkpoint is None else {"autoencoder": str(checkpoint)}
+        plan = training.resumed_plan(out, {**source, **given})
+    elif checkpoint is not None:
+        plan = training.make_prior_plan(checkpoint, **given)
     else:
-        plan = training.make_plan(model, data, **given)
+        plan = training.make_plan(model, **given)
     _keep_pages()
     training.train(plan, out, **options)
 
@@ -179,7 +194,7 @@ def _demo_parser(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     options = {"overwrite": True, "max_minutes": arguments.minutes}
-    _start_training("realnvp", "digits", arguments.out, {"preset": "demo"}, options)
+    _start_training("realnvp", arguments.out, {"data": "digits", "preset": "demo"}, options)
     from .training import compare
 
     print()
@@ -226,6 +241,7 @@ def _eval_parser(commands: Any) -> None:
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="test")
     evaluate.add_argument("--draws", type=int, default=20, help="of dequantization noise (20)")
     evaluate.add_argument("--batch-size", type=int, default=256)
+    evaluate.add_argument("--importance", type=int, metavar="K", help="estimate the likelihood by K importance samples instead")
     codecs = "for images, also what PNG and lossless WebP need (yes)"
     evaluate.add_argument("--codecs", action=argparse.BooleanOptionalAction, default=True, help=codecs)
     evaluate.add_argument("--device", default="cpu")
@@ -236,10 +252,10 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     model = models.load(arguments.checkpoint)
     values = data.load(arguments.data, size=arguments.size)
-    nll = training.sample_nlls(
-        model, values, arguments.split, draws=arguments.draws, batch_size=arguments.batch_size, device=arguments.device
-    )
-    print(f"{arguments.split} NLL: {training.Score.of(nll, values, arguments.draws)}")
+    estimate = training.importance_nlls if arguments.importance else training.sample_nlls
+    draws = training.needed_draws(model, values, arguments.importance or arguments.draws)
+    nll = estimate(model, values, arguments.split, draws=draws, batch_size=arguments.batch_size, device=arguments.device)
+    print(f"{arguments.split} NLL: {training.Score.of(nll, values, draws)}")
     name = f"{type(model).__name__} ({arguments.checkpoint.name})"
     if arguments.codecs and (table := training.codec_table(nll.numpy(), values, arguments.split, name)):
         print(f"\n{table}")
@@ -248,7 +264,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 def _compare_parser(commands: Any) -> None:
     compare = commands.add_parser("compare", help="step time and memory of the fused kernels against plain torch")
     compare.set_defaults(run=_compare)
-    compare.add_argument("model", help="a checkpoint, or nice, realnvp or glow")
+    compare.add_argument("model", help="a checkpoint, or the name of a model")
     compare.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
     compare.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
     compare.add_argument("--batch-size", type=int, default=64)
@@ -260,6 +276,28 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     _keep_pages()
     print(compare(arguments.model, arguments.data, size=arguments.size, batch_size=arguments.batch_size, device=arguments.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# table
+
+
+def _table_parser(commands: Any) -> None:
+    table = commands.add_parser("table", help="train the models side by side, a few seeds each, and print their likelihoods")
+    table.set_defaults(run=_table)
+    table.add_argument("data", choices=("digits",))
+    table.add_argument("--out", type=Path, default=Path("runs/table"), metavar="DIR", help="of runs, table and plot (runs/table)")
+    table.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    table.add_argument("--rows", nargs="+", metavar="ROW", help="some rows only")
+    table.add_argument("--max-minutes", type=float, metavar="M", help="of training for a single run")
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    from .training import table
+
+    _keep_pages()
+    how = {"seeds": arguments.seeds, "rows": arguments.rows, "max_minutes": arguments.max_minutes}
+    print(table(arguments.data, arguments.out, **how))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ class Dataset:
     """A data set in three splits.
 
     ``levels`` is the number of values that a pixel can take, or None for continuous data; ``classes`` names the
-    labels and is empty where there are none.
+    labels and is empty where there are none. ``noise`` says whether discrete values are dequantized with noise, or by the
+    middle of their cell: enough for a model that gives probabilities to the values themselves.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Dataset:
     val: Split
     test: Split
     classes: tuple[str, ...]
+    noise: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -372,7 +374,8 @@ def batch_of(data: Dataset, part: str, samples: np.ndarray, *, seed: int, epoch:
         x = torch.from_numpy(values)
     else:
         count = int(np.prod(data.shape))
-        x = dequantize(values, data.levels, _uniform(seed, part, epoch, samples, count))
+        u = _uniform(seed, part, epoch, samples, count) if data.noise else np.full((len(samples), count), 0.5, np.float32)
+        x = dequantize(values, data.levels, u)
     labels = None if split.labels is None else torch.from_numpy(split.labels[samples])
     return Batch(x, labels, len(samples) if total is None else total)
 

@@ -664,7 +664,7 @@ def test_models_are_checked(tmp_path):
 # Evaluation
 
 
-class _Uniform(torch.nn.Module):
+class _Uniform(models.Model):
     """The uniform density on [0, 1)^64, or NaN for some samples."""
 
     shape, context, bad = (1, 8, 8), None, 0

@@ -1,4 +1,4 @@
-"""Models: flows that know their configuration, by name, and their checkpoints."""
+"""Models that know their configuration, by name, and their checkpoints."""
 
 from ._autoregressive import IAF as IAF
 from ._autoregressive import MAF as MAF
@@ -6,10 +6,19 @@ from ._checkpoint import load as load
 from ._checkpoint import read_checkpoint as read_checkpoint
 from ._checkpoint import save as save
 from ._checkpoint import write_atomically as write_atomically
+from ._dequantized import DequantizedFlow as DequantizedFlow
 from ._glow import Glow as Glow
+from ._made import MADE as MADE
+from ._model import DiscreteModel as DiscreteModel
 from ._model import FlowModel as FlowModel
+from ._model import Model as Model
 from ._nice import NICE as NICE
+from ._pixelcnn import PixelCNN as PixelCNN
+from ._pixelvae import PixelVAE as PixelVAE
 from ._realnvp import RealNVP as RealNVP
 from ._registry import MODELS as MODELS
 from ._registry import PRESETS as PRESETS
 from ._registry import build as build
+from ._vae import VAE as VAE
+from ._vqvae import VQVAE as VQVAE
+from ._vqvae import VQVAE2 as VQVAE2

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ._model import FlowModel
+from ._model import Model
 from ._registry import build, name_of
 
 __all__ = ["load", "read_checkpoint", "save", "write_atomically"]
@@ -57,7 +57,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def save(model: FlowModel, path: StrPath) -> None:
+def save(model: Model, path: StrPath) -> None:
     """Write a model of ``flowkern.models`` to one file, which ``load`` rebuilds it from; the write is atomic.
 
     The file is torch's zip format with ``{"flowkern": version, "model": {"name", "config"}, "state_dict"}``, and holds no code.
@@ -116,7 +116,7 @@ def read_checkpoint(path: StrPath) -> dict[str, Any]:
     return content
 
 
-def load(path: StrPath) -> FlowModel:
+def load(path: StrPath) -> Model:
     """The model that ``save`` (or a training run) wrote, rebuilt on the CPU with its weights, in evaluation mode.
 
     Raises ValueError with the path and the reason for a truncated, damaged, foreign or newer file, for an unknown model or

@@ -1,4 +1,4 @@
-"""What the flow models share: a shape, a configuration that rebuilds them, and their architectures."""
+"""What the models share: a shape, a configuration that rebuilds them, and the architectures of flows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..nn._base import as_shape
 from ..nn._bijection import Bijection
 from ..ops._split import kept_channels
 
-__all__ = ["FlowModel", "image_bijection", "preprocessing", "vector_bijection"]
+__all__ = ["DiscreteModel", "FlowModel", "Model", "image_bijection", "preprocessing", "vector_bijection"]
 
 #: Builds a coupling layer from a split and the number of channels it divides.
 MakeCoupling = Callable[[str, int], Bijection]
@@ -21,7 +21,107 @@ MakeCoupling = Callable[[str, int], Bijection]
 PERMUTATIONS = ("alternate", "reverse", "random")
 
 
-class FlowModel(nn.Flow):
+class Model(torch.nn.Module):
+    """A density over samples of one ``shape`` that can be trained, sampled from, saved and rebuilt.
+
+    ``config`` holds all that the constructor takes and is JSON-able; ``context`` is the K of its context, or None.
+    """
+
+    shape: tuple[int, ...]
+    config: dict[str, Any]
+    context: int | None
+    #: Whether it gives probabilities to values of a finite number of ``levels``, and so needs no noise on them.
+    discrete = False
+    #: Whether ``log_prob`` is a bound that random numbers enter.
+    stochastic = False
+
+    @classmethod
+    def config_for(cls, levels: int | None) -> dict[str, Any]:
+        """What the constructor is to be given, unless the user says otherwise, for data of so many levels (None: continuous)."""
+        # The pixels of images lie at the ends of their range more often than a Gaussian can follow.
+        return {"preprocess": None if levels is None else {"logit": 0.05}}
+
+    def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, *shape), context (B, K) or None -> (B,) in nats, or a lower bound on it that the class names."""
+        raise NotImplementedError(f"{type(self).__name__} has no log_prob")
+
+    def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """n samples (n, *shape); ``context`` (n, K), or (1, K) for all."""
+        raise NotImplementedError(f"{type(self).__name__} has no sample")
+
+    def objective(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """What training minimizes, (B,) in nats: -log_prob(x), unless the class says otherwise."""
+        return -self.log_prob(x, context)
+
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, *shape) as a point in the space of latents, of which ``render`` is the way back."""
+        raise NotImplementedError(f"{type(self).__name__} has no latents")
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """What a latent stands for, (B, *shape)."""
+        raise NotImplementedError(f"{type(self).__name__} has no latents")
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the model has ``embed`` and ``render``."""
+        return type(self).embed is not Model.embed
+
+    def log_weight(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The logarithm of a random number with mean p(x), (B,) in nats: log_prob(x), unless that is a bound of another form."""
+        return self.log_prob(x, context)
+
+    def check_shape(self, x: torch.Tensor) -> None:
+        """Raises ValueError unless x is (B, *shape)."""
+        if x.ndim == 0 or tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+
+
+class DiscreteModel(Model):
+    """Probabilities of samples v of integers from 0 to ``levels`` - 1, as the density of x = (v + u) / levels, u in [0, 1).
+
+    p(x) = P(v) levels^D is constant on each cell of x, so that the bound on -log P(v) that training and evaluation form from
+    the density of dequantized data (Theis et al. 2016, section 3.1) is -log P(v) itself, for any u. ``levels`` is 256 at most
+    if u is noise of 16 bits, as ``flowkern.data`` draws it; with u = 1/2 it may be 2^22.
+    """
+
+    discrete = True
+    levels: int
+
+    @classmethod
+    def config_for(cls, levels: int | None) -> dict[str, Any]:
+        if levels is None:
+            raise ValueError(f"{cls.__name__} is for discrete values, and the data is continuous")
+        return {"levels": levels}
+
+    def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """log P(v), (B,) in nats, of integers v (B, *shape)."""
+        raise NotImplementedError(f"{type(self).__name__} has no log_mass")
+
+    def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """n samples of integers, (n, *shape)."""
+        raise NotImplementedError(f"{type(self).__name__} has no draw")
+
+    def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The density of dequantized data x (B, *shape) in [0, 1): log P(v) + D log(levels), in nats."""
+        self.check_shape(x)
+        return self.log_mass(self.values(x), context) + math.prod(self.shape) * math.log(self.levels)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.log_prob(x, context)
+
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        """The integers v of dequantized x = (v + u) / levels, int64."""
+        # x is rounded, by up to half of the noise's last bit: round to that bit first, or 3 / 17 * 17 would come out below 3.
+        bits = (x.detach().double() * (self.levels * 2**16)).round()
+        return (bits / 2**16).floor().long().clamp(0, self.levels - 1)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """n samples (n, *shape) at the middle of their cells, (v + 1/2) / levels, float32."""
+        return (self.draw(n, context, temperature).float() + 0.5) / self.levels
+
+
+class FlowModel(nn.Flow, Model):
     """A flow over samples of one ``shape`` with a standard normal base, or another, which knows how it was built.
 
     ``config`` holds all that the constructor takes and is JSON-able; ``context`` is the K of its context, or None.
@@ -30,15 +130,21 @@ class FlowModel(nn.Flow):
     def __init__(self, bijection: Bijection, config: dict[str, Any], base: nn.Base | None = None):
         shape = tuple(config["shape"])
         super().__init__(bijection, nn.StandardNormal(bijection.output_shape(shape)) if base is None else base)
-        self.shape: tuple[int, ...] = shape
+        self.shape = shape
         self.config = config
-        self.context: int | None = config["context"]
+        self.context = config["context"]
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, *shape), context (B, K) or None -> (B,) in nats. Raises ValueError for another shape."""
-        if x.ndim == 0 or tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        self.check_shape(x)
         return super().log_prob(x, context)
+
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        self.check_shape(x)
+        return self.bijection(x, context)[0]
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.bijection.inverse(z, context)[0]
 
 
 def model_shape(shape: int | Sequence[int], flatten: bool) -> tuple[tuple[int, ...], bool]:

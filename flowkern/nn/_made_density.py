@@ -21,7 +21,10 @@ _SCALE = ScaleMap.soft_clip(1e-3)  # standard deviations between 1e-3 and 1e3
 
 
 class _Output:
-    """The distribution of a feature, from K ``params``: log_prob and sample of shapes (B, D) for params (B, D, K)."""
+    """The distribution of a feature, from K ``params``: log_prob and sample of shapes (B, D) for params (B, D, K).
+
+    ``temperature`` multiplies standard deviations and divides logits of values.
+    """
 
     params = 1
 
@@ -32,7 +35,7 @@ class _Output:
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def sample(self, params: torch.Tensor) -> torch.Tensor:
+    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -49,9 +52,9 @@ class _Gaussian(_Output):
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return _normal(x, *params.unbind(-1))
 
-    def sample(self, params: torch.Tensor) -> torch.Tensor:
+    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         mean, raw = params.unbind(-1)
-        return mean + _SCALE(raw)[0] * torch.randn_like(mean)
+        return mean + temperature * _SCALE(raw)[0] * torch.randn_like(mean)
 
 
 class _Mixture(_Output):
@@ -64,11 +67,11 @@ class _Mixture(_Output):
         logits, mean, raw = params.chunk(3, -1)
         return (logits.log_softmax(-1) + _normal(x[..., None], mean, raw)).logsumexp(-1)
 
-    def sample(self, params: torch.Tensor) -> torch.Tensor:
+    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         logits, mean, raw = params.chunk(3, -1)
         component = torch.distributions.Categorical(logits=logits, validate_args=False).sample()[..., None]
         mean, raw = mean.gather(-1, component)[..., 0], raw.gather(-1, component)[..., 0]
-        return mean + _SCALE(raw)[0] * torch.randn_like(mean)
+        return mean + temperature * _SCALE(raw)[0] * torch.randn_like(mean)
 
 
 class _Bernoulli(_Output):
@@ -78,8 +81,8 @@ class _Bernoulli(_Output):
         logit = params[..., 0]
         return x * F.logsigmoid(logit) + (1.0 - x) * F.logsigmoid(-logit)
 
-    def sample(self, params: torch.Tensor) -> torch.Tensor:
-        return params[..., 0].sigmoid().bernoulli()
+    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        return (params[..., 0] / temperature).sigmoid().bernoulli()
 
 
 class _Categorical(_Output):
@@ -94,8 +97,8 @@ class _Categorical(_Output):
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return params.log_softmax(-1).gather(-1, x.long()[..., None])[..., 0]
 
-    def sample(self, params: torch.Tensor) -> torch.Tensor:
-        return torch.distributions.Categorical(logits=params, validate_args=False).sample().to(params.dtype)
+    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        return torch.distributions.Categorical(logits=params / temperature, validate_args=False).sample().to(params.dtype)
 
 
 OUTPUTS = ("gaussian", "mixture", "bernoulli", "categorical")
@@ -163,8 +166,8 @@ class MADEDensity(nn.Module):
 
     def _log_prob(self, masks: nn.Module, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         self.network.use_masks([*masks.children()])
-        dtype = accumulation_dtype(x) if x.is_floating_point() else torch.float32
         shown = self.distribution.encode(x if x.is_floating_point() else x.to(next(self.network.parameters()).dtype))
+        dtype = accumulation_dtype(shown)
         params = self.network(shown, context)
         return self.distribution.log_prob(x.to(dtype), params.to(dtype)).sum(1)
 
@@ -184,25 +187,28 @@ class MADEDensity(nn.Module):
         return self.log_prob(x, context)
 
     @torch.no_grad()
-    def sample(self, n: int, context: torch.Tensor | None = None) -> torch.Tensor:
+    def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
         """n samples (n, D); ``context`` (n, C), or (1, C) for all. With several sets of masks each sample draws one.
 
         Level by level: one pass of the network for each of its ``depth`` levels, at most D.
-        Raises ValueError for a context of a wrong shape.
+        ``temperature``, above 0, multiplies standard deviations and divides the logits of discrete values.
+        Raises ValueError for a context of a wrong shape and for another temperature.
         """
+        if not temperature > 0.0:
+            raise ValueError(f"temperature: expected more than 0, got {temperature}")
         context = _rows(context, n)
         x = next(self.network.parameters()).new_zeros((n, self.network.features))
         which = torch.randint(len(self.mask_sets), (n,)).to(x.device)
         for i, masks in enumerate(self.mask_sets):
             mine = (which == i).nonzero().flatten()
             self.network.use_masks([*masks.children()])
-            x[mine] = self._sample(x[mine], None if context is None else context[mine])
+            x[mine] = self._sample(x[mine], None if context is None else context[mine], temperature)
         return x
 
-    def _sample(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    def _sample(self, x: torch.Tensor, context: torch.Tensor | None, temperature: float) -> torch.Tensor:
         for features in self.network.levels():
             params = self.network(self.distribution.encode(x), context)[:, features]
-            x[:, features] = self.distribution.sample(params.to(accumulation_dtype(params))).to(x.dtype)
+            x[:, features] = self.distribution.sample(params.to(accumulation_dtype(params)), temperature).to(x.dtype)
         return x
 
     def extra_repr(self) -> str:

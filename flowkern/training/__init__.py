@@ -15,6 +15,8 @@ from ._evaluate import Diverged as Diverged
 from ._evaluate import Score as Score
 from ._evaluate import context_of as context_of
 from ._evaluate import evaluate as evaluate
+from ._evaluate import importance_nlls as importance_nlls
+from ._evaluate import needed_draws as needed_draws
 from ._evaluate import negative_log_likelihood as negative_log_likelihood
 from ._evaluate import sample_nlls as sample_nlls
 from ._pictures import atomic as atomic
@@ -25,6 +27,7 @@ from ._plan import OPTIMIZERS as OPTIMIZERS
 from ._plan import PRESETS as PRESETS
 from ._plan import Plan as Plan
 from ._plan import make_plan as make_plan
+from ._plan import make_prior_plan as make_prior_plan
 from ._plan import resumed_plan as resumed_plan
 from ._sample import save_samples as save_samples
 
@@ -43,6 +46,8 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
     ``samples-T.png``          the same at the temperatures T = 0.6 and 0.8
     ``interpolations.png``     from one test image to another, along a line between their latents
     ``reconstructions.png``    test images, and under them what comes back from their latents
+    ``traversals.png``         of VAEs: a test image with one latent after the other moved
+    ``analogies.png``          of VAEs: what is to c as b is to a
     ``result.json``            the test NLL of ``best.ckpt`` with its standard error, and the plan
     ========================== ==========================================================================
 
@@ -71,3 +76,10 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
     from ._run import run
 
     return run(plan, Path(out), **options)
+
+
+def table(data: str, out: str | os.PathLike[str], **options: Any) -> str:
+    """Train the rows of the table of ``data`` into the folder ``out``, and return it in Markdown: see ``_table.table``."""
+    from ._table import table as build
+
+    return build(data, Path(out), **options)

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .. import _backend, models
 from ..data import load, loader
-from ._evaluate import context_of, negative_log_likelihood
+from ._evaluate import context_of, suited
 from ._plan import make_plan
 
 __all__ = ["compare"]
@@ -47,13 +47,13 @@ def compare(
     if model.shape != values.shape:
         raise ValueError(f"{source} is for samples of shape {model.shape}, and {values.name} has {values.shape}")
     model = model.to(device, torch.float32).train()
-    batch = next(iter(loader(values, "train", batch_size, seed=0)))
+    batch = next(iter(loader(suited(values, model), "train", batch_size, seed=0)))
     x, context = batch.x.to(device), context_of(model, batch.labels)
     context = None if context is None else context.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=device == "cpu" or device.startswith("cuda"))
 
     def step() -> None:
-        negative_log_likelihood(model(x, context), x[0].numel(), values.levels).mean().backward()
+        model.objective(x, context).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

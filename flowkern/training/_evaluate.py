@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ..data import Batch, Dataset, batch_of
-from ..models import FlowModel
+from ..models import Model
 
-__all__ = ["EVALUATION_SEED", "Diverged", "Score", "context_of", "evaluate", "negative_log_likelihood", "sample_nlls"]
+__all__ = [
+    "EVALUATION_SEED",
+    "Diverged",
+    "Score",
+    "context_of",
+    "evaluate",
+    "importance_nlls",
+    "needed_draws",
+    "negative_log_likelihood",
+    "sample_nlls",
+    "suited",
+]
 
 
 class Diverged(RuntimeError):
@@ -31,10 +43,10 @@ class Score:
 
     @classmethod
     def of(cls, nll: torch.Tensor, data: Dataset, draws: int) -> Score:
-        """The score of nll (N,) in nats, for samples of ``data``, each the mean over so many ``draws`` of noise."""
+        """The score of nll (N,) in nats, for samples of ``data``, each the mean over so many ``draws``."""
         nats, error = float(nll.mean()), float(nll.std() / math.sqrt(len(nll)))
         bit = math.prod(data.shape) * math.log(2.0)
-        return cls(nats, error, nats / bit, error / bit, len(nll), _draws(data, draws))
+        return cls(nats, error, nats / bit, error / bit, len(nll), draws)
 
     def __str__(self) -> str:
         return (
@@ -43,7 +55,7 @@ class Score:
         )
 
 
-def context_of(model: FlowModel, labels: torch.Tensor | None) -> torch.Tensor | None:
+def context_of(model: Model, labels: torch.Tensor | None) -> torch.Tensor | None:
     """The labels (B,) one-hot as (B, K) in the model's dtype, or None for a model without context.
 
     Raises ValueError if the model needs labels and there are none.
@@ -53,6 +65,11 @@ def context_of(model: FlowModel, labels: torch.Tensor | None) -> torch.Tensor | 
     if labels is None:
         raise ValueError("the model is conditional, and the data has no labels")
     return torch.nn.functional.one_hot(labels, model.context).to(_dtype(model))
+
+
+def suited(data: Dataset, model: Model) -> Dataset:
+    """``data`` without noise if the model is discrete."""
+    return replace(data, noise=data.noise and not model.discrete)
 
 
 def _dtype(model: torch.nn.Module) -> torch.dtype:
@@ -69,29 +86,62 @@ EVALUATION_SEED = 2**63
 
 
 def evaluate(
-    model: FlowModel, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
+    model: Model, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
 ) -> Score:
     """The mean of ``sample_nlls`` over a split, and its standard error over the samples. Raises as that does."""
     nll = sample_nlls(model, data, part, draws=draws, batch_size=batch_size, device=device)
-    return Score.of(nll, data, draws)
+    return Score.of(nll, data, needed_draws(model, data, draws))
 
 
-def _draws(data: Dataset, draws: int) -> int:
-    return draws if data.levels is not None else 1
+def needed_draws(model: Model, data: Dataset, draws: int) -> int:
+    """``draws`` where random numbers enter the bound, by noise on the data or in the model; else 1."""
+    return draws if model.stochastic or (data.levels is not None and not model.discrete) else 1
 
 
-@torch.no_grad()
 def sample_nlls(
-    model: FlowModel, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
+    model: Model, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
 ) -> torch.Tensor:
     """The negative log-likelihood of each sample of a split, (N,) in nats and float64.
 
     For discrete data it is the bound -log P(v) <= E_u[-log p((v + u) / levels)] + D log(levels), the expectation
-    averaged over ``draws`` draws of u for each sample, always the same ones; continuous data needs one draw.
+    averaged over ``draws`` draws of u for each sample, always the same ones; so it is for the latents of a model whose
+    ``log_prob`` is stochastic. Continuous data and other discrete models need one draw.
 
     Raises ValueError for data of another shape or number of classes than the model's, fewer than one draw, fewer than two
     samples, and for a likelihood that is not a number, with the count.
     """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for nll in _draws(model, data, part, draws, batch_size, device, model.log_prob):
+        total, count = total + nll, count + 1
+    return _checked(total / count)
+
+
+def importance_nlls(
+    model: Model, data: Dataset, part: str = "test", *, draws: int = 1000, batch_size: int = 256, device: str = "cpu"
+) -> torch.Tensor:
+    """An estimate of -log P of each sample of a split, (N,) in nats and float64: -log mean_k w_k over so many draws.
+
+    The weights w are those of the model's ``log_weight``, whose mean is P itself: of dequantization noise, of latents, or of
+    both. The estimate is too high on average, by less the more draws there are; with one draw it is the bound. Raises as
+    ``sample_nlls`` does. Source: Burda et al., "Importance Weighted Autoencoders" (2016), theorem 1.
+    """
+    total, count = torch.full((), -math.inf, dtype=torch.float64), 0
+    for nll in _draws(model, data, part, draws, batch_size, device, model.log_weight):
+        total, count = torch.logaddexp(total, -nll), count + 1
+    return _checked(math.log(count) - total)
+
+
+def _checked(nll: torch.Tensor) -> torch.Tensor:
+    if invalid := int(nll.isnan().sum()):
+        raise ValueError(f"the likelihood of {invalid} of {len(nll)} samples is not a number")
+    return nll
+
+
+@torch.no_grad()
+def _draws(
+    model: Model, data: Dataset, part: str, draws: int, batch_size: int, device: str, log_prob: Callable[..., torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """The negative log-likelihood of each sample (N,), by one draw of all noise after the other."""
     if data.shape != model.shape:
         raise ValueError(f"the model is for samples of shape {model.shape}, and {data.name} has {data.shape}")
     if model.context not in (None, len(data.classes)):
@@ -101,24 +151,25 @@ def sample_nlls(
     n = len(getattr(data, part))
     if n < 2:
         raise ValueError(f"{data.name}: a standard error needs at least 2 samples, the {part} split has {n}")
-    draws = _draws(data, draws)
+    data = suited(data, model)
     training = model.training
-    model = model.to(device).eval()
-    total = torch.zeros(n, dtype=torch.float64)
-    for draw in range(draws):
-        for start in range(0, n, batch_size):
-            samples = np.arange(start, min(start + batch_size, n))
-            batch = batch_of(data, part, samples, seed=EVALUATION_SEED, epoch=draw)
-            total[start : start + batch_size] += _nll(model, batch, data.levels, device)
-    model.train(training)
-    nll = total / draws
-    if invalid := int(nll.isnan().sum()):
-        raise ValueError(f"the likelihood of {invalid} of {n} samples is not a number")
-    return nll
+    model.to(device).eval()
+    try:
+        for draw in range(needed_draws(model, data, draws)):
+            parts = []
+            with torch.random.fork_rng():
+                torch.manual_seed(draw)
+                for start in range(0, n, batch_size):
+                    samples = np.arange(start, min(start + batch_size, n))
+                    batch = batch_of(data, part, samples, seed=EVALUATION_SEED, epoch=draw)
+                    parts.append(_nll(model, log_prob, batch, data.levels, device))
+            yield torch.cat(parts)
+    finally:
+        model.train(training)
 
 
-def _nll(model: FlowModel, batch: Batch, levels: int | None, device: str) -> torch.Tensor:
+def _nll(model: Model, log_prob: Callable[..., torch.Tensor], batch: Batch, levels: int | None, device: str) -> torch.Tensor:
     x = batch.x.to(device, _dtype(model))
     labels = None if batch.labels is None else batch.labels.to(device)
-    log_prob = model.log_prob(x, context_of(model, labels))
-    return negative_log_likelihood(log_prob.cpu().double(), x[0].numel(), levels)
+    value = log_prob(x, context_of(model, labels))
+    return negative_log_likelihood(value.cpu().double(), x[0].numel(), levels)

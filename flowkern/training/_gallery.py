@@ -1,14 +1,16 @@
-"""What a trained flow has learned, as pictures: samples, interpolations between real images, and reconstructions."""
+"""What a trained model has learned, as pictures: samples, reconstructions, and what lies between and around real images."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .. import diagnostics
 from ..data import Batch, Dataset, batch_of
-from ..models import FlowModel
+from ..models import VAE, VQVAE, VQVAE2, Model
 from ._evaluate import EVALUATION_SEED, context_of
 from ._pictures import is_image, save_grid, to_pixels
 
@@ -20,23 +22,24 @@ TEMPERATURES = (0.6, 0.8, 1.0)
 #: Rows and columns of the pictures.
 _SIDE = 8
 
+#: Test images by which the use of codes is counted, at most.
+_MANY = 1024
+
 
 @torch.no_grad()
-def reconstruct(model: FlowModel, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-    """x (B, ...) to its latents and back: x up to rounding."""
-    return model.bijection.inverse(model.bijection(x, context)[0], context)[0]
+def reconstruct(model: Model, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    """x (B, ...) to its latents and back: of a flow x up to rounding."""
+    return model.render(model.embed(x, context), context)
 
 
 @torch.no_grad()
 def interpolate(
-    model: FlowModel, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None
+    model: Model, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What lies on the straight lines between the latents of x0 and x1 (B, ...), ends included: (B, steps, ...)."""
-    z0, z1 = (model.bijection(x, context)[0] for x in (x0, x1))
-    weight = torch.linspace(0.0, 1.0, steps, dtype=z0.dtype, device=z0.device).view(1, steps, *[1] * (z0.ndim - 1))
-    z = torch.lerp(z0[:, None], z1[:, None], weight)
+    z = diagnostics.interpolate(model.embed(x0, context), model.embed(x1, context), steps)
     rows = None if context is None else context.repeat_interleave(steps, 0)
-    return model.bijection.inverse(z.flatten(0, 1), rows)[0].unflatten(0, (len(x0), steps))
+    return model.render(z.flatten(0, 1), rows).unflatten(0, (len(x0), steps))
 
 
 def pairs(labels: np.ndarray, n: int) -> np.ndarray:
@@ -50,11 +53,12 @@ def pairs(labels: np.ndarray, n: int) -> np.ndarray:
     return np.array(chosen)
 
 
-def save_gallery(model: FlowModel, data: Dataset, out: Path, *, seed: int, device: str = "cpu") -> list[str]:
+def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: str = "cpu") -> list[str]:
     """Write the pictures to the folder ``out``; a line on each, or none for data that is no images.
 
-    ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; ``interpolations.png`` and
-    ``reconstructions.png`` of test images, dequantized.
+    ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; of models with latents also
+    ``interpolations.png`` and ``reconstructions.png`` of test images, dequantized; of VAEs ``traversals.png`` and
+    ``analogies.png``.
     """
     if data.levels is None or not is_image(data.shape):
         return []
@@ -72,6 +76,17 @@ def save_gallery(model: FlowModel, data: Dataset, out: Path, *, seed: int, devic
         name = "samples.png" if temperature == 1.0 else f"samples-{temperature}.png"
         save(images, name, f"samples at temperature {temperature}")
 
+    if model.has_latents:
+        _save_latents(model, data, save, device)
+    if isinstance(model, VAE):
+        _save_directions(model, data, save, device)
+    if isinstance(model, VQVAE | VQVAE2):
+        lines.append(_usage(model, data, device))
+    return lines
+
+
+def _save_latents(model: Model, data: Dataset, save: Callable[[torch.Tensor, str, str], None], device: str) -> None:
+    """Interpolations between test images, and test images from their latents."""
     labels = data.test.labels if model.context is not None and data.test.labels is not None else np.zeros(len(data.test))
     first, second = (_test_images(model, data, samples, device) for samples in pairs(labels, _SIDE).T)
     lines_of_images = interpolate(model, first.x, second.x, _SIDE, context_of(model, first.labels))
@@ -83,10 +98,39 @@ def save_gallery(model: FlowModel, data: Dataset, out: Path, *, seed: int, devic
     rows = torch.stack([real.x.unflatten(0, (-1, _SIDE)), again.unflatten(0, (-1, _SIDE))], 1)
     error = float((again - real.x).abs().max())
     save(rows.flatten(0, 2), "reconstructions.png", f"test images over their reconstructions (largest error {error:.1e})")
-    return lines
 
 
-def _test_images(model: FlowModel, data: Dataset, samples: np.ndarray, device: str) -> Batch:
+@torch.no_grad()
+def _save_directions(model: VAE, data: Dataset, save: Callable[[torch.Tensor, str, str], None], device: str) -> None:
+    """A test image with one latent after the other moved, those that differ most between images first; and analogies."""
+    labels = np.zeros(len(data.test)) if data.test.labels is None else data.test.labels
+    one, other = (_test_images(model, data, samples, device) for samples in pairs(labels, _SIDE).T)
+    z, z_other = (model.embed(batch.x, context_of(model, batch.labels)) for batch in (one, other))
+    context = context_of(model, one.labels)
+    first = None if context is None else context[:1].repeat_interleave(_SIDE, 0)
+    moved = [
+        model.render(diagnostics.traverse(z[:1], dimension)[0], first)
+        for dimension in z.var(0).argsort(descending=True)[:_SIDE].tolist()
+    ]
+    save(torch.cat(moved), "traversals.png", "an image with one latent in each row moved from -3 to 3")
+    following = z.roll(-1, 0)
+    fourth = model.render(diagnostics.analogy(z, z_other, following), None if context is None else context.roll(-1, 0))
+    rows = [one.x, other.x, one.x.roll(-1, 0), fourth]
+    save(torch.cat(rows), "analogies.png", "a, b, c and what is to c as b is to a, one below the other,")
+
+
+def _usage(model: VQVAE | VQVAE2, data: Dataset, device: str) -> str:
+    """How evenly the test images use the codes of each map."""
+    batch = _test_images(model, data, np.arange(min(_MANY, len(data.test))), device)
+    parts = []
+    for codes, usage in zip(model.encode(batch.x), model.usage(batch.x), strict=True):
+        height, width = codes.shape[1:]
+        used = f"{float(usage.used):.0%} used, perplexity {float(usage.perplexity):.0f}"
+        parts.append(f"{height}x{width} of {model.codes} ({used})")
+    return f"codes of {len(batch.x)} test images: {', '.join(parts)}"
+
+
+def _test_images(model: Model, data: Dataset, samples: np.ndarray, device: str) -> Batch:
     batch = batch_of(data, "test", samples, seed=EVALUATION_SEED, epoch=0)
     labels = None if batch.labels is None else batch.labels.to(device)
     return batch._replace(x=batch.x.to(device, next(model.parameters()).dtype), labels=labels)

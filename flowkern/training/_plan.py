@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from .. import models
 from ..data import Dataset
 
-__all__ = ["OPTIMIZERS", "PRESETS", "Plan", "make_plan", "resumed_plan"]
+__all__ = ["OPTIMIZERS", "PRESETS", "Plan", "make_plan", "make_prior_plan", "resumed_plan"]
 
 OPTIMIZERS = ("adam", "adamw", "adamax")
 
@@ -24,6 +25,7 @@ class Plan:
         model: a name in ``flowkern.models.MODELS``.
         data: a source of ``flowkern.data.load``, and ``size`` for it.
         config: keyword arguments of the model's constructor, besides shape and context.
+        autoencoder: the checkpoint from which a VQ-VAE with a prior takes its autoencoder, or None.
         conditional: give the model the labels, one-hot, as its context.
         seed: of the weights, the order of the samples and all noise.
         epochs: at most so many; fewer if the validation NLL has not improved for ``patience`` of them (0: never stop).
@@ -41,6 +43,7 @@ class Plan:
     data: str
     size: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    autoencoder: str | None = None
     conditional: bool = False
     seed: int = 0
     epochs: int = 100
@@ -84,16 +87,15 @@ class Plan:
         """Twice what is in memory at once in training: without gradients there is room."""
         return max(1, 2 * self.batch_size // self.accumulate)
 
-    def build(self, data: Dataset) -> models.FlowModel:
-        """A new model for the data; images get a logit in front unless ``config`` says how to preprocess.
+    def build(self, data: Dataset) -> models.Model:
+        """A new model for the data; flows of images get a logit in front unless ``config`` says how to preprocess.
 
         Raises ValueError for labels that are not there and for a configuration that the model refuses.
         """
         if self.conditional and not data.classes:
             raise ValueError(f"conditional: {data.name} has no labels")
         context = len(data.classes) if self.conditional else None
-        # The pixels of images lie at the ends of their range more often than a Gaussian can follow.
-        defaults = {"preprocess": None if data.levels is None else {"logit": 0.05}}
+        defaults = models.MODELS[self.model].config_for(data.levels)
         try:
             model = models.build(self.model, {**defaults, "shape": list(data.shape), "context": context, **self.config})
         except TypeError as error:
@@ -106,6 +108,9 @@ class Plan:
 # Chosen on the digits' validation split, like the settings of the model: the best NLL within about 50 epochs.
 _DIGITS: dict[str, Any] = {"config": models.PRESETS["realnvp", "digits"], "lr": 3e-3, "ema": 0.998}
 
+# Tomczak, "Deep Generative Modeling" (2022), on digits.
+_RECIPE: dict[str, Any] = {"epochs": 1000, "batch_size": 64, "lr": 1e-3, "optimizer": "adamax", "patience": 20}
+
 #: (model, data, preset) -> fields of ``Plan``. A "default" of model and data is laid over the one of ("*", "*").
 PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("*", "*", "default"): {"warmup": 100, "clip": 100.0, "ema": 0.999, "patience": 20},
@@ -114,6 +119,25 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("nice", "digits", "default"): _DIGITS | {"epochs": 300},
     ("glow", "digits", "default"): _DIGITS | {"config": models.PRESETS["glow", "digits"], "epochs": 300},
     ("maf", "digits", "default"): {"config": models.PRESETS["maf", "digits"], "lr": 1e-3, "ema": 0.998, "epochs": 200},
+    ("made", "digits", "default"): {"config": models.PRESETS["made", "digits"], "lr": 1e-3, "ema": 0.998, "epochs": 200},
+    ("pixelcnn", "digits", "default"): {"config": models.PRESETS["pixelcnn", "digits"], "lr": 2e-3, "ema": 0.998, "epochs": 60},
+    ("pixelvae", "digits", "default"): {"config": models.PRESETS["pixelvae", "digits"], "lr": 2e-3, "ema": 0.998, "epochs": 60},
+    ("vqvae", "digits", "default"): {"config": models.PRESETS["vqvae", "digits"], "lr": 2e-3, "ema": 0.99, "epochs": 100},
+    ("vqvae2", "digits", "default"): {"config": models.PRESETS["vqvae2", "digits"], "lr": 2e-3, "ema": 0.99, "epochs": 100},
+    ("vqvae", "photos", "default"): {
+        "config": models.PRESETS["vqvae", "photos"],
+        "batch_size": 32,
+        "lr": 2e-3,
+        "ema": 0.99,
+        "epochs": 20,
+    },
+    ("vqvae2", "photos", "default"): {
+        "config": models.PRESETS["vqvae2", "photos"],
+        "batch_size": 32,
+        "lr": 2e-3,
+        "ema": 0.99,
+        "epochs": 20,
+    },
     # Some minutes on two cores: enough for colour and texture. A short average, for there are few steps.
     ("glow", "photos", "default"): {
         "config": models.PRESETS["glow", "photos"],
@@ -122,16 +146,43 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
         "lr": 2e-3,
         "ema": 0.99,
     },
-    # The published RealNVP on digits: no averaging, no warm-up, no clipping.
-    ("realnvp", "digits", "recipe"): {
-        "config": models.PRESETS["realnvp", "digits-recipe"],
-        "epochs": 1000,
-        "batch_size": 64,
-        "lr": 1e-3,
-        "optimizer": "adamax",
-        "patience": 20,
+    # As published: no averaging, no warm-up, no clipping.
+    ("realnvp", "digits", "recipe"): _RECIPE | {"config": models.PRESETS["realnvp", "digits-recipe"]},
+    ("vae", "digits", "recipe"): _RECIPE,
+    ("vae", "digits", "default"): {"lr": 1e-3, "ema": 0.998, "epochs": 300},
+    ("dequantized", "digits", "default"): {
+        "config": models.PRESETS["dequantized", "digits"],
+        "lr": 3e-3,
+        "ema": 0.998,
+        "epochs": 300,
     },
 }
+
+#: As ``PRESETS``, of a prior over the codes of a VQ-VAE: (data, preset) -> fields.
+PRIOR_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("digits", "default"): {
+        "config": {"hidden": 32, "layers": 5, "dropout": 0.3},
+        "lr": 2e-3,
+        "ema": 0.99,
+        "epochs": 100,
+    },
+    ("photos", "default"): {
+        "config": {"hidden": 48, "layers": 8, "dropout": 0.3},
+        "batch_size": 32,
+        "ema": 0.99,
+        "epochs": 20,
+    },
+}
+
+
+def _preset(model: str, kind: str, preset: str) -> dict[str, Any]:
+    """Fields of ``Plan``. Raises ValueError for a preset that the model does not have for this kind of data."""
+    table = PRESETS | {("prior", *key): fields for key, fields in PRIOR_PRESETS.items()}
+    known = [name for m, d, name in table if m in (model, "*") and d in (kind, "*")]
+    if preset not in known:
+        raise ValueError(f"preset: {model} on {kind} has no {preset!r}; expected one of {', '.join(dict.fromkeys(known))}")
+    fields = table["*", "*", "default"] if preset == "default" else {}
+    return fields | table.get((model, kind, preset), {})
 
 
 def make_plan(model: str, data: str, *, preset: str = "default", **given: Any) -> Plan:
@@ -141,23 +192,45 @@ def make_plan(model: str, data: str, *, preset: str = "default", **given: Any) -
     """
     if model not in models.MODELS:
         raise ValueError(f"model: unknown name {model!r}; expected one of {', '.join(models.MODELS)}")
-    kind = data.partition(":")[0]
-    known = [name for m, d, name in PRESETS if m in (model, "*") and d in (kind, "*")]
-    if preset not in known:
-        raise ValueError(f"preset: {model} on {kind} has no {preset!r}; expected one of {', '.join(dict.fromkeys(known))}")
-    fields = dict(PRESETS["*", "*", "default"]) if preset == "default" else {}
-    fields |= PRESETS.get((model, kind, preset), {})
+    fields = _preset(model, data.partition(":")[0], preset)
     config = {**fields.pop("config", {}), **given.pop("config", {})}
     check_config(model, config)
     return Plan(**(fields | {"model": model, "data": data, "config": config} | given))
 
 
-def check_config(model: str, config: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key that the model's constructor does not take."""
-    known = [name for name in inspect.signature(models.MODELS[model]).parameters if name not in ("shape", "context")]
+def make_prior_plan(checkpoint: str | os.PathLike[str], *, preset: str = "default", **given: Any) -> Plan:
+    """The plan of a prior over the codes of a trained VQ-VAE: a VQ-VAE again, with that autoencoder and a ``PixelCNN``.
+
+    Fields are given as to ``make_plan``; ``config`` holds settings of the prior, and the data are those that the checkpoint was
+    trained on unless given.
+
+    Raises ValueError for a checkpoint of another model or one that does not name its data, and as ``make_plan``.
+    """
+    content = models.read_checkpoint(checkpoint)
+    name, config, stored = content["model"]["name"], content["model"]["config"], content.get("plan", {})
+    if name not in ("vqvae", "vqvae2"):
+        raise ValueError(f"{checkpoint} holds a {name}, which has no codes: a prior is for a vqvae or vqvae2")
+    data = given.pop("data", stored.get("data"))
+    if data is None:
+        raise ValueError(f"{checkpoint} does not say what it was trained on: name the data (--data)")
+    kind = data.partition(":")[0]
+    fields = _preset("prior", kind, preset)
+    prior = {**fields.pop("config", {}), **given.pop("config", {})}
+    check_config("pixelcnn", prior, "prior", ("levels", "condition"))
+    # Given on its own, the size of a folder's images is that of the run before.
+    fields |= {"size": stored.get("size")} if data == stored.get("data") else {}
+    config = {key: value for key, value in config.items() if key not in ("shape", "levels", "context")}
+    config |= {"prior": prior}
+    return Plan(**(fields | {"model": name, "data": data, "config": config, "autoencoder": str(checkpoint)} | given))
+
+
+def check_config(model: str, config: Mapping[str, Any], name: str | None = None, fixed: Sequence[str] = ()) -> None:
+    """Raise ValueError, about ``name`` or the model, for a key that its constructor does not take or that is ``fixed``."""
+    taken = ("shape", "context", *fixed)
+    known = [key for key in inspect.signature(models.MODELS[model]).parameters if key not in taken]
     for key in config:
         if key not in known:
-            raise ValueError(f"{model} has no setting {key!r}; expected one of {', '.join(known)}")
+            raise ValueError(f"{name or model} has no setting {key!r}; expected one of {', '.join(known)}")
 
 
 def resumed_plan(out: Path, given: Mapping[str, Any]) -> Plan:
@@ -169,6 +242,8 @@ def resumed_plan(out: Path, given: Mapping[str, Any]) -> Plan:
     if "plan" not in content:
         raise ValueError(f"{out / 'last.ckpt'} is not the checkpoint of a training run")
     stored = content["plan"]
+    if "autoencoder" in given and "config" in given:
+        given = {**given, "config": {"prior": {**(stored["config"].get("prior") or {}), **given["config"]}}}
     fixed = {**{name: value for name, value in given.items() if name != "epochs"}, "config": given.get("config", {})}
     known = {**stored, "config": {key: stored["config"].get(key) for key in fixed["config"]}}
     changed = [f"{name} {value!r} (the run has {known.get(name)!r})" for name, value in fixed.items() if value != known.get(name)]

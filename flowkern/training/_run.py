@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .. import models
 from ..data import Dataset, load
-from ._evaluate import Score, evaluate
+from ._evaluate import Score, evaluate, suited
 from ._gallery import save_gallery
 from ._pictures import atomic, draw_curve, read_log
 from ._plan import Plan
@@ -74,6 +74,9 @@ def run(
     torch.manual_seed(plan.seed)
     # Lightning would convert the model only after it has loaded the weights to resume from, rounded.
     model = plan.build(data).to(torch.float64 if precision == "64-true" else torch.float32)
+    data = suited(data, model)
+    if plan.autoencoder is not None and start is None:
+        _take_autoencoder(model, plan.autoencoder, data)
     io = AtomicCheckpointIO()
     hardware = {"accelerator": accelerator, "devices": devices, "num_nodes": nodes, "strategy": strategy, "precision": precision}
     with warnings.catch_warnings():
@@ -95,6 +98,17 @@ def run(
     if not trainer.is_global_zero:
         return None
     return _finish(plan, data, out, draws, str(trainer.strategy.root_device))
+
+
+def _take_autoencoder(model: models.Model, checkpoint: str, data: Dataset) -> None:
+    """Raises ValueError for an autoencoder of other images, or another one."""
+    content = models.read_checkpoint(checkpoint)
+    config = content["model"]["config"]
+    shape, levels = tuple(config["shape"]), config["levels"]
+    if (shape, levels) != (data.shape, data.levels):
+        came = f"{data.name} has shape {data.shape} and {data.levels} levels"
+        raise ValueError(f"{checkpoint} is for images of shape {shape} and {levels} levels, and {came}")
+    model.load_autoencoder(content["state_dict"])  # type: ignore[operator]
 
 
 def _trainer(plan: Plan, out: Path, hardware: dict[str, Any], io: AtomicCheckpointIO, callbacks: list[Any]) -> Trainer:
@@ -136,6 +150,8 @@ def _quiet() -> None:
     # The data is in memory: workers cannot make it faster.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # An autoencoder that waits for its prior.
+    warnings.filterwarnings("ignore", message=".*module.s. in eval mode.*")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
 
 

@@ -52,7 +52,7 @@ def save_samples(
         np.save(file, x.float().cpu().numpy())
 
 
-def _labels(model: models.FlowModel, classes: list[Any], label: str | None, n: int) -> torch.Tensor:
+def _labels(model: models.Model, classes: list[Any], label: str | None, n: int) -> torch.Tensor:
     if label is None:
         return torch.arange(n) % (model.context or 1)
     if model.context is None:

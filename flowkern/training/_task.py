@@ -89,17 +89,17 @@ class FlowData(LightningDataModule):
 
 
 class FlowTask(LightningModule):
-    """Maximum likelihood: the loss is the mean NLL of the global batch in nats, with the dequantization counted.
+    """The loss is the mean of the model's objective over the global batch, its NLL in nats, with the dequantization counted.
 
     The data, the state of the flow, its log-determinants and the loss stay in float32 under autocast; ``memory_format`` is
     that of images and of the weights of convolutions.
     """
 
     trainer: Trainer  # type: ignore[override]
-    model: models.FlowModel
+    model: models.Model
 
     def __init__(
-        self, model: models.FlowModel, plan: Plan, data: Dataset, memory_format: torch.memory_format = torch.contiguous_format
+        self, model: models.Model, plan: Plan, data: Dataset, memory_format: torch.memory_format = torch.contiguous_format
     ):
         super().__init__()
         self.model, self.plan = model.to(memory_format=memory_format), plan  # type: ignore[call-overload]
@@ -121,8 +121,9 @@ class FlowTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
 
     def _nll(self, batch: Batch) -> torch.Tensor:
-        x = self._formatted(batch.x)
-        log_prob = self.model(x, context_of(self.model, batch.labels))
+        """(B,) nats; in training what the model has in its place."""
+        x, context = self._formatted(batch.x), context_of(self.model, batch.labels)
+        log_prob = -self.model.objective(x, context) if self.training else self.model(x, context)
         return negative_log_likelihood(log_prob, x.shape[1:].numel(), self.levels)
 
     def _log(self, part: str, nll: torch.Tensor, count: int) -> None:

@@ -1,0 +1,74 @@
+"""A flow over images of few levels, with its noise learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import nn
+from ._glow import Glow
+from ._model import DiscreteModel, FlowModel
+from ._realnvp import RealNVP
+
+__all__ = ["DequantizedFlow"]
+
+_FLOWS: dict[str, Callable[..., FlowModel]] = {"realnvp": RealNVP, "glow": Glow}
+
+
+class DequantizedFlow(DiscreteModel):
+    """A flow p and a ``nn.VariationalDequantization`` q: log P(v) >= log p((v + u) / levels) - D log levels - log q(u | v).
+
+    ``log_prob`` is that bound, of one draw of u.
+
+    Args:
+        shape: (C, H, W).
+        levels: how many values an element can have.
+        flow: ``"realnvp"`` or ``"glow"``; ``settings``, its keyword arguments besides the shape.
+        couplings, hidden: of the dequantization.
+        context: must be None.
+
+    Raises ValueError for settings that do not fit, and unknown names.
+    Source: Ho et al., "Flow++" (2019), section 3.1.
+    """
+
+    stochastic = True
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        levels: int = 256,
+        flow: str = "realnvp",
+        settings: Mapping[str, Any] | None = None,
+        couplings: int = 4,
+        hidden: int = 32,
+        context: int | None = None,
+    ):
+        super().__init__()
+        if flow not in _FLOWS:
+            raise ValueError(f"flow: unknown name {flow!r}; expected one of {', '.join(map(repr, _FLOWS))}")
+        if context is not None:
+            raise ValueError(f"context: expected None, got {context}")
+        self.flow = _FLOWS[flow](shape, **{"preprocess": {"logit": 0.005}, **(settings or {})})
+        self.shape, self.levels, self.context = self.flow.shape, levels, None
+        self.dequantization = nn.VariationalDequantization(self.shape, levels, couplings=couplings, hidden=hidden)
+        given = {"flow": flow, "settings": dict(settings or {}), "couplings": couplings, "hidden": hidden, "context": None}
+        self.config = {"shape": [*self.shape], "levels": levels, **given}
+
+    def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """A lower bound on log P(v): (B,) in nats."""
+        u, log_q = self.dequantization(v)
+        log_p = self.flow.log_prob((v + u) / self.levels)
+        return log_p - math.prod(self.shape) * math.log(self.levels) - log_q
+
+    def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        return (self.flow.sample(n, None, temperature) * self.levels).floor().clamp(0, self.levels - 1).long()
+
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.flow.embed(x)
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.flow.render(z)

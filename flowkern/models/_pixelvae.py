@@ -1,0 +1,90 @@
+"""A VAE whose decoder is autoregressive: each pixel sees the latents and the pixels before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..nn._flow import _rows
+from ._pixelcnn import PixelCNN
+from ._vae import VAE
+
+__all__ = ["PixelVAE"]
+
+
+class PixelVAE(VAE):
+    """``VAE`` with a ``PixelCNN`` as p(x | z), whose context is z (and the class, if there is one).
+
+    A decoder that knows the pixels before needs few latents: without ``free_bits`` or a ``min_rate`` in ``objective`` it may use
+    none of them.
+
+    Args:
+        shape: (C, H, W); levels: how many values an element can have.
+        pixelcnn: keyword arguments of ``PixelCNN`` besides shape, levels, context and condition.
+        the others: as for ``VAE``.
+
+    Source: Gulrajani et al., "PixelVAE: A Latent Variable Model for Natural Images" (2017).
+    """
+
+    decoder: PixelCNN
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        levels: int = 256,
+        latent: int = 8,
+        components: int = 16,
+        hidden: Sequence[int] = (256, 256),
+        activation: str = "leaky_relu",
+        dropout: float = 0.0,
+        prior: str = "standard",
+        posterior: str = "gaussian",
+        flow_layers: int = 3,
+        flow_hidden: Sequence[int] = (256, 256),
+        objective: Mapping[str, Any] | None = None,
+        pixelcnn: Mapping[str, Any] | None = None,
+        context: int | None = None,
+    ):
+        super().__init__(
+            shape,
+            levels=levels,
+            latent=latent,
+            likelihood="categorical",
+            components=components,
+            hidden=hidden,
+            activation=activation,
+            dropout=dropout,
+            prior=prior,
+            posterior=posterior,
+            flow_layers=flow_layers,
+            flow_hidden=flow_hidden,
+            objective=objective,
+            context=context,
+        )
+        self.decoder = PixelCNN(shape, levels=levels, context=latent + (context or 0), **(pixelcnn or {}))
+        for name in ("upper", "likelihood"):
+            del self.config[name]
+        self.config["pixelcnn"] = dict(pixelcnn or {})
+
+    def _seen(self, z: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """What the PixelCNN is given: z (B, L), and context (B, K)."""
+        z = z.to(self.decoder.place.dtype)
+        return z if context is None else torch.cat([z, context.to(z.dtype)], 1)
+
+    def log_likelihood(self, x: torch.Tensor, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        rows = None if context is None else context.repeat(len(z), 1)
+        v = x.long().repeat(len(z), 1, 1, 1)
+        return self.decoder.log_mass(v, self._seen(z.flatten(0, 1), rows)).view(z.shape[:2])
+
+    def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """n samples of integers (n, *shape): z at that temperature, and the pixels at it too."""
+        context = _rows(context, n)
+        return self.decoder.draw(n, self._seen(self.prior.sample(n, temperature=temperature), context), temperature)
+
+    @torch.no_grad()
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """A sample of p(x | z), (B, *shape), as dequantized data: an autoregressive likelihood has no mean to show."""
+        return (self.decoder.draw(len(z), self._seen(z, context)).float() + 0.5) / self.levels

@@ -1,0 +1,205 @@
+"""The variational autoencoder with its priors and posteriors by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import nn
+from ..nn._likelihood import likelihood as named_likelihood
+from ._autoregressive import MAF
+from ._model import DiscreteModel, model_shape
+from ._realnvp import RealNVP
+
+__all__ = ["VAE"]
+
+PRIORS = ("standard", "mixture", "vamp", "realnvp", "maf")
+POSTERIORS = ("gaussian", "planar", "radial", "iaf")
+
+
+class VAE(nn.VAE, DiscreteModel):
+    """``nn.VAE`` with MLPs over samples of one shape, images taken as vectors, and what it is made of by name.
+
+    ``log_prob`` is the ELBO, of one draw of the latents.
+
+    Args:
+        shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
+        levels: how many values an element can have, for discrete likelihoods; None for continuous data.
+        latent: L. With ``upper``, that of the lower of two layers: p(x | z_1) p(z_1 | z_2) p(z_2) with ``upper`` latents z_2.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` (learned variance) or ``"mixture"`` of so many
+            ``components`` Gaussians; None for categorical where there are ``levels``, else gaussian. The continuous ones take
+            images as dequantized.
+        hidden, activation, dropout: of the networks; those of flows in the prior and the posterior are ``flow_hidden`` wide.
+        prior: ``"standard"`` normal, ``"mixture"`` of ``components`` Gaussians, ``"vamp"`` with ``components`` pseudo-inputs,
+            ``"realnvp"`` of ``flow_layers`` couplings, or ``"maf"`` of ``flow_layers`` layers (Chen et al. 2017).
+        posterior: diagonal ``"gaussian"``, or followed by ``flow_layers`` ``"planar"``, ``"radial"`` or ``"iaf"`` layers, which
+            also see 2 L values from the encoder.
+        objective: the fields of ``nn.Objective``.
+        context: K of a context (B, K), which both networks see: a class, one-hot, for a class-conditional VAE.
+
+    Raises ValueError for settings that do not fit, and unknown names.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        levels: int | None = None,
+        latent: int = 16,
+        upper: int | None = None,
+        likelihood: str | None = None,
+        components: int = 16,
+        hidden: Sequence[int] = (256, 256),
+        activation: str = "leaky_relu",
+        dropout: float = 0.0,
+        prior: str = "standard",
+        posterior: str = "gaussian",
+        flow_layers: int = 3,
+        flow_hidden: Sequence[int] = (256, 256),
+        objective: Mapping[str, Any] | None = None,
+        context: int | None = None,
+    ):
+        sizes, _ = model_shape(shape, flatten=True)
+        likelihood = likelihood or ("gaussian" if levels is None else "categorical")
+        output = named_likelihood(likelihood, components, levels or 2)
+        if output.discrete and levels is None:
+            raise ValueError(f"likelihood: {likelihood!r} is for discrete values; expected levels")
+        if upper is not None and (prior, posterior) != ("standard", "gaussian"):
+            raise ValueError(f"upper: two layers have a standard prior and a gaussian posterior, got {prior!r} and {posterior!r}")
+        if prior == "vamp" and context is not None:
+            raise ValueError("prior: 'vamp' has no context to show to the encoder with its pseudo-inputs")
+        features = math.prod(sizes)
+        widths, flow_widths = tuple(hidden), tuple(flow_hidden)
+        network: dict[str, Any] = {"activation": activation, "zero_init": False}
+
+        def mlp(inputs: int, outputs: int, context: int | None = None) -> nn.MLP:
+            return nn.MLP(inputs, outputs, widths, context=context, dropout=dropout, **network)
+
+        if upper is None:
+            approximate = _posterior(posterior, latent, flow_layers, flow_widths)
+        else:
+            approximate = nn.HierarchicalPosterior(latent, upper, nn.MLP(latent, 2 * upper, widths, **network))
+        encoder = mlp(features, approximate.inputs, context)
+        decoder = mlp(latent, features * output.params, context)
+        if upper is None:
+            known = _prior(prior, latent, components, flow_layers, flow_widths, encoder, approximate, features)
+        else:
+            known = nn.HierarchicalPrior(latent, upper, nn.MLP(upper, 2 * latent, widths, **network))
+        super().__init__(encoder, decoder, output, known, approximate)
+        self.shape, self.context, self.discrete, self.stochastic = sizes, context, output.discrete, True
+        self.levels, self.latent = levels or 0, latent
+        self.training_objective = nn.Objective(**(objective or {}))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of training, for the warm-up of the rate
+        self.config = {
+            "shape": [*sizes],
+            "levels": levels,
+            "latent": latent,
+            "upper": upper,
+            "likelihood": likelihood,
+            "components": components,
+            "hidden": [*hidden],
+            "activation": activation,
+            "dropout": dropout,
+            "prior": prior,
+            "posterior": posterior,
+            "flow_layers": flow_layers,
+            "flow_hidden": [*flow_hidden],
+            "objective": dataclasses.asdict(self.training_objective),
+            "context": context,
+        }
+
+    steps: torch.Tensor
+
+    @classmethod
+    def config_for(cls, levels: int | None) -> dict[str, Any]:
+        return {"levels": levels}
+
+    def decode(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return super().decode(z[:, : self.latent], context)
+
+    def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """A lower bound on log P(v), the ELBO: (B,) in nats."""
+        return self.elbo(v, context)
+
+    def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """A lower bound on log p(x), the ELBO of one draw, of dequantized x if the data is discrete: (B,) in nats."""
+        if self.discrete:
+            return super().log_prob(x, context)
+        self.check_shape(x)
+        return self.elbo(x, context)
+
+    def log_weight(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """log p(x|z) + log p(z) - log q(z|x) of one draw, of dequantized x if the data is discrete: (B,) in nats."""
+        self.check_shape(x)
+        constant = math.prod(self.shape) * math.log(self.levels) if self.discrete else 0.0
+        return self.evidence(self.values(x) if self.discrete else x, context).log_weight[0] + constant
+
+    def objective(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """What ``nn.VAE.loss`` says of the objective, for dequantized x if the data is discrete."""
+        self.check_shape(x)
+        constant = math.prod(self.shape) * math.log(self.levels) if self.discrete else 0.0
+        step = int(self.steps) if self.training_objective.warmup else 0
+        self.steps += 1
+        return self.loss(self.values(x) if self.discrete else x, self.training_objective, context, step) - constant
+
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The posterior's point z (B, L) for dequantized x."""
+        self.check_shape(x)
+        return self.posterior.mean(self.encode(self.values(x) if self.discrete else x, context))
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The likelihood's mean (B, *shape), as dequantized data."""
+        mean = self.likelihood.mean(self.decode(z, context)).view(-1, *self.shape)
+        return (mean + 0.5) / self.levels if self.discrete else mean
+
+    def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        return nn.VAE.sample(self, n, context, temperature).long().view(n, *self.shape)
+
+    @torch.no_grad()
+    def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """n samples (n, *shape), dequantized by the middle of the cells if they are discrete."""
+        if self.discrete:
+            return DiscreteModel.sample(self, n, context, temperature)
+        return nn.VAE.sample(self, n, context, temperature).view(n, *self.shape)
+
+
+def _posterior(name: str, latent: int, layers: int, hidden: tuple[int, ...]) -> nn.Posterior:
+    if name not in POSTERIORS:
+        raise ValueError(f"posterior: unknown name {name!r}; expected one of {', '.join(map(repr, POSTERIORS))}")
+    if name == "gaussian":
+        return nn.GaussianPosterior(latent)
+    context = 2 * latent
+    if name == "iaf":
+        steps: list[nn.Bijection] = []
+        for _ in range(layers):
+            steps += [nn.InverseAutoregressive(latent, hidden, context=context), nn.Permutation.reverse(latent)]
+    else:
+        steps = [{"planar": nn.Planar, "radial": nn.Radial}[name](latent, context) for _ in range(layers)]
+    return nn.FlowPosterior(latent, nn.Compose(*steps), context)
+
+
+def _prior(
+    name: str,
+    latent: int,
+    components: int,
+    layers: int,
+    hidden: tuple[int, ...],
+    encoder: torch.nn.Module,
+    posterior: nn.Posterior,
+    features: int,
+) -> torch.nn.Module:
+    if name not in PRIORS:
+        raise ValueError(f"prior: unknown name {name!r}; expected one of {', '.join(map(repr, PRIORS))}")
+    if name == "standard":
+        return nn.StandardNormal(latent)
+    if name == "mixture":
+        return nn.Mixture(latent, components)
+    if name == "vamp":
+        return nn.VampPrior(encoder, posterior, 0.5 * torch.randn(components, features))
+    if name == "maf":
+        return MAF(latent, layers=layers, hidden=hidden)
+    return RealNVP(latent, couplings=layers, hidden=hidden[0], depth=len(hidden))

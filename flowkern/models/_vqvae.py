@@ -1,0 +1,467 @@
+"""VQ-VAE and VQ-VAE-2: images as maps of discrete codes, and an autoregressive prior over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import nn
+from ..nn._base import as_shape
+from ..ops._checks import accumulation_dtype
+from ._model import DiscreteModel
+from ._pixelcnn import PixelCNN
+
+__all__ = ["LIKELIHOODS", "VQVAE", "VQVAE2", "CodePrior"]
+
+#: One map (B, h, w) of codes for each latent, the coarsest first.
+Codes = tuple[torch.Tensor, ...]
+
+#: The share of the mean use of a code under which a code is given up and begins anew.
+_REVIVE_BELOW = 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distributions of pixels
+
+
+class DiscretizedLogistic(nn.Likelihood):
+    """The mass of a logistic distribution in each level's cell; the first and the last cell are open. ``params`` (mean, raw).
+
+    With a = (x + d - m) / s and b = (x - d - m) / s at the borders of the cell, log(sigmoid(a) - sigmoid(b)) is
+    log sigmoid(a) + log sigmoid(-b) + log(1 - exp(-2 d / s)), without cancellation. x and m lie between -1 and 1, and
+    log s = softplus(raw + 5) - 7: from e^-7, a tenth of a cell of 8 bits, upwards, and about e^-2 at raw = 0.
+    Source: Salimans et al., "PixelCNN++" (2017), section 2.1.
+    """
+
+    params = 2
+    discrete = True
+
+    def __init__(self, levels: int):
+        self.levels = levels
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x / (self.levels - 1) - 1.0
+
+    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        mean, raw = params.unbind(-1)
+        inverse_scale = (7.0 - F.softplus(raw + 5.0)).exp()
+        half = 1.0 / (self.levels - 1)
+        distance = self.encode(x.to(mean.dtype)) - mean
+        above = F.logsigmoid((distance + half) * inverse_scale)
+        below = F.logsigmoid((half - distance) * inverse_scale)
+        inner = (-torch.expm1(-2.0 * half * inverse_scale)).log()
+        return torch.where(x == 0, above, torch.where(x == self.levels - 1, below, above + below + inner))
+
+    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        mean, raw = params.unbind(-1)
+        uniform = torch.rand_like(mean).clamp(1e-6, 1.0 - 1e-6)
+        x = mean + temperature * (F.softplus(raw + 5.0) - 7.0).exp() * uniform.logit()
+        return self._level(x).round().clamp(0, self.levels - 1)
+
+    def mean(self, params: torch.Tensor) -> torch.Tensor:
+        """That of the logistic distribution, within the levels."""
+        return self._level(params[..., 0]).clamp(0, self.levels - 1)
+
+    def _level(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 1.0) * (0.5 * (self.levels - 1))
+
+
+LIKELIHOODS: dict[str, Any] = {"categorical": nn.Categorical, "logistic": DiscretizedLogistic}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder and decoder
+
+
+class _Block(torch.nn.Module):
+    """h + conv_1x1(relu(conv_3x3(relu(h))))."""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.first = torch.nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = torch.nn.Conv2d(channels, channels, 1)
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.second(self.dropout(self.first(h.relu()).relu()))
+
+
+def _blocks(channels: int, blocks: int, dropout: float) -> list[torch.nn.Module]:
+    return [*(_Block(channels, dropout) for _ in range(blocks)), torch.nn.ReLU()]
+
+
+def _down(inputs: int, hidden: int, steps: int, blocks: int, dropout: float) -> torch.nn.Sequential:
+    """Convolutions of stride 2, then residual blocks: (B, inputs, H, W) -> (B, hidden, H / 2^steps, W / 2^steps)."""
+    layers: list[torch.nn.Module] = []
+    for i in range(steps):
+        layers += [torch.nn.Conv2d(hidden if i else inputs, hidden, 4, 2, 1), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Conv2d(hidden, hidden, 3, padding=1), *_blocks(hidden, blocks, dropout))
+
+
+def _up(inputs: int, hidden: int, outputs: int, steps: int, blocks: int, dropout: float) -> torch.nn.Sequential:
+    """Residual blocks, then transposed convolutions: (B, inputs, h, w) -> (B, outputs, h 2^steps, w 2^steps)."""
+    layers = [torch.nn.Conv2d(inputs, hidden, 3, padding=1), *_blocks(hidden, blocks, dropout)]
+    for _ in range(steps):
+        layers += [torch.nn.ConvTranspose2d(hidden, hidden, 4, 2, 1), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Conv2d(hidden, outputs, 1))
+
+
+class _Autoencoder(torch.nn.Module):
+    """Images to codes, and codes to the parameters of the pixels' distributions, over one latent map.
+
+    ``sizes`` are those of the maps, the coarsest first.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        params: int,
+        quantizer: Mapping[str, Any],
+        *,
+        hidden: int,
+        blocks: int,
+        downsample: int,
+        dropout: float,
+    ):
+        super().__init__()
+        channels, height, width = shape
+        dim = quantizer["dim"]
+        self.sizes = [(height >> downsample, width >> downsample)]
+        self.encoder = _down(channels, hidden, downsample, blocks, dropout)
+        self.project = torch.nn.Conv2d(hidden, dim, 1)
+        self.quantizer = nn.VectorQuantizer(**quantizer)
+        self.decoder = _up(dim, hidden, channels * params, downsample, blocks, dropout)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
+        """x (B, C, H, W) from -1 to 1 -> (parameters (B, C params, H, W), codes, loss of the quantizers)."""
+        quantized, codes, loss = self.quantizer(self.project(self.encoder(x)))
+        return self.decoder(quantized), (codes,), loss
+
+    def decode(self, codes: Codes) -> torch.Tensor:
+        """codes -> parameters (B, C params, H, W)."""
+        return self.decoder(self.quantizer.decode(codes[0]))
+
+    def quantizers(self) -> list[nn.VectorQuantizer]:
+        """Those of the maps, in their order."""
+        return [self.quantizer]
+
+
+class _Autoencoder2(torch.nn.Module):
+    """As ``_Autoencoder``, over a top map and a bottom map that is encoded given the top one. Razavi et al. 2019, algorithm 1."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        params: int,
+        quantizer: Mapping[str, Any],
+        *,
+        hidden: int,
+        blocks: int,
+        downsample: int,
+        top_downsample: int,
+        dropout: float,
+    ):
+        super().__init__()
+        channels, height, width = shape
+        dim = quantizer["dim"]
+        self.sizes = [(height >> n, width >> n) for n in (downsample + top_downsample, downsample)]
+        self.bottom_encoder = _down(channels, hidden, downsample, blocks, dropout)
+        self.top_encoder = _down(hidden, hidden, top_downsample, blocks, dropout)
+        self.top_project = torch.nn.Conv2d(hidden, dim, 1)
+        self.top_quantizer = nn.VectorQuantizer(**quantizer)
+        self.top_decoder = _up(dim, hidden, hidden, top_downsample, blocks, dropout)
+        self.bottom_project = torch.nn.Conv2d(2 * hidden, dim, 1)
+        self.bottom_quantizer = nn.VectorQuantizer(**quantizer)
+        self.decoder = _up(hidden + dim, hidden, channels * params, downsample, blocks, dropout)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
+        features = self.bottom_encoder(x)
+        top, top_codes, top_loss = self.top_quantizer(self.top_project(self.top_encoder(features)))
+        above = self.top_decoder(top)
+        bottom, bottom_codes, bottom_loss = self.bottom_quantizer(self.bottom_project(torch.cat([features, above], 1)))
+        return self.decoder(torch.cat([above, bottom], 1)), (top_codes, bottom_codes), top_loss + bottom_loss
+
+    def decode(self, codes: Codes) -> torch.Tensor:
+        above = self.top_decoder(self.top_quantizer.decode(codes[0]))
+        return self.decoder(torch.cat([above, self.bottom_quantizer.decode(codes[1])], 1))
+
+    def quantizers(self) -> list[nn.VectorQuantizer]:
+        return [self.top_quantizer, self.bottom_quantizer]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prior and the models
+
+
+class CodePrior(torch.nn.Module):
+    """log P of maps of codes: a ``PixelCNN`` for the first, and for each further one a ``PixelCNN`` given the one before it.
+
+    Args:
+        sizes: (h, w) of each map, each a multiple of the one before it.
+        codes: how many each map chooses from.
+        context: K of a context (B, K), or None.
+        network: of ``PixelCNN``: hidden, layers, kernel, dropout.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], codes: int, *, context: int | None = None, **network: Any):
+        super().__init__()
+        self.maps = torch.nn.ModuleList()
+        self.shown = torch.nn.ModuleList()
+        for i, size in enumerate(sizes):
+            hidden = network.get("hidden", 64)
+            condition = hidden if i else None
+            self.maps.append(PixelCNN((1, *size), levels=codes, context=context, condition=condition, **network))
+            if i:
+                factor = size[0] // sizes[i - 1][0], size[1] // sizes[i - 1][1]
+                self.shown.append(_Shown(codes, hidden, factor))
+
+    def log_mass(self, codes: Codes, context: torch.Tensor | None = None) -> torch.Tensor:
+        """log P(codes), (B,) in nats, of one map (B, h, w) for each size."""
+        total = self.maps[0].log_mass(codes[0][:, None], context)  # type: ignore[operator]
+        for i, show in enumerate(self.shown):
+            total = total + self.maps[i + 1].log_mass(codes[i + 1][:, None], context, show(codes[i]))  # type: ignore[operator]
+        return total
+
+    @torch.no_grad()
+    def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> Codes:
+        """n samples of every map, (n, h, w) each."""
+        codes = [self.maps[0].draw(n, context, temperature)[:, 0]]  # type: ignore[operator]
+        for i, show in enumerate(self.shown):
+            codes.append(self.maps[i + 1].draw(n, context, temperature, show(codes[i]))[:, 0])  # type: ignore[operator]
+        return tuple(codes)
+
+
+class _Shown(torch.nn.Module):
+    """A map of codes (B, h, w) as features (B, hidden, h f, w g) for the next map's prior."""
+
+    def __init__(self, codes: int, hidden: int, factor: tuple[int, int]):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(codes, hidden)
+        self.network = nn.ResNet(hidden, hidden, hidden, 1, zero_init=False)
+        self.factor = factor
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        h = self.network(self.embedding(codes).movedim(-1, 1))
+        return h.repeat_interleave(self.factor[0], 2).repeat_interleave(self.factor[1], 3)
+
+
+class _CodeModel(DiscreteModel):
+    """What VQVAE and VQVAE2 share: all but the autoencoder."""
+
+    def __init__(
+        self, make: Any, shape: Sequence[int], least_downsample: int, settings: Mapping[str, Any], network: Mapping[str, Any]
+    ):
+        super().__init__()
+        self.shape = as_shape(shape)
+        if len(self.shape) != 3:
+            raise ValueError(f"shape: expected (C, H, W), got {tuple(self.shape)}")
+        levels, codes, likelihood = settings["levels"], settings["codes"], settings["likelihood"]
+        channels, height, width = self.shape
+        if height % (1 << least_downsample) or width % (1 << least_downsample) or network["downsample"] < 1:
+            halved = f"{least_downsample} times (downsample)"
+            raise ValueError(f"shape: expected a height and a width that can be halved {halved}, got {height} x {width}")
+        if likelihood not in LIKELIHOODS:
+            expected = ", ".join(map(repr, LIKELIHOODS))
+            raise ValueError(f"likelihood: unknown name {likelihood!r}; expected one of {expected}")
+        if levels < 2 or codes < 2:
+            raise ValueError(f"levels, codes: expected at least 2 each, got {levels} and {codes}")
+        context, prior = settings["context"], settings["prior"]
+        if context is not None and prior is None:
+            raise ValueError("context: only the prior over the codes takes one, and there is none (prior=None)")
+        self.config = {"shape": [*self.shape], **settings, **network}
+        self.levels, self.codes, self.context = levels, codes, context
+        self.likelihood = LIKELIHOODS[likelihood](levels)
+        quantizer = {name: settings[name] for name in ("dim", "codes", "decay", "commitment")}
+        quantizer |= {"channels_first": True, "revive_below": None if settings["decay"] is None else _REVIVE_BELOW}
+        self.autoencoder = make((channels, height, width), self.likelihood.params, quantizer, **network)
+        self.prior = None
+        if prior is not None:
+            self.autoencoder.requires_grad_(False)
+            self.prior = CodePrior(self.autoencoder.sizes, codes, context=context, **prior)
+        self.train()
+
+    def train(self, mode: bool = True) -> _CodeModel:
+        """A model with a prior trains that alone: its autoencoder stays in evaluation mode."""
+        super().train(mode)
+        if self.prior is not None:
+            self.autoencoder.eval()
+        return self
+
+    def encode(self, x: torch.Tensor) -> Codes:
+        """x (B, C, H, W) in [0, 1) -> one map of codes (B, h, w) for each latent, the coarsest first. Without gradients."""
+        self.check_shape(x)
+        training = self.autoencoder.training
+        self.autoencoder.eval()
+        try:
+            with torch.no_grad():
+                return self._encoded(self.values(x))[1]
+        finally:
+            self.autoencoder.train(training)
+
+    def decode(self, *codes: torch.Tensor) -> torch.Tensor:
+        """The likelihood's mean for maps of codes (B, h, w), as dequantized data (B, C, H, W)."""
+        return (self.likelihood.mean(self._params(self.autoencoder.decode(codes))) + 0.5) / self.levels
+
+    @torch.no_grad()
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W) in [0, 1) to its codes and back."""
+        return self.decode(*self.encode(x))
+
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The vectors of x's codes in one row (B, L), map after map."""
+        latents = [q.decode(c) for q, c in zip(self.autoencoder.quantizers(), self.encode(x), strict=True)]
+        return torch.cat([z.flatten(1) for z in latents], 1)
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The image of the codes nearest to the vectors in z (B, L)."""
+        quantizers, sizes = self.autoencoder.quantizers(), self.autoencoder.sizes
+        parts = z.split([q.dim * math.prod(size) for q, size in zip(quantizers, sizes, strict=True)], 1)
+        maps = zip(quantizers, parts, sizes, strict=True)
+        return self.decode(*(q.encode(part.unflatten(1, (q.dim, *size))) for q, part, size in maps))
+
+    def usage(self, x: torch.Tensor) -> tuple[nn.CodeUsage, ...]:
+        """How evenly the codes of x (B, C, H, W) are used: perplexity and the share that is used at all, for each map."""
+        return tuple(q.usage(c) for q, c in zip(self.autoencoder.quantizers(), self.encode(x), strict=True))
+
+    def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """A lower bound on log P(v), (B,) in nats: log P(v | codes) + log P(codes), with the codes that v is encoded to.
+
+        It is the evidence lower bound for the posterior that puts all mass on these codes. Without a prior the codes are
+        uniform: log P(codes) = -(number of codes) log(codebook size).
+        """
+        self._check_context(context)
+        return self._bound(v, *self._encoded(v)[:2], context)
+
+    def objective(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """-log_prob(x) and, while there is no prior, D times the quantizers' loss, D the number of pixels' channels.
+
+        The loss is that of van den Oord et al. 2017, equation 3, a mean over the latents' elements, as -log_prob / D is one over
+        the image's.
+        """
+        if self.prior is not None:
+            return -self.log_prob(x, context)
+        self.check_shape(x)
+        v, dims = self.values(x), math.prod(self.shape)
+        params, codes, loss = self._encoded(v)
+        return dims * (loss - math.log(self.levels)) - self._bound(v, params, codes, context)
+
+    @torch.no_grad()
+    def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """The mean images (n, C, H, W), integers, of codes drawn from the prior (without one: uniform codes)."""
+        self._check_context(context)
+        if self.prior is not None:
+            codes = self.prior.draw(n, context, temperature)
+        else:
+            device = next(self.parameters()).device
+            codes = tuple(torch.randint(self.codes, (n, *size), device=device) for size in self.autoencoder.sizes)
+        return self.likelihood.mean(self._params(self.autoencoder.decode(codes))).round().long()
+
+    def load_autoencoder(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Take the autoencoder, codebooks included, from the state of a model that has the same. Raises RuntimeError if not."""
+        prefix = "autoencoder."
+        self.autoencoder.load_state_dict({k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)})
+
+    def _encoded(self, v: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.prior is None):
+            return self.autoencoder(self.likelihood.encode(v.to(next(self.parameters()).dtype)))
+
+    def _params(self, flat: torch.Tensor) -> torch.Tensor:
+        """(B, C params, H, W) -> (B, C, H, W, params), in float32 at least."""
+        params = flat.unflatten(1, (self.shape[0], self.likelihood.params)).movedim(2, -1)
+        return params.to(accumulation_dtype(params))
+
+    def _bound(self, v: torch.Tensor, params: torch.Tensor, codes: Codes, context: torch.Tensor | None) -> torch.Tensor:
+        pixels = self.likelihood.log_prob(v, self._params(params)).flatten(1).sum(1)
+        if self.prior is not None:
+            return pixels + self.prior.log_mass(codes, context)
+        return pixels - sum(map(math.prod, self.autoencoder.sizes)) * math.log(self.codes)
+
+    def _check_context(self, context: torch.Tensor | None) -> None:
+        if context is not None and self.prior is None:
+            raise ValueError(f"context: got shape {tuple(context.shape)}, but only the prior takes one, and there is none")
+
+
+class VQVAE(_CodeModel):
+    """Images through a map of discrete codes: strided convolutions, ``nn.VectorQuantizer``, transposed convolutions.
+
+    Trained in two stages. Without a ``prior`` the autoencoder is, with uniform codes; with one, ``train`` leaves the autoencoder
+    as it is, and the prior learns the codes of the data. ``log_prob`` is a lower bound in both (see ``log_mass``).
+
+    Args:
+        shape: (C, H, W); H and W are halved ``downsample`` times.
+        levels: how many values an element can have.
+        hidden, blocks, dropout: channels of the encoder and the decoder, their residual blocks, and the dropout in these.
+        dim, codes, decay, commitment: of ``nn.VectorQuantizer``.
+        likelihood: of a pixel's channel given the codes: ``"logistic"`` (discretized; the decoder gives means and log-scales) or
+            ``"categorical"`` (the decoder gives a logit for each level).
+        prior: settings of the prior, a ``PixelCNN`` over the map of codes (hidden, layers, kernel, dropout), or None.
+        context: K of a context (B, K) of the prior, or None.
+
+    Raises ValueError for settings that do not fit, and unknown names.
+    Source: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning" (2017).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        levels: int = 256,
+        hidden: int = 128,
+        blocks: int = 2,
+        downsample: int = 2,
+        dropout: float = 0.0,
+        dim: int = 64,
+        codes: int = 512,
+        decay: float | None = 0.99,
+        commitment: float = 0.25,
+        likelihood: str = "logistic",
+        prior: Mapping[str, Any] | None = None,
+        context: int | None = None,
+    ):
+        settings: dict[str, Any] = {"levels": levels, "dim": dim, "codes": codes, "decay": decay, "commitment": commitment}
+        settings |= {"likelihood": likelihood, "prior": None if prior is None else dict(prior), "context": context}
+        network = {"hidden": hidden, "blocks": blocks, "downsample": downsample, "dropout": dropout}
+        super().__init__(_Autoencoder, shape, downsample, settings, network)
+
+
+class VQVAE2(_CodeModel):
+    """Images through two maps of discrete codes: a coarse one, and a fine one that is encoded and predicted given the coarse one.
+
+    Arguments and errors as for ``VQVAE``, and:
+
+    Args:
+        downsample: how often H and W are halved for the bottom map.
+        top_downsample: how often the bottom map's sides are halved for the top one.
+        prior: settings of the two ``PixelCNN``, that of the bottom map given the top one.
+
+    Source: Razavi, van den Oord and Vinyals, "Generating Diverse High-Fidelity Images with VQ-VAE-2" (2019).
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        levels: int = 256,
+        hidden: int = 128,
+        blocks: int = 2,
+        downsample: int = 2,
+        top_downsample: int = 1,
+        dropout: float = 0.0,
+        dim: int = 64,
+        codes: int = 512,
+        decay: float | None = 0.99,
+        commitment: float = 0.25,
+        likelihood: str = "logistic",
+        prior: Mapping[str, Any] | None = None,
+        context: int | None = None,
+    ):
+        if top_downsample < 1:
+            raise ValueError(f"top_downsample: expected at least 1, got {top_downsample}")
+        settings: dict[str, Any] = {"levels": levels, "dim": dim, "codes": codes, "decay": decay, "commitment": commitment}
+        settings |= {"likelihood": likelihood, "prior": None if prior is None else dict(prior), "context": context}
+        network = {"hidden": hidden, "blocks": blocks, "downsample": downsample, "top_downsample": top_downsample}
+        super().__init__(_Autoencoder2, shape, downsample + top_downsample, settings, network | {"dropout": dropout})

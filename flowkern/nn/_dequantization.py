@@ -1,0 +1,83 @@
+"""Dequantization: from discrete values v to x = (v + u) / levels, with u drawn uniformly or by a learned flow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..ops._checks import accumulation_dtype
+from ._bijection import Bijection, Pair
+from ._compose import Compose
+from ._conditioner import ConvNet
+from ._coupling import AffineCoupling
+
+__all__ = ["UniformDequantization", "VariationalDequantization"]
+
+
+class UniformDequantization(nn.Module):
+    """u uniform on [0, 1): forward(v) -> (u, log q(u | v)), u of v's shape (B, ...), log q = 0 (B,) in nats."""
+
+    def forward(self, v: torch.Tensor) -> Pair:
+        dtype = accumulation_dtype(v) if v.is_floating_point() else torch.float32
+        u = torch.rand(v.shape, dtype=dtype, device=v.device)
+        return u, u.new_zeros(len(v))
+
+
+class VariationalDequantization(nn.Module):
+    """u = sigmoid(g(e, v)) with e ~ N(0, I) and a flow g: forward(v) -> (u, log q(u | v)), (B, C, H, W) and (B,) in nats.
+
+    log P(v) >= E_q[log p(v + u) - log q(u | v)]: the better q follows p(v + u), the smaller the gap (Ho et al. 2019, eq. 12).
+    With e and the couplings at zero, g = identity, u has the density of a logistic normal.
+
+    Args:
+        shape: (C, H, W) of v.
+        levels: how many values an element of v can have.
+        couplings: of g, affine, with alternating checkerboards.
+        hidden: channels of their networks, which see v besides.
+        flow: g itself instead, a bijection over (C, H, W) whose context (B, C H W) is v from -1 to 1; its ``inverse`` is run.
+
+    Raises ValueError for a shape that is not (C, H, W).
+    Source: Ho et al., "Flow++" (2019), section 3.1.
+    """
+
+    def __init__(self, shape: Sequence[int], levels: int, *, couplings: int = 4, hidden: int = 32, flow: Bijection | None = None):
+        super().__init__()
+        if len(shape) != 3 or levels < 2:
+            raise ValueError(f"shape, levels: expected (C, H, W) and at least 2, got {tuple(shape)} and {levels}")
+        self.shape, self.levels = tuple(shape), levels
+        channels = self.shape[0]
+        self.flow = flow or Compose(
+            *(
+                AffineCoupling(
+                    _SeesMap(ConvNet(2 * channels, 2 * channels, hidden), self.shape),
+                    split=("checkerboard", "checkerboard_swap")[i % 2],
+                )
+                for i in range(couplings)
+            )
+        )
+
+    def forward(self, v: torch.Tensor) -> Pair:
+        parameter = next(self.flow.parameters())
+        shown = (2.0 * v.to(parameter.dtype) / (self.levels - 1) - 1.0).flatten(1)
+        e = torch.randn(len(v), *self.shape, dtype=parameter.dtype, device=v.device)
+        y, logabsdet = self.flow.inverse(e, shown)
+        wide = y.to(accumulation_dtype(y))
+        # Strictly below 1, so that floor(v + u) is v.
+        u = wide.sigmoid().clamp_max(1.0 - 2.0**-16)
+        slope = -(nn.functional.softplus(wide) + nn.functional.softplus(-wide)).flatten(1).sum(1)
+        log_normal = -0.5 * (e.to(wide.dtype).square() + math.log(2.0 * math.pi)).flatten(1).sum(1)
+        return u, log_normal - logabsdet - slope
+
+
+class _SeesMap(nn.Module):
+    """A network over maps that sees the context (B, C H W) as C more channels."""
+
+    def __init__(self, network: nn.Module, shape: tuple[int, ...]):
+        super().__init__()
+        self.network, self.shape = network, shape
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return self.network(torch.cat([x, context.view(-1, *self.shape)], 1))

@@ -1,0 +1,141 @@
+"""Planar and radial flows: cheap from latent to data, and one scalar equation the other way."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops._checks import accumulation_dtype
+from ._bijection import Bijection, Pair
+from ._conditioner import _check_context
+from ._root import solve_increasing
+
+__all__ = ["Planar", "Radial"]
+
+
+def _length(x: torch.Tensor) -> torch.Tensor:
+    """|x| of the rows, with gradient zero at zero."""
+    square = x.square().sum(1)
+    return torch.where(square > 0, square.clamp_min(torch.finfo(x.dtype).tiny).sqrt(), 0.0)
+
+
+class _Amortized(nn.Module):
+    """(1, ``size``) learned constants, or (B, ``size``) from a context: constants plus a linear layer that starts small."""
+
+    def __init__(self, size: int, context: int | None):
+        super().__init__()
+        self.constants = nn.Parameter(0.1 * torch.randn(size))
+        self.conditioner = None if context is None else nn.Linear(context, size, bias=False)
+        if self.conditioner is not None:
+            nn.init.normal_(self.conditioner.weight, std=0.01)
+        self.context = context
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        _check_context(context, self.context, x.shape[0])
+        values = self.constants[None]
+        if self.conditioner is not None and context is not None:
+            values = values + self.conditioner(context.to(values.dtype))
+        return values.to(accumulation_dtype(x))
+
+
+class Planar(Bijection):
+    """``inverse``: z = e + u tanh(w.e + b), log|det| = log|1 + (1 - tanh^2) u.w|; ``forward`` solves it for e. (B, D).
+
+    u is moved along w so that u.w > -1, which makes it invertible (Rezende and Mohamed 2015, appendix A.1):
+    u + (log(1 + exp(u.w)) - 1 - u.w) w / |w|^2.
+
+    Args:
+        features: D.
+        context: K of a context (B, K) from which u, w and b are computed by a linear layer; None for learned constants.
+
+    The cheap direction is latent to data: in a posterior, where it is sampled. The other one solves for w.e, on the device.
+    Source: Rezende and Mohamed, "Variational Inference with Normalizing Flows" (2015), eq. 10 to 12.
+    """
+
+    def __init__(self, features: int, context: int | None = None):
+        super().__init__()
+        self.features, self.context = features, context
+        self.parameters_of = _Amortized(2 * features + 1, context)
+
+    def _values(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """(u, w, b, u.w) of shapes (1 or B, D), (1 or B, D), (1 or B,), (1 or B,)."""
+        u, w, b = self.parameters_of(x, context).split([self.features, self.features, 1], 1)
+        dot = (u * w).sum(1)
+        safe = F.softplus(dot) - 1.0
+        # |w|^2 = 0 leaves u as it is: then u.w = 0 already.
+        square = w.square().sum(1)
+        u = u + torch.where(square > 0, (safe - dot) / square.clamp_min(torch.finfo(w.dtype).tiny), 0.0)[:, None] * w
+        return u, w, b[:, 0], torch.where(square > 0, safe, 0.0)
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        u, w, b, dot = self._values(z, context)
+        e = z.to(u.dtype)
+        h = torch.tanh((e * w).sum(1) + b)
+        return (e + u * h[:, None]).to(z.dtype), torch.log1p((1.0 - h.square()) * dot)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        u, w, b, dot = self._values(x, context)
+        y = x.to(u.dtype)
+        along = (y * w).sum(1)
+
+        def residual(a: torch.Tensor) -> Pair:
+            h = torch.tanh(a + b)
+            return a + dot * h - along, 1.0 + dot * (1.0 - h.square())
+
+        a = solve_increasing(residual, along - dot.abs(), along + dot.abs())
+        h = torch.tanh(a + b)
+        return (y - u * h[:, None]).to(x.dtype), -torch.log1p((1.0 - h.square()) * dot)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, context={self.context}"
+
+
+class Radial(Bijection):
+    """``inverse``: z = e + beta (e - c) / (alpha + r) with r = |e - c|; ``forward`` solves a quadratic for r. (B, D).
+
+    log|det| = (D - 1) log(1 + beta / (alpha + r)) + log(1 + alpha beta / (alpha + r)^2). alpha = softplus(a) and
+    beta = softplus(b) - alpha > -alpha, which makes it invertible (Rezende and Mohamed 2015, appendix A.2).
+
+    Args:
+        features: D.
+        context: K of a context (B, K) from which c, a and b are computed by a linear layer; None for learned constants.
+
+    Source: Rezende and Mohamed, "Variational Inference with Normalizing Flows" (2015), eq. 14.
+    """
+
+    def __init__(self, features: int, context: int | None = None):
+        super().__init__()
+        self.features, self.context = features, context
+        self.parameters_of = _Amortized(features + 2, context)
+
+    def _values(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """(c, alpha, beta) of shapes (1 or B, D), (1 or B,), (1 or B,)."""
+        values = self.parameters_of(x, context)
+        alpha = F.softplus(values[:, -2])
+        return values[:, :-2], alpha, F.softplus(values[:, -1]) - alpha
+
+    def _log_det(self, r: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        h = 1.0 / (alpha + r)
+        return (self.features - 1) * torch.log1p(beta * h) + torch.log1p(alpha * beta * h.square())
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        centre, alpha, beta = self._values(z, context)
+        offset = z.to(centre.dtype) - centre
+        r = _length(offset)
+        out = centre + offset * (1.0 + beta / (alpha + r))[:, None]
+        return out.to(z.dtype), self._log_det(r, alpha, beta)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
+        centre, alpha, beta = self._values(x, context)
+        offset = x.to(centre.dtype) - centre
+        length = _length(offset)
+        # r^2 + (alpha + beta - length) r - alpha length = 0, by the form of its positive root that does not cancel.
+        p, q = alpha + beta - length, alpha * length
+        root = (p.square() + 4.0 * q).sqrt()
+        r = torch.where(p > 0, 2.0 * q / (p.abs() + root), 0.5 * (root + p.abs()))
+        out = centre + offset / (1.0 + beta / (alpha + r))[:, None]
+        return out.to(x.dtype), -self._log_det(r, alpha, beta)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, context={self.context}"

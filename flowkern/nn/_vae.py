@@ -1,0 +1,268 @@
+"""The variational autoencoder: a decoder's likelihood under a prior, bounded with an approximate posterior."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..ops._checks import accumulation_dtype
+from ._base import Base, StandardNormal, as_base
+from ._flow import _rows
+from ._likelihood import Likelihood
+from ._posterior import Posterior
+
+__all__ = ["VAE", "Objective", "VampPrior"]
+
+OBJECTIVES = ("elbo", "iwae", "dreg", "likelihood_ratio")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training a VAE minimizes, with K = ``samples`` of z for each x, and R the rate: KL(q(z|x) || p(z)), in nats.
+
+    ==================== ============================================================================================
+    kind                 value and gradient
+    ==================== ============================================================================================
+    ``elbo``             E_q[-log p(x|z)] + penalty(R); reparameterized (pathwise) gradient
+    ``iwae``             -log mean_k w_k with w = p(x|z) p(z) / q(z|x) (Burda et al. 2016, eq. 8)
+    ``dreg``             the same value; the doubly reparameterized gradient of the encoder (Tucker et al. 2019, eq. 8)
+    ``likelihood_ratio`` the value of ``elbo``; the encoder's gradient as E_q[(log w) grad log q] (Williams 1992), with the
+                         mean of the other samples as baseline if K > 1
+    ==================== ============================================================================================
+
+    The penalty is ``beta`` R (Higgins et al. 2017), or ``beta`` |R - ``capacity``| (Burgess et al. 2018), after R was raised to
+    at least ``min_rate`` over the batch, or each dimension's to ``free_bits`` nats (Kingma et al. 2016, appendix C.8), and times
+    min(1, step / ``warmup``). Raises ValueError for unknown names, values out of range, and a penalty other than R with a
+    kind other than ``elbo``.
+    """
+
+    kind: str = "elbo"
+    samples: int = 1
+    beta: float = 1.0
+    capacity: float | None = None
+    free_bits: float = 0.0
+    min_rate: float = 0.0
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in OBJECTIVES:
+            raise ValueError(f"kind: unknown objective {self.kind!r}; expected one of {', '.join(map(repr, OBJECTIVES))}")
+        for name, least in (("samples", 1), ("beta", 0), ("free_bits", 0), ("min_rate", 0), ("warmup", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        penalized = self.beta != 1.0 or self.capacity is not None or self.free_bits or self.min_rate or self.warmup
+        if self.kind != "elbo" and penalized:
+            raise ValueError(f"beta, capacity, free_bits, min_rate, warmup: they change the rate of 'elbo', not {self.kind!r}")
+
+    def penalty(self, rate: torch.Tensor, step: int) -> torch.Tensor:
+        """That of rates (B,), or (B, L) by dimension: (B,)."""
+        if self.free_bits:
+            rate = rate.mean(0, keepdim=True).clamp_min(self.free_bits).expand_as(rate)
+        rate = rate.flatten(1).sum(1) if rate.ndim > 1 else rate
+        if self.min_rate:
+            rate = rate.mean().clamp_min(self.min_rate).expand_as(rate)
+        if self.capacity is not None:
+            rate = (rate - self.capacity).abs()
+        return self.beta * (min(1.0, step / self.warmup) if self.warmup else 1.0) * rate
+
+
+class Evidence(NamedTuple):
+    """The terms of log w = log p(x|z) + log p(z) - log q(z|x), each (K, B) in nats, and the samples z (K, B, L)."""
+
+    reconstruction: torch.Tensor
+    prior: torch.Tensor
+    posterior: torch.Tensor
+    z: torch.Tensor
+
+    @property
+    def log_weight(self) -> torch.Tensor:
+        return self.reconstruction + self.prior - self.posterior
+
+
+class VampPrior(Base):
+    """A mixture of posteriors at learned pseudo-inputs, joint over the dimensions: p(z) = sum_k pi_k q(z | encoder(u_k)).
+
+    Args:
+        encoder, posterior: those of the VAE, which also owns them.
+        pseudo_inputs: (K, D), what the encoder is shown at the start; learned, as the weights pi are.
+
+    Source: Tomczak and Welling, "VAE with a VampPrior" (2018), eq. 9.
+    """
+
+    def __init__(self, encoder: nn.Module, posterior: Posterior, pseudo_inputs: torch.Tensor):
+        super().__init__(posterior.features)
+        # In a tuple: the modules belong to the VAE, and are not to be counted and stored twice.
+        self._modules_of_vae = (encoder, posterior)
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.clone())
+        self.logits = nn.Parameter(torch.zeros(len(pseudo_inputs)))
+
+    def _components(self) -> torch.Tensor:
+        return self._modules_of_vae[0](self.pseudo_inputs)
+
+    def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        h = self._components()
+        z = self.check(z)
+        posterior = self._modules_of_vae[1]
+        # (B, K, L): one row of h for each component.
+        log_q = posterior.log_prob(z[:, None].expand(-1, len(h), -1), h)
+        return (log_q + self.logits.to(log_q.dtype).log_softmax(0)).logsumexp(1)
+
+    def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError("VampPrior: the draw of a component has no derivative; use sample")
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
+        h = self._components()[torch.multinomial(self.logits.softmax(0), n, replacement=True)]
+        mean = self._modules_of_vae[1].mean(h)
+        return mean + temperature * (self._modules_of_vae[1].sample_and_log_prob(h)[0][0] - mean)
+
+
+class VAE(nn.Module):
+    """p(x) = int p(x|z) p(z) dz, with log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z)): the ELBO, in nats.
+
+    Args:
+        encoder: (B, D) -> (B, ``posterior.inputs``), of what ``likelihood.encode`` shows of x.
+        decoder: (B, L) -> (B, D * ``likelihood.params``).
+        likelihood: p(x|z), of independent elements.
+        prior: p(z): a base of ``flowkern.nn``, a ``Flow`` over (B, L), or a ``torch.distributions.Distribution``.
+        posterior: q(z|x), of L ``features``.
+
+    Networks are called with a second argument where ``context`` is given.
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014); Rezende, Mohamed and Wierstra (2014).
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood, prior: nn.Module, posterior: Posterior):
+        super().__init__()
+        self.encoder, self.decoder, self.posterior = encoder, decoder, posterior
+        self.likelihood, self.prior = likelihood, as_base(prior)
+        latent = getattr(self.prior, "shape", None)
+        if latent is not None and tuple(latent) != (posterior.features,):
+            raise ValueError(
+                f"prior: expected latents of shape ({posterior.features},), as the posterior has, got {tuple(latent)}"
+            )
+
+    def encode(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """What the posterior is given: (B, ``posterior.inputs``)."""
+        dtype = next(self.encoder.parameters()).dtype
+        return _call(self.encoder, self.likelihood.encode(x.flatten(1).to(dtype)), context)
+
+    def decode(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The likelihood's parameters (B, D, K) for z (B, L)."""
+        params = _call(self.decoder, z.to(next(self.decoder.parameters()).dtype), context)
+        return params.unflatten(1, (-1, self.likelihood.params))
+
+    def log_likelihood(self, x: torch.Tensor, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """log p(x | z) of x (B, ...) and z (K, B, L): (K, B) in nats."""
+        rows = None if context is None else context.repeat(len(z), 1)
+        params = self.decode(z.flatten(0, 1), rows)
+        params = params.to(accumulation_dtype(params)).view(*z.shape[:2], *params.shape[1:])
+        x = x.flatten(1).to(params.dtype)
+        return self.likelihood.log_prob(x.expand(len(z), *x.shape), params).sum(-1)
+
+    def evidence(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> Evidence:
+        """The terms of the importance weights of so many samples z."""
+        z, log_q = self.posterior.sample_and_log_prob(self.encode(x, context), samples)
+        return self._evidence(x, z, log_q, context)
+
+    def _evidence(self, x: torch.Tensor, z: torch.Tensor, log_q: torch.Tensor, context: torch.Tensor | None) -> Evidence:
+        log_p = self.prior.log_prob(z.flatten(0, 1)).view_as(log_q)
+        return Evidence(self.log_likelihood(x, z, context), log_p, log_q, z)
+
+    def elbo(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> torch.Tensor:
+        """(B,) in nats, averaged over so many samples of z; the KL in closed form where there is one."""
+        reconstruction, rate = self._terms(x, context, samples)
+        return reconstruction - (rate.sum(1) if rate.ndim > 1 else rate)
+
+    def _terms(self, x: torch.Tensor, context: torch.Tensor | None, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(E_q[log p(x|z)] (B,), KL(q || p) (B, L) in closed form or (B,) from the samples)."""
+        h = self.encode(x, context)
+        z, log_q = self.posterior.sample_and_log_prob(h, samples)
+        closed = self.posterior.kl(h) if isinstance(self.prior, StandardNormal) else None
+        if closed is not None:
+            return self.log_likelihood(x, z, context).mean(0), closed
+        evidence = self._evidence(x, z, log_q, context)
+        return evidence.reconstruction.mean(0), (evidence.posterior - evidence.prior).mean(0)
+
+    def loss(self, x: torch.Tensor, objective: Objective, context: torch.Tensor | None = None, step: int = 0) -> torch.Tensor:
+        """(B,) in nats: what ``objective`` says, at so many steps of training."""
+        if objective.kind == "elbo":
+            reconstruction, rate = self._terms(x, context, objective.samples)
+            return objective.penalty(rate, step) - reconstruction
+        if objective.kind == "iwae":
+            return -_log_mean_exp(self.evidence(x, context, objective.samples).log_weight)
+        estimator = self._doubly_reparameterized if objective.kind == "dreg" else self._likelihood_ratio
+        return estimator(x, context, objective.samples)
+
+    def _doubly_reparameterized(self, x: torch.Tensor, context: torch.Tensor | None, samples: int) -> torch.Tensor:
+        h = self.encode(x, context)
+        z, _ = self.posterior.sample_and_log_prob(h, samples)
+        # The encoder is reached through z alone: log q is that of fixed parameters.
+        fixed = {name: p.detach() for name, p in self.posterior.named_parameters()}
+        log_q = torch.func.functional_call(self.posterior, fixed, (z, h.detach()))
+        evidence = self._evidence(x, z, log_q, context)
+        log_weight = evidence.log_weight
+        normalized = log_weight.detach().softmax(0)
+        if z.requires_grad:
+            # On the way to the encoder the weights come squared, to the decoder and the prior once.
+            z.register_hook(lambda grad: grad * normalized[..., None])
+        surrogate = -(normalized * log_weight).sum(0)
+        return _with_value(surrogate, -_log_mean_exp(log_weight))
+
+    def _likelihood_ratio(self, x: torch.Tensor, context: torch.Tensor | None, samples: int) -> torch.Tensor:
+        h = self.encode(x, context)
+        with torch.no_grad():
+            z, _ = self.posterior.sample_and_log_prob(h, samples)
+        evidence = self._evidence(x, z, self.posterior.log_prob(z, h), context)
+        signal = evidence.log_weight.detach()
+        if samples > 1:
+            signal = signal - (signal.sum(0) - signal) / (samples - 1)
+        surrogate = -(evidence.reconstruction + evidence.prior + signal * evidence.posterior).mean(0)
+        return _with_value(surrogate, -evidence.log_weight.mean(0))
+
+    @torch.no_grad()
+    def importance_log_prob(
+        self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1000, chunk: int = 100
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log p(x), its standard error), each (B,): log mean_k w_k over so many samples, ``chunk`` of them at a time.
+
+        The error is that of the logarithm of a mean, std(w) / (mean(w) sqrt(samples)), to first order. The estimate is too low
+        on average (Burda et al. 2016, theorem 1).
+        """
+        if samples < 2 or chunk < 1:
+            raise ValueError(f"samples, chunk: expected at least 2 and 1, got {samples} and {chunk}")
+        parts = [self.evidence(x, context, min(chunk, samples - i)).log_weight for i in range(0, samples, chunk)]
+        log_weight = torch.cat(parts).double()
+        log_mean = _log_mean_exp(log_weight)
+        return log_mean, (log_weight - log_mean).exp().std(0) / math.sqrt(samples)
+
+    @torch.no_grad()
+    def reconstruct(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The likelihood's mean (B, D) at the posterior's, of x (B, ...)."""
+        return self.likelihood.mean(self.decode(self.posterior.mean(self.encode(x, context)), context))
+
+    @torch.no_grad()
+    def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """n samples (n, D) of x; ``context`` (n, K), or (1, K) for all. ``temperature`` is that of the prior.
+
+        Raises ValueError for a context of a wrong shape.
+        """
+        context = _rows(context, n)
+        z = self.prior.sample(n, temperature=temperature)
+        return self.likelihood.sample(self.decode(z, context))
+
+
+def _call(network: nn.Module, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    return network(x) if context is None else network(x, context)
+
+
+def _log_mean_exp(log_weight: torch.Tensor) -> torch.Tensor:
+    return log_weight.logsumexp(0) - math.log(len(log_weight))
+
+
+def _with_value(surrogate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``value`` with the gradient of ``surrogate``."""
+    return value.detach() + (surrogate - surrogate.detach())

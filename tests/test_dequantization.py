@@ -1,0 +1,113 @@
+"""Dequantization: densities of the noise, and bounds on probabilities that are known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from flowkern import models, nn
+
+SHAPE = (1, 1, 2)
+
+
+def variational(scale: float = 0.5) -> nn.VariationalDequantization:
+    layer = nn.VariationalDequantization(SHAPE, 3, couplings=2, hidden=4).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return layer
+
+
+def test_uniform_noise() -> None:
+    u, log_q = nn.UniformDequantization()(torch.zeros(1000, 2, dtype=torch.int64))
+    assert u.shape == (1000, 2)
+    assert 0 <= u.min() < u.max() < 1
+    assert log_q.tolist() == [0.0] * 1000
+
+
+def test_variational_noise_is_a_density_of_its_samples() -> None:
+    """The mean of 1 / q over samples is the volume of the cell, 1; and samples fill it as q says."""
+    layer = variational()
+    for v in ([0, 2], [1, 1]):
+        torch.manual_seed(0)
+        rows = torch.tensor(v).view(1, *SHAPE).expand(50_000, *SHAPE)
+        with torch.no_grad():
+            u, log_q = layer(rows)
+        weight = (-log_q).exp()
+        assert 0 < u.min() < u.max() < 1
+        # Of any part of the cell too.
+        for part in (torch.ones(len(u), dtype=torch.bool), (u.flatten(1) < 0.5).all(1)):
+            volume = 1.0 if part.all() else 0.25
+            mean, error = (weight * part).mean(), (weight * part).std() / math.sqrt(len(u))
+            assert abs(mean - volume) < 5 * error
+            assert error < 0.05
+
+
+def test_noise_depends_on_the_values() -> None:
+    layer = variational()
+    noise = []
+    for v in (0, 2):
+        torch.manual_seed(0)
+        noise.append(layer(torch.full((5, *SHAPE), v))[0])
+    assert not torch.equal(*noise)
+
+
+def model() -> models.DequantizedFlow:
+    torch.manual_seed(0)
+    settings = {"hidden": 8, "depth": 1, "couplings": 2, "levels": 1}
+    flow = models.DequantizedFlow((1, 2, 2), levels=2, settings=settings, couplings=2, hidden=4)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    return flow
+
+
+def test_the_bound_is_below_the_probability() -> None:
+    """log mean_k of the bound's weights is log P(v), and P sums to one."""
+    flow = model()
+    v = torch.tensor(list(itertools.product(range(2), repeat=4))).view(-1, 1, 2, 2)
+    with torch.no_grad():
+        weights = flow.log_mass(v.repeat(3000, 1, 1, 1)).view(3000, 16).double()
+    probability = weights.exp().mean(0)
+    error = weights.exp().std(0) / math.sqrt(len(weights))
+    assert abs(probability.sum() - 1.0) < 5 * error.square().sum().sqrt()
+    assert (weights.mean(0) < probability.log()).all()
+
+
+def test_trains_samples_and_is_rebuilt(tmp_path) -> None:
+    flow = model()
+    x = (torch.randint(2, (64, 1, 2, 2)) + torch.rand(64, 1, 2, 2)) / 2
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.01)
+    losses = []
+    for _ in range(40):
+        loss = flow.objective(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < sum(losses[:10])
+    assert all(p.grad is not None for p in flow.dequantization.parameters())
+    models.save(flow, tmp_path / "flow.ckpt")
+    again = models.load(tmp_path / "flow.ckpt")
+    values = []
+    for m in (flow.eval(), again):
+        torch.manual_seed(0)
+        values.append(m.log_prob(x))
+    assert torch.equal(*values)
+    drawn = flow.draw(5)
+    assert drawn.shape == (5, 1, 2, 2)
+    assert 0 <= drawn.min() <= drawn.max() < 2
+    torch.testing.assert_close(flow.render(flow.embed(x)), x, rtol=1e-3, atol=1e-3)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="shape, levels: expected"):
+        nn.VariationalDequantization((4,), 2)
+    with pytest.raises(ValueError, match="flow: unknown name 'maf'"):
+        models.DequantizedFlow((1, 2, 2), flow="maf")
+    with pytest.raises(ValueError, match="context: expected None, got 3"):
+        models.DequantizedFlow((1, 2, 2), context=3)

@@ -1,0 +1,181 @@
+"""PixelCNN: a proper distribution that sees what it may and nothing else, and sampling at the price of one pass."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowkern import models, nn
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gray": {"shape": (1, 5, 6), "levels": 4, "layers": 3},
+    "wide": {"shape": (1, 6, 5), "levels": 3, "layers": 2, "kernel": 5},
+    "colour": {"shape": (3, 4, 3), "levels": 5, "layers": 2},
+    "context": {"shape": (1, 4, 4), "levels": 4, "layers": 2, "context": 3, "dropout": 0.3},
+    "condition": {"shape": (1, 4, 5), "levels": 4, "layers": 2, "condition": 2},
+    "both": {"shape": (2, 3, 4), "levels": 3, "layers": 2, "context": 2, "condition": 3},
+}
+
+
+def built(name: str) -> tuple[models.PixelCNN, dict[str, torch.Tensor]]:
+    """The model in float64 with large random parameters (small ones would hide mistakes), and its conditions for 3 samples."""
+    model = models.PixelCNN(hidden=6, **CONFIGS[name]).double().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.copy_(0.6 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    model.mix.bias.fill_(1.0)
+    for last in model.last:
+        last.weight.mul_(0.4)
+        last.bias.zero_()
+    given = {}
+    if model.context is not None:
+        given["context"] = torch.randn(3, model.context, generator=generator, dtype=torch.float64)
+    if model.condition is not None:
+        given["condition"] = torch.randn(3, model.condition, *model.shape[1:], generator=generator, dtype=torch.float64)
+    return model, given
+
+
+def naive_draw(model: models.PixelCNN, n: int, temperature: float, **given: torch.Tensor) -> torch.Tensor:
+    """A whole pass for every value, with the random numbers of ``draw``."""
+    channels, height, width = model.shape
+    uniform = torch.rand(n, *model.shape, dtype=torch.float64)
+    v = torch.zeros(n, *model.shape, dtype=torch.int64)
+    for i, j, c in itertools.product(range(height), range(width), range(channels)):
+        p = (model.logits(v, **given)[:, :, c, i, j] / temperature).softmax(1)
+        v[:, c, i, j] = torch.searchsorted(p.cumsum(1), uniform[:, c, i, j, None].contiguous(), right=True)[:, 0]
+    return v
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_samples_are_those_of_the_naive_method(name: str) -> None:
+    model, given = built(name)
+    torch.manual_seed(5)
+    cached = model.draw(3, temperature=0.8, **given)
+    torch.manual_seed(5)
+    assert torch.equal(cached, naive_draw(model, 3, 0.8, **given))
+    assert len(cached.unique()) == model.levels
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_logits_are_those_of_the_whole_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flowkern.models import _pixelcnn
+
+    seen, choose = [], _pixelcnn._choose
+    monkeypatch.setattr(_pixelcnn, "_choose", lambda logits, u: choose(seen.append(logits) or logits, u))
+    model, given = built(name)
+    v = model.draw(3, **given)
+    whole = model.logits(v, **given).permute(3, 4, 2, 0, 1).flatten(0, 2)
+    torch.testing.assert_close(torch.stack(seen), whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sampling_costs_one_pass(name: str) -> None:
+    model, given = built(name)
+    v = torch.zeros(3, *model.shape, dtype=torch.int64)
+    counts = []
+    for run in (lambda: model.logits(v, **given), lambda: model.draw(3, **given)):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("name", ["gray", "wide", "colour"])
+def test_logits_see_all_values_before_and_no_other(name: str) -> None:
+    """The derivative of each logit by the embedding of each value; layers enough that nothing before is out of reach."""
+    model = models.PixelCNN(hidden=6, **{**CONFIGS[name], "layers": 6}).double().eval()
+    torch.nn.init.constant_(model.mix.bias, 3.0)  # no unit is dead
+    shown: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return shown.append(output.detach().requires_grad_()) or shown[-1]
+
+    channels, height, width = model.shape
+    for embedding in (*model.embeddings, *model.before):
+        embedding.register_forward_hook(keep)
+    v = torch.randint(model.levels, (1, *model.shape))
+    logits = model.logits(v)
+    for i, j, c in itertools.product(range(height), range(width), range(channels)):
+        grads = torch.autograd.grad(logits[0, :, c, i, j].sum(), shown, retain_graph=True, allow_unused=True)
+        reached = torch.zeros(model.shape)
+        # The embeddings of the channels, then, in the order of their use, those of the channels before each channel.
+        sources = [*range(channels), *(k for d in range(channels) for k in range(d))]
+        for k, grad in zip(sources, grads, strict=True):
+            if grad is not None:
+                reached[k] += grad[0].abs().sum(-1)
+        place = torch.arange(channels * height * width).view(height, width, channels).permute(2, 0, 1)
+        assert torch.equal(reached > 0, place < place[c, i, j]), (i, j, c)
+
+
+def test_probabilities_sum_to_one() -> None:
+    model = models.PixelCNN((2, 1, 2), levels=3, hidden=4, layers=2).double().eval()
+    v = torch.cartesian_prod(*[torch.arange(3)] * 4).view(-1, 2, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model.log_mass(v).exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+        x = (v + 0.5) / 3
+        torch.testing.assert_close(model.log_prob(x), model.log_mass(v) + 4 * torch.tensor(3.0).log().double())
+
+
+def test_learns_what_depends_on_class_and_neighbour() -> None:
+    """Rows of one value, drawn by the class: 1 + 1 values an image are to be learned, the rest follows."""
+    torch.manual_seed(0)
+    labels = torch.arange(64) % 2
+    v = (torch.randint(2, (64, 1, 3, 1)) + 2 * labels.view(-1, 1, 1, 1)).expand(-1, -1, -1, 4)
+    context = torch.nn.functional.one_hot(labels, 2).float()
+    model = models.PixelCNN((1, 3, 4), levels=4, hidden=16, layers=3, context=2)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        model.objective((v + 0.5) / 4, context).mean().backward()
+        optimizer.step()
+    nats = -model.log_mass(v, context).mean()
+    assert nats < 3 * torch.tensor(2.0).log() + 0.3
+    drawn = model.draw(64, context)
+    assert ((drawn // 2).flatten(1) == labels[:, None]).float().mean() > 0.95
+    assert (drawn[..., 1:] == drawn[..., :-1]).float().mean() > 0.95
+
+
+def test_samples_do_not_change_with_their_number_of_conditions() -> None:
+    model, given = built("context")
+    torch.manual_seed(2)
+    one = model.draw(3, given["context"][:1])
+    torch.manual_seed(2)
+    assert torch.equal(one, model.draw(3, given["context"][:1].expand(3, -1)))
+    assert model.sample(2, given["context"][:1]).dtype == torch.float32
+
+
+def test_rebuilt_from_its_configuration(tmp_path) -> None:
+    model = models.PixelCNN((1, 3, 3), levels=4, hidden=6, layers=2, context=2)
+    models.save(model, tmp_path / "model.ckpt")
+    again = models.load(tmp_path / "model.ckpt")
+    v, context = torch.randint(4, (2, 1, 3, 3)), torch.eye(2)
+    assert again.config == model.config
+    assert torch.equal(again.log_mass(v, context), model.eval().log_mass(v, context))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: models.PixelCNN((5,)), r"shape: expected \(C, H, W\)"),
+        (lambda: models.PixelCNN((1, 2, 2), levels=1), "levels, layers, hidden"),
+        (lambda: models.PixelCNN((1, 2, 2), dropout=1.0), "dropout"),
+        (lambda: models.PixelCNN((1, 2, 2), kernel=4), "kernel: expected an odd number, got 4"),
+        (lambda: models.PixelCNN((1, 2, 2), hidden=4).log_mass(torch.zeros(1, 1, 2, 3).long()), "x: expected shape"),
+        (lambda: models.PixelCNN((1, 2, 2), hidden=4).draw(2, torch.ones(2, 1)), "context: got shape"),
+        (lambda: models.PixelCNN((1, 2, 2), hidden=4, condition=2).draw(2), "condition: expected shape .*, got none"),
+        (lambda: models.PixelCNN((1, 2, 2), hidden=4).draw(2, temperature=0.0), "temperature"),
+    ],
+)
+def test_refusals(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_gate_layer_is_exported() -> None:
+    layer = nn.GatedMaskedConv(4, strict=True)
+    v, h = layer(torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3))
+    assert v.shape == h.shape == (2, 4, 3, 3)

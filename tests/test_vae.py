@@ -1,0 +1,291 @@
+"""Variational autoencoders: bounds against a model whose likelihood is known, and estimators against each other."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from flowkern import data, models, nn, training
+
+LATENT, DATA = 2, 3
+
+
+class _UnitNormal(nn.Likelihood):
+    """N(params, I / 4): with a linear decoder and a normal prior x is normal too."""
+
+    def log_prob(self, x, params):
+        return -2.0 * (x - params[..., 0]).square() - 0.5 * math.log(0.5 * math.pi)
+
+    def sample(self, params, temperature=1.0):
+        return params[..., 0] + 0.5 * temperature * torch.randn_like(params[..., 0])
+
+    def mean(self, params):
+        return params[..., 0]
+
+
+def linear(posterior: nn.Posterior | None = None, prior: torch.nn.Module | None = None) -> nn.VAE:
+    torch.manual_seed(0)
+    posterior = posterior or nn.GaussianPosterior(LATENT)
+    encoder = nn.MLP(DATA, posterior.inputs, (), zero_init=False)
+    decoder = nn.MLP(LATENT, DATA, (), zero_init=False)
+    return nn.VAE(encoder, decoder, _UnitNormal(), prior or nn.StandardNormal(LATENT), posterior).double()
+
+
+def exact(vae: nn.VAE, x: torch.Tensor) -> torch.Tensor:
+    layer = vae.decoder.layers[0]
+    covariance = layer.weight @ layer.weight.T + 0.25 * torch.eye(DATA, dtype=x.dtype)
+    return torch.distributions.MultivariateNormal(layer.bias, covariance).log_prob(x).detach()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, DATA, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+POSTERIORS = {
+    "gaussian": lambda: nn.GaussianPosterior(LATENT),
+    "planar": lambda: nn.FlowPosterior(LATENT, nn.Compose(nn.Planar(LATENT, 4), nn.Planar(LATENT, 4)), 4),
+    "radial": lambda: nn.FlowPosterior(LATENT, nn.Radial(LATENT)),
+    "iaf": lambda: nn.FlowPosterior(LATENT, nn.InverseAutoregressive(LATENT, (8,), context=4), 4),
+    "coupling": lambda: nn.FlowPosterior(LATENT, nn.AffineCoupling(nn.MLP(1, 2, (8,), zero_init=False))),
+}
+
+
+@pytest.mark.parametrize("name", POSTERIORS)
+def test_bounds_and_importance_sampling(name: str, x: torch.Tensor) -> None:
+    vae = linear(POSTERIORS[name]())
+    truth = exact(vae, x)
+    torch.manual_seed(1)
+    estimate, error = vae.importance_log_prob(x, samples=20_000, chunk=5_000)
+    assert ((estimate - truth).abs() <= 5 * error).all()
+    assert (error < 0.5).all()
+    with torch.no_grad():
+        elbo = vae.elbo(x, samples=2_000)
+        tighter = -torch.stack([vae.loss(x, nn.Objective("iwae", samples=20)) for _ in range(100)]).mean(0)
+    assert (elbo < truth).all()
+    assert (tighter > elbo).all()
+    z, log_q = vae.posterior.sample_and_log_prob(vae.encode(x), 7)
+    torch.testing.assert_close(vae.posterior.log_prob(z, vae.encode(x)), log_q, rtol=1e-6, atol=1e-6)
+
+
+def test_perfect_posterior_makes_the_bound_tight(x: torch.Tensor) -> None:
+    """With q(z|x) = p(z|x) every weight is p(x)."""
+    vae = linear()
+    layer = vae.decoder.layers[0]
+    with torch.no_grad():
+        layer.weight.copy_(torch.linalg.qr(layer.weight)[0])  # then the exact posterior is diagonal
+        gain = 4.0 / (4.0 + 1.0)
+        mean, scale = vae.encoder.layers[0].weight.split(LATENT), vae.encoder.layers[0].bias.split(LATENT)
+        mean[0].copy_(gain * layer.weight.T)
+        mean[1].zero_()
+        scale[0].copy_(-gain * layer.weight.T @ layer.bias)
+        scale[1].fill_(-0.5 * math.log(5.0))
+        torch.testing.assert_close(vae.evidence(x, samples=3).log_weight, exact(vae, x).expand(3, -1))
+
+
+def test_kl_in_closed_form_is_that_of_samples(x: torch.Tensor) -> None:
+    vae = linear()
+    h = vae.encode(x)
+    z, log_q = vae.posterior.sample_and_log_prob(h, 100_000)
+    difference = log_q - vae.prior.log_prob(z.flatten(0, 1)).view_as(log_q)
+    error = difference.std(0) / math.sqrt(len(z))
+    assert ((difference.mean(0) - vae.posterior.kl(h).sum(1)).abs() <= 5 * error).all()
+
+
+def _gradients(vae: nn.VAE, x: torch.Tensor, objective: nn.Objective, draws: int) -> torch.Tensor:
+    """(draws, P): gradients of the encoder and the decoder, each from samples of its own."""
+    parameters = [*vae.encoder.parameters(), *vae.decoder.parameters()]
+    rows = []
+    for _ in range(draws):
+        loss = vae.loss(x, objective).mean()
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "samples"), [("dreg", "iwae", 4), ("likelihood_ratio", "elbo", 1), ("likelihood_ratio", "elbo", 4)]
+)
+def test_estimators_agree_on_average(kind: str, other: str, samples: int, x: torch.Tensor) -> None:
+    vae = linear()
+    torch.manual_seed(2)
+    many = x.repeat(200, 1)
+    one, two = (_gradients(vae, many, nn.Objective(k, samples), 60) for k in (kind, other))
+    error = (one.var(0) / len(one) + two.var(0) / len(two)).sqrt()
+    assert ((one.mean(0) - two.mean(0)).abs() <= 5 * error).all()
+    encoder = slice(0, sum(p.numel() for p in vae.encoder.parameters()))
+    # What each is known for: the doubly reparameterized gradient varies less, the likelihood ratio's more.
+    ratio = one[:, encoder].var(0).sum() / two[:, encoder].var(0).sum()
+    assert ratio < 1.0 if kind == "dreg" else ratio > 2.0
+
+
+@pytest.mark.parametrize("kind", ["elbo", "iwae", "dreg", "likelihood_ratio"])
+def test_values_of_the_objectives(kind: str, x: torch.Tensor) -> None:
+    vae = linear(POSTERIORS["planar"]())
+    torch.manual_seed(3)
+    value = vae.loss(x, nn.Objective(kind, samples=3))
+    torch.manual_seed(3)
+    log_weight = vae.evidence(x, samples=3).log_weight
+    expected = -log_weight.mean(0) if kind in ("elbo", "likelihood_ratio") else math.log(3.0) - log_weight.logsumexp(0)
+    torch.testing.assert_close(value, expected)
+
+
+def test_penalties() -> None:
+    rate = torch.tensor([[0.1, 2.0], [0.3, 4.0]])
+    totals = torch.tensor([2.1, 4.3])
+    torch.testing.assert_close(nn.Objective().penalty(rate, 0), totals)
+    torch.testing.assert_close(nn.Objective(beta=4.0).penalty(rate, 0), 4.0 * totals)
+    torch.testing.assert_close(nn.Objective(beta=2.0, capacity=3.0).penalty(rate, 0), torch.tensor([1.8, 2.6]))
+    torch.testing.assert_close(nn.Objective(free_bits=0.5).penalty(rate, 0), torch.tensor([3.5, 3.5]))
+    torch.testing.assert_close(nn.Objective(min_rate=5.0).penalty(rate, 0), torch.tensor([5.0, 5.0]))
+    torch.testing.assert_close(nn.Objective(warmup=10).penalty(rate, 5), 0.5 * totals)
+
+
+def test_flow_seen_as_a_vae_has_its_log_likelihood_as_elbo(x: torch.Tensor) -> None:
+    """Encoder and decoder are deterministic: log p(x|z) - log q(z|x), a ratio of two deltas, is log|det dz/dx|."""
+    flow = nn.Flow(nn.MaskedAutoregressive(DATA, (8,)), nn.StandardNormal(DATA)).double()
+
+    class Deterministic(nn.Posterior):
+        def sample_and_log_prob(self, h, k=1):
+            z, logabsdet = flow.bijection(h)
+            return z[None], -logabsdet[None]
+
+    class Exact(nn.Likelihood):
+        def log_prob(self, x, params):
+            torch.testing.assert_close(params[..., 0], x)  # the decoder returns x itself
+            return torch.zeros_like(x)
+
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bijection = flow.bijection
+
+        def forward(self, z):
+            return self.bijection.inverse(z)[0]
+
+    encoder = torch.nn.Linear(DATA, DATA, bias=False).double()
+    torch.nn.init.eye_(encoder.weight)
+    vae = nn.VAE(encoder, Decoder(), Exact(), flow.base, Deterministic(DATA, DATA))
+    torch.testing.assert_close(vae.elbo(x), flow.log_prob(x))
+
+
+PRIORS = {
+    "mixture": lambda: nn.Mixture(LATENT, 3),
+    "flow": lambda: nn.Flow(nn.MaskedAutoregressive(LATENT, (8,)), nn.StandardNormal(LATENT)),
+    "vamp": None,
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_priors_are_densities_and_train(name: str, x: torch.Tensor) -> None:
+    vae = linear()
+    vae.prior = PRIORS[name]() if PRIORS[name] else nn.VampPrior(vae.encoder, vae.posterior, torch.randn(4, DATA))
+    vae.double()
+    axis = torch.linspace(-12.0, 12.0, 401, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        mass = vae.prior.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2
+    assert abs(mass - 1.0) < 1e-3
+    torch.manual_seed(0)
+    drawn = vae.prior.sample(20_000)
+    mean = (grid * vae.prior.log_prob(grid).exp()[:, None]).sum(0).detach() * (axis[1] - axis[0]) ** 2
+    assert ((drawn.mean(0) - mean).abs() <= 5 * drawn.std(0) / math.sqrt(len(drawn))).all()
+    vae.loss(x, nn.Objective()).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
+    assert vae.sample(7).shape == (7, DATA)
+    assert vae.reconstruct(x).shape == (5, DATA)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="prior: expected latents of shape"):
+        linear(prior=nn.StandardNormal(LATENT + 1))
+    with pytest.raises(ValueError, match="kind: unknown objective 'vi'"):
+        nn.Objective("vi")
+    with pytest.raises(ValueError, match="beta: expected at least 0, got -1"):
+        nn.Objective(beta=-1)
+    with pytest.raises(ValueError, match="they change the rate of 'elbo', not 'iwae'"):
+        nn.Objective("iwae", beta=2.0)
+    with pytest.raises(ValueError, match="samples, chunk"):
+        linear().importance_log_prob(torch.zeros(1, DATA), samples=1)
+
+
+CONFIGS = {
+    "categorical": {"levels": 3},
+    "bernoulli": {"levels": 2, "likelihood": "bernoulli", "prior": "mixture", "components": 3},
+    "gaussian": {"prior": "vamp", "components": 3},
+    "mixture": {"likelihood": "mixture", "components": 2, "prior": "realnvp", "posterior": "planar", "flow_layers": 2},
+    "conditional": {"levels": 3, "context": 2, "prior": "maf", "posterior": "iaf", "flow_hidden": [8], "dropout": 0.1},
+    "radial": {"levels": 3, "posterior": "radial", "flow_layers": 1},
+    "hierarchical": {"levels": 3, "upper": 2},
+    "warm-up": {"levels": 3, "objective": {"warmup": 10, "free_bits": 0.1}},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_of_images(name: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = models.VAE((1, 2, 3), latent=3, hidden=[16], **CONFIGS[name])
+    x = torch.rand(30, 1, 2, 3)
+    context = None if model.context is None else torch.randn(30, model.context)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(60):
+        loss = model.objective(x, context).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < sum(losses[:10])
+    models.save(model, tmp_path / "vae.ckpt")
+    again = models.load(tmp_path / "vae.ckpt")
+    assert again.config == json.loads(json.dumps(model.config))
+    values = []
+    for m in (model.eval(), again):
+        torch.manual_seed(1)
+        values.append(m.log_prob(x, context))
+    assert torch.equal(*values)
+    samples = model.sample(4, None if context is None else context[:1], temperature=0.7)
+    assert samples.shape == (4, 1, 2, 3)
+    assert samples.isfinite().all()
+    bound, _ = model.importance_log_prob(model.values(x) if model.discrete else x, context, samples=200)
+    constant = 6 * math.log(model.levels) if model.discrete else 0.0
+    elbo = torch.stack([model.log_prob(x, context) for _ in range(50)]).mean(0) - constant
+    assert bound.mean() > elbo.mean()
+
+
+def test_discrete_bound_is_below_the_probability_of_all_values() -> None:
+    """sum_v exp(E[log w]) <= 1, and by importance sampling about 1."""
+    torch.manual_seed(0)
+    model = models.VAE(3, levels=2, latent=2, hidden=[8]).double()
+    v = torch.tensor([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)])
+    assert sum(model.elbo(v, samples=500).exp()) < 1.0
+    probability, error = model.importance_log_prob(v, samples=20_000, chunk=20_000)
+    assert abs(probability.exp().sum() - 1.0) < 5 * (error * probability.exp()).square().sum().sqrt()
+
+
+def test_errors_of_models() -> None:
+    with pytest.raises(ValueError, match="likelihood: 'categorical' is for discrete values"):
+        models.VAE(3, likelihood="categorical")
+    with pytest.raises(ValueError, match="prior: unknown name 'flat'"):
+        models.VAE(3, prior="flat")
+    with pytest.raises(ValueError, match="posterior: unknown name 'flat'"):
+        models.VAE(3, posterior="flat")
+    with pytest.raises(ValueError, match="upper: two layers have a standard prior"):
+        models.VAE(3, upper=2, prior="mixture")
+    with pytest.raises(ValueError, match="'vamp' has no context"):
+        models.VAE(3, context=2, prior="vamp")
+
+
+def test_trained_by_the_trainer(tmp_path) -> None:
+    plan = training.make_plan(
+        "vae", "digits", epochs=2, ema=0.0, config={"hidden": [32], "latent": 4, "objective": {"beta": 0.5}}
+    )
+    score = training.train(plan, tmp_path, draws=3)
+    assert score.draws == 3
+    assert score.nats < 64 * math.log(17.0)
+    again = training.evaluate(models.load(tmp_path / "best.ckpt"), data.load("digits"), draws=3, batch_size=plan.evaluation_batch)
+    assert again == score
+    pictures = {"curve", "samples-0.6", "samples-0.8", "samples", "interpolations", "reconstructions", "traversals", "analogies"}
+    assert {p.stem for p in tmp_path.glob("*.png")} == pictures
