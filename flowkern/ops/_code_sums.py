@@ -19,7 +19,7 @@ __all__ = ["CodeSums", "code_sums", "magnitudes"]
 #: Sums the values of all processes, or takes the largest ("sum", "max"), in place.
 Reduce = Callable[[torch.Tensor, str], object]
 #: Columns that are summed at a time, and sums: a few MB. The number of blocks depends on nothing that processes differ in.
-_COLUMNS, _SUMS = 32, 1 << 18
+_COLUMNS, _SUMS = 16, 1 << 17
 
 
 def alone(values: torch.Tensor, how: str) -> None:

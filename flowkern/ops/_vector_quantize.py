@@ -59,18 +59,20 @@ class _Rotation:
         return torch.where(self.defined, rotated, v)
 
 
-def _surrogate(x: torch.Tensor, code: torch.Tensor, beta: float, codebook_loss: bool, rotation: bool) -> Pair:
-    """(quantized, loss) in plain torch, for the code of every row."""
+def _surrogate(x: torch.Tensor, code: torch.Tensor, rotation: bool) -> Triple:
+    """(quantized, commitment, codebook term) in plain torch, for the code of every row; the terms as sums over values."""
     dtype, kind = accumulation_dtype(x, code), x.dtype
     x, code = x.to(dtype), code.to(dtype)
     frozen = code.detach()
     path = _Rotation(x.detach(), frozen)(x) if rotation else x
     # Exactly the code as value, also where x is not finite.
     quantized = frozen + (path - path.detach()).nan_to_num()
-    losses = beta * (x - frozen).square().sum()
-    if codebook_loss:
-        losses = losses + (x.detach() - code).square().sum()
-    return quantized.to(kind), losses / max(1, x.numel())
+    return quantized.to(kind), (x - frozen).square().sum(), (x.detach() - code).square().sum()
+
+
+def _loss(commitment: torch.Tensor, codebook_term: torch.Tensor, beta: float, codebook_loss: bool, values: int) -> torch.Tensor:
+    total = beta * commitment + codebook_term if codebook_loss else beta * commitment
+    return total / max(1, values)
 
 
 @outside_autocast
@@ -79,64 +81,69 @@ def reference(
 ) -> Triple:
     """The definition in plain torch."""
     index, _ = nearest_code(x.detach(), codebook.detach())
-    quantized, loss = _surrogate(x, codebook[index], beta, codebook_loss, rotation)
-    return quantized, index, loss
+    quantized, commitment, codebook_term = _surrogate(x, codebook[index], rotation)
+    return quantized, index, _loss(commitment, codebook_term, beta, codebook_loss, x.numel())
 
 
 class _VectorQuantize(torch.autograd.Function):
-    """Gather, straight-through and both losses in one node. It keeps the codes as they were: the codebook may then move."""
+    """Gather, straight-through and both terms of the loss, as float64 sums over values, in one node.
+
+    It keeps the codes as they were: the codebook may then move. Weights are the caller's to multiply by: a compiler for
+    dynamic shapes takes them for variables, and fails at arithmetic with them in here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, codebook: torch.Tensor, index: torch.Tensor, sqdist: torch.Tensor, *how: Any) -> Pair:
+    def forward(
+        ctx: Any, x: torch.Tensor, codebook: torch.Tensor, index: torch.Tensor, sqdist: torch.Tensor, rotation: bool
+    ) -> Triple:
         ctx.set_materialize_grads(False)
-        ctx.how = beta, codebook_loss, _ = how
+        ctx.rotation = rotation
         code = codebook.index_select(0, index)
         ctx.save_for_backward(x, code, index, codebook if ctx.needs_input_grad[1] else None)
-        # Summed in float64, the distances give the same float32 in any order.
-        loss = sqdist.sum(dtype=torch.float64) * ((beta + codebook_loss) / max(1, x.numel()))
-        return code.to(x.dtype), loss.to(sqdist.dtype)
+        # In float64 the distances add up to the same float32 in any order.
+        total = sqdist.sum(dtype=torch.float64)
+        return code.to(x.dtype), total, total.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, grad_loss: torch.Tensor | None) -> Any:
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, by_commitment: torch.Tensor | None, by_codebook: torch.Tensor | None
+    ) -> Any:
         x, code, index, codebook = ctx.saved_tensors
+        grads = grad, by_commitment, by_codebook
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiate(grad, grad_loss, x, code, index, codebook, *ctx.how), *[None] * 5
+            return *_differentiate(grads, x, code, index, codebook, ctx.rotation), None, None, None
         needs_x, needs_codebook = ctx.needs_input_grad[:2]
-        beta, codebook_loss, rotation = ctx.how
         dtype = accumulation_dtype(x, code)
-        difference = x.to(dtype) - code.to(dtype) if grad_loss is not None or rotation else None
         dx = dcodebook = None
-        if needs_codebook and codebook_loss and grad_loss is not None:
-            assert difference is not None
-            sums = code_sums(difference, index, len(codebook))
-            dcodebook = sums.mul_(grad_loss * (-2.0 / max(1, x.numel()))).to(codebook.dtype)
-        if needs_x:
-            dx = None if grad is None else grad.to(dtype)
-            if dx is not None and rotation:
+        if by_codebook is not None and needs_codebook:
+            sums = code_sums(x.to(dtype) - code.to(dtype), index, len(codebook))
+            dcodebook = sums.mul_(-2 * by_codebook).to(codebook.dtype)
+        if grad is not None and needs_x:
+            dx = grad.to(dtype)
+            if ctx.rotation:
                 dx = _Rotation(x.to(dtype), code.to(dtype)).transposed(dx)
-            if grad_loss is not None:
-                assert difference is not None
-                commitment = difference.mul_(grad_loss * (2.0 * beta / max(1, x.numel())))
-                dx = commitment if dx is None else commitment.add_(dx)
-            dx = None if dx is None else dx.to(x.dtype)
-        return dx, dcodebook, *[None] * 5
+        if by_commitment is not None and needs_x:
+            commitment = (x.to(dtype) - code.to(dtype)).mul_(2 * by_commitment)
+            dx = commitment if dx is None else commitment.add_(dx)
+        return None if dx is None else dx.to(x.dtype), dcodebook, None, None, None
 
 
 def _differentiate(
-    grad: torch.Tensor | None,
-    grad_loss: torch.Tensor | None,
+    grads: tuple[torch.Tensor | None, ...],
     x: torch.Tensor,
     code: torch.Tensor,
     index: torch.Tensor,
     codebook: torch.Tensor | None,
-    *how: Any,
+    rotation: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The gradients of x and of the codebook by autograd of the reference, differentiable themselves."""
 
-    def function(x: torch.Tensor, codebook: torch.Tensor | None = None) -> Pair:
-        return _surrogate(x, code if codebook is None else codebook[index], *how)
+    def function(x: torch.Tensor, codebook: torch.Tensor | None = None) -> Triple:
+        return _surrogate(x, code if codebook is None else codebook[index], rotation)
 
-    dx, *rest = differentiate(function, (x,) if codebook is None else (x, codebook), {}, (grad, grad_loss))
+    dtype = accumulation_dtype(x, code)
+    given = (grads[0], *(None if g is None else g.to(dtype) for g in grads[1:]))
+    dx, *rest = differentiate(function, (x,) if codebook is None else (x, codebook), {}, given)
     return dx, rest[0] if rest else None
 
 
@@ -204,5 +211,6 @@ def vector_quantize(
         return reference(x, codebook, beta=beta, codebook_loss=codebook_loss, rotation=rotation)
     rows = x.reshape(-1, x.shape[-1])
     index, sqdist = nearest_code(rows.detach(), codebook.detach())
-    quantized, loss = _VectorQuantize.apply(rows, codebook, index, sqdist, beta, codebook_loss, rotation)
+    quantized, commitment, codebook_term = _VectorQuantize.apply(rows, codebook, index, sqdist, rotation)
+    loss = _loss(commitment, codebook_term, beta, codebook_loss, rows.numel()).to(sqdist.dtype)
     return quantized.view(x.shape), index.view(x.shape[:-1]), loss
