@@ -102,6 +102,8 @@ def test_codes_and_back(cls: Any) -> None:
     codes = model.encode(x)
     assert [tuple(c.shape) for c in codes] == [(5, *size) for size in model.autoencoder.sizes]
     assert all(c.dtype == torch.int64 and c.min() >= 0 and c.max() < 4 for c in codes)
+    for used, c in zip(model.usage(x), codes, strict=True):
+        assert used.used == len(c.unique()) / 4
     back = model.decode(*codes)
     torch.testing.assert_close(back, model.reconstruct(x))
     # The decoder has seen the very vectors that the codes stand for.

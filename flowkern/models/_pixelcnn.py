@@ -12,6 +12,7 @@ from .. import nn
 from ..nn._base import as_shape
 from ..nn._conditioner import _check_context
 from ..nn._flow import _rows
+from ..nn._masked_conv import Window
 from ..ops._checks import accumulation_dtype
 from ._model import DiscreteModel
 
@@ -138,7 +139,7 @@ class PixelCNN(DiscreteModel):
             windows[0] = windows[0].with_row(self._shown(v[:, :, i : i + 1]))
         return v
 
-    def _vertical(self, windows: list[nn.Window], biases: Biases, i: int) -> list[torch.Tensor]:
+    def _vertical(self, windows: list[Window], biases: Biases, i: int) -> list[torch.Tensor]:
         """Row i of the vertical stack: what each layer tells its horizontal one (n, 2 hidden, 1, W)."""
         told, row = [], None
         for k, layer in enumerate(self.layers):
@@ -149,7 +150,7 @@ class PixelCNN(DiscreteModel):
             told.append(part)
         return told
 
-    def _horizontal(self, windows: list[nn.Window], biases: Biases, told: list[torch.Tensor], i: int, j: int) -> torch.Tensor:
+    def _horizontal(self, windows: list[Window], biases: Biases, told: list[torch.Tensor], i: int, j: int) -> torch.Tensor:
         """Pixel (i, j) of the horizontal stack: (n, hidden, 1, 1)."""
         h: Any = None
         for k, layer in enumerate(self.layers):

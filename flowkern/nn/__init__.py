@@ -36,7 +36,6 @@ from ._likelihood import Likelihood as Likelihood
 from ._made import MADE as MADE
 from ._made_density import MADEDensity as MADEDensity
 from ._masked_conv import GatedMaskedConv as GatedMaskedConv
-from ._masked_conv import Window as Window
 from ._masked_linear import MaskedLinear as MaskedLinear
 from ._mixture_coupling import MixtureLogisticCoupling as MixtureLogisticCoupling
 from ._multiscale import MultiScale as MultiScale

@@ -120,8 +120,20 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("glow", "digits", "default"): _DIGITS | {"config": models.PRESETS["glow", "digits"], "epochs": 300},
     ("maf", "digits", "default"): {"config": models.PRESETS["maf", "digits"], "lr": 1e-3, "ema": 0.998, "epochs": 200},
     ("made", "digits", "default"): {"config": models.PRESETS["made", "digits"], "lr": 1e-3, "ema": 0.998, "epochs": 200},
-    ("pixelcnn", "digits", "default"): {"config": models.PRESETS["pixelcnn", "digits"], "lr": 2e-3, "ema": 0.998, "epochs": 60},
-    ("pixelvae", "digits", "default"): {"config": models.PRESETS["pixelvae", "digits"], "lr": 2e-3, "ema": 0.998, "epochs": 60},
+    ("pixelcnn", "digits", "default"): {
+        "config": models.PRESETS["pixelcnn", "digits"],
+        "lr": 2e-3,
+        "ema": 0.998,
+        "epochs": 60,
+        "patience": 8,
+    },
+    ("pixelvae", "digits", "default"): {
+        "config": models.PRESETS["pixelvae", "digits"],
+        "lr": 2e-3,
+        "ema": 0.998,
+        "epochs": 60,
+        "patience": 8,
+    },
     ("vqvae", "digits", "default"): {"config": models.PRESETS["vqvae", "digits"], "lr": 2e-3, "ema": 0.99, "epochs": 100},
     ("vqvae2", "digits", "default"): {"config": models.PRESETS["vqvae2", "digits"], "lr": 2e-3, "ema": 0.99, "epochs": 100},
     ("vqvae", "photos", "default"): {
