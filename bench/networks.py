@@ -19,7 +19,7 @@ import flowkern
 from flowkern import _backend, nn, ops
 from flowkern._registry import EXPLAINED
 
-from .autoregressive import dense, differs, on
+from .autoregressive import dense, differs, running
 from .calls import Call
 from .timing import cpu_samples
 
@@ -54,7 +54,7 @@ def inverse_rows(features: int, hidden: tuple[int, ...], batch: int, device: str
     x = torch.randn(batch, features, device=device)
     density = dense(layer)
     z, logabsdet = density(x)
-    variants = {name: on(name, layer.inverse) for name in serving("autoregressive_inverse", z)}
+    variants = {name: running(name, layer.inverse) for name in serving("autoregressive_inverse", z)}
     failures = {name: differs(inverse(z), (x, -logabsdet)) for name, inverse in variants.items()}
     calls: dict[str, Call] = {"dense": lambda: density(x)}
     calls |= {name: lambda inverse=inverse: inverse(z) for name, inverse in variants.items()}  # type: ignore[misc]
