@@ -37,7 +37,7 @@ __all__ = ["main"]
 #: (features, hidden widths, batch).
 SIZES = ((784, (1024, 1024), 64), (64, (256, 256), 64), (3072, (512, 512), 64), (3072, (512, 512), 1))
 QUICK = ((24, (32, 32), 8),)
-QUICK_ROUNDTRIP: dict[str, Any] = {"side": 8, "hidden": (32, 32), "steps": 20, "samples": 20}
+QUICK_ROUNDTRIP: dict[str, Any] = {"side": 8, "hidden": (32, 32), "steps": 5, "samples": 20}
 #: Features of the picture, where the peers' inverses, of which one at the largest takes a minute, end earlier.
 FEATURES, PEERS_TO = (16, 64, 256, 784, 1536, 3072), 784
 
