@@ -3,7 +3,8 @@
 Every variant computes the same function: weights are copied over, and results are compared before anything is timed.
 "dense" is the density pass in plain torch with the masks multiplied into the weights beforehand. Peers that are not
 installed (``pip install nflows zuko``) are left out; their inverses run the network once for each feature and are sampled
-only once or twice.
+only once or twice. Then the inverse with its gradients, beside those of the density pass; and how exactly both directions of
+a trained MAF undo each other (``bench/roundtrip.py``).
 """
 
 from __future__ import annotations
