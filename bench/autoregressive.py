@@ -3,7 +3,8 @@
 Every variant computes the same function: weights are copied over, and results are compared before anything is timed.
 "dense" is the density pass in plain torch with the masks multiplied into the weights beforehand. Peers that are not
 installed (``pip install nflows zuko``) are left out; their inverses run the network once for each feature and are sampled
-only once or twice.
+only once or twice. Then the inverse with its gradients, beside those of the density pass; and how exactly both directions of
+a trained MAF undo each other (``bench/roundtrip.py``).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = ["main"]
 #: (features, hidden widths, batch).
 SIZES = ((784, (1024, 1024), 64), (64, (256, 256), 64), (3072, (512, 512), 64), (3072, (512, 512), 1))
 QUICK = ((24, (32, 32), 8),)
-QUICK_ROUNDTRIP: dict[str, Any] = {"side": 8, "hidden": (32, 32), "steps": 20, "samples": 20}
+QUICK_ROUNDTRIP: dict[str, Any] = {"side": 8, "hidden": (32, 32), "steps": 5, "samples": 20}
 #: Features of the picture, where the peers' inverses, of which one at the largest takes a minute, end earlier.
 FEATURES, PEERS_TO = (16, 64, 256, 784, 1536, 3072), 784
 

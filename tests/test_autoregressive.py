@@ -278,4 +278,5 @@ def test_the_bench_compares_and_times(tmp_path: Path) -> None:
     densities = {"dense", "flowkern-density", "nflows", "zuko"}
     expected = {("inverse", v) for v in inverses}
     expected |= {(direction, v) for direction in ("density", "density forward+backward") for v in densities}
+    expected |= {("inverse+backward", v) for v in {"flowkern-density", *inverses} - {"nflows", "zuko"}}
     assert variants == expected
