@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern
 from flowkern import nn
@@ -287,6 +288,96 @@ def test_samples_have_the_moments(output: str) -> None:
         assert abs(x[:, first].mean() - mean) < 6 * x[:, first].std() / 8000**0.5
         scale = (raw / (1 + raw.abs() / math.log(1e3))).exp()
         torch.testing.assert_close(x[:, first].std(), scale, rtol=0.06, atol=0)
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts those of the products of matrices inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.count += a.numel() * b.shape[1]
+        else:
+            assert "mm" not in name, name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_generated_features_come_from_the_outputs_of_a_pass(name: str) -> None:
+    for features, hidden in ((5, (16, 12)), (1, (3, 2)), (40, (30, 90))):
+        if name in ("given", "order") and features != 5:
+            continue
+        network = made(name, features, **({} if name in ("given", "linear") else {"hidden": hidden}))
+        context = context_of(network, 7)
+        shown = torch.full((7, features, 3), float("nan"), dtype=torch.float64)
+
+        def finish(features: list[int], params: torch.Tensor, shown: torch.Tensor = shown) -> torch.Tensor:
+            shown[:, features] = params
+            return params.sum(-1).cos()
+
+        with Multiplications() as multiplications:
+            x = network.generate(7, finish, context)
+        assert x.shape == (7, features)
+        torch.testing.assert_close(x, shown.sum(-1).cos())
+        with torch.no_grad():
+            torch.testing.assert_close(shown, network(x, context))
+        of_context = 0 if network.context_layer is None else network.context_layer.weight.numel()
+        assert multiplications.count <= 7 * (sum(mask.unmasked for mask in network.masks()) + of_context)
+
+
+@pytest.mark.parametrize(("output", "masks"), [("gaussian", 1), ("mixture", 2), ("bernoulli", 2), ("categorical", 3)])
+def test_sampling_draws_from_what_a_pass_over_the_samples_says(output: str, masks: int) -> None:
+    options: dict[str, Any] = {"masks": masks, "context": 2, "residual": masks == 2, "activation": "tanh"}
+    density = scrambled(nn.MADEDensity(12, (9, 20), output=output, components=2, levels=5, **options).double())
+    context, seen, samples = torch.randn(8, 2).double(), [], []
+    draw, generate = density.distribution.sample, density.network.generate
+
+    def recording(params: torch.Tensor) -> torch.Tensor:
+        seen.append(params)
+        return draw(params)
+
+    def compared(n: int, finish: Any, context: torch.Tensor | None) -> torch.Tensor:
+        places: list[list[int]] = []
+
+        def noting(features: list[int], params: torch.Tensor) -> torch.Tensor:
+            places.append(features)
+            return finish(features, params)
+
+        seen.clear()
+        shown = generate(n, noting, context)
+        params = density.network(shown, context)
+        for features, got in zip(places, seen, strict=True):
+            torch.testing.assert_close(got, params[:, features])
+        samples.append(shown)
+        return shown
+
+    density.distribution.sample = recording  # type: ignore[method-assign]
+    density.network.generate = compared  # type: ignore[method-assign,assignment]
+    with torch.no_grad():
+        x = density.sample(8, context)
+    assert x.shape == (8, 12)
+    assert len(samples) == masks
+    torch.testing.assert_close(density.distribution.encode(x).sum(1).sort()[0], torch.cat(samples).sum(1).sort()[0])
+
+
+def test_samples_of_other_dtypes_and_none_at_all() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        density = nn.MADEDensity(5, (8,), output="categorical", levels=3, context=2).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = density.sample(4, torch.randn(1, 2))
+        assert x.dtype is dtype
+        assert ((x >= 0) & (x <= 2) & (x == x.round())).all()
+    for output in ("gaussian", "mixture", "bernoulli", "categorical"):
+        assert nn.MADEDensity(3, (4,), output=output, masks=2).sample(0).shape == (0, 3)
+    with pytest.raises(ValueError, match="context: "):
+        density.sample(4)
+    with pytest.raises(ValueError, match="context: "):
+        density.sample(4, torch.randn(3, 2))
 
 
 def test_training_takes_one_set_of_masks_after_the_other() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 
 from .. import ops
+from ..ops import _autoregressive_sweep
+from ..ops._autoregressive_network import plans
+from ..ops._checks import accumulation_dtype
 from ._conditioner import ACTIVATIONS, _check_context, _named_activation
 from ._masked_linear import MaskedLinear
 
@@ -243,6 +247,32 @@ class MADE(nn.Module):
             raise ValueError(f"x: expected shape (B, {self.features}), got {tuple(x.shape)}")
         _check_context(context, self.context, len(x))
         return self.layers[-1](self._hidden(x, context)).unflatten(1, (self.features, self.params_per_feature))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        n: int,
+        finish: Callable[[list[int], torch.Tensor], torch.Tensor],
+        context: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (n, D), made by the network's own outputs: every unit is computed once, for the work of one pass.
+
+        ``finish(features, params)`` is called for one level after the other: it turns the params (n, F, K) of the level's
+        features into their values (n, F). Outputs and x are float64 if the parameters are, else float32. No gradients are
+        recorded. Raises ValueError for a context (n, C) of a wrong shape.
+        """
+        _check_context(context, self.context, n)
+        weights, biases = ([cast(torch.Tensor, getattr(layer, name)) for layer in self.layers] for name in ("weight", "bias"))
+        (plan,) = plans(self.description().text)
+        with torch.autocast(weights[0].device.type, enabled=False):
+            term = None if context is None else self.preactivation_context(context.to(weights[0].dtype))
+            parameters = _autoregressive_sweep.Parameters(weights, biases, term)
+            return _autoregressive_sweep.generate(plan, parameters, accumulation_dtype(*weights), n, finish)
+
+    def description(self) -> ops.AutoregressiveNetwork:
+        """Its degrees and kind, for what orders the units; the scale and the layout of a flow are not among them."""
+        hidden = tuple(tuple(h.tolist()) for h in self.hidden_degrees)
+        return ops.AutoregressiveNetwork(tuple(self.in_degrees.tolist()), hidden, self.activation, self.residual)
 
     def _hidden(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         act = ACTIVATIONS[self.activation]

@@ -44,6 +44,11 @@ def _normal(x: torch.Tensor, mean: torch.Tensor, raw: torch.Tensor) -> torch.Ten
     return -0.5 * ((x - mean) / scale).square() - log_scale - 0.5 * math.log(2.0 * math.pi)
 
 
+def _choice(logits: torch.Tensor) -> torch.Tensor:
+    """Indices (...) drawn by their logits (..., C)."""
+    return logits.softmax(-1).flatten(0, -2).multinomial(1).view(logits.shape[:-1])
+
+
 class _Gaussian(_Output):
     """Mean and raw log-scale."""
 
@@ -69,7 +74,7 @@ class _Mixture(_Output):
 
     def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         logits, mean, raw = params.chunk(3, -1)
-        component = torch.distributions.Categorical(logits=logits, validate_args=False).sample()[..., None]
+        component = _choice(logits)[..., None]
         mean, raw = mean.gather(-1, component)[..., 0], raw.gather(-1, component)[..., 0]
         return mean + temperature * _SCALE(raw)[0] * torch.randn_like(mean)
 
@@ -98,7 +103,7 @@ class _Categorical(_Output):
         return params.log_softmax(-1).gather(-1, x.long()[..., None])[..., 0]
 
     def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        return torch.distributions.Categorical(logits=params / temperature, validate_args=False).sample().to(params.dtype)
+        return _choice(params / temperature).to(params.dtype)
 
 
 OUTPUTS = ("gaussian", "mixture", "bernoulli", "categorical")
@@ -190,7 +195,7 @@ class MADEDensity(nn.Module):
     def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
         """n samples (n, D); ``context`` (n, C), or (1, C) for all. With several sets of masks each sample draws one.
 
-        Level by level: one pass of the network for each of its ``depth`` levels, at most D.
+        Level by level, for the work of one pass: every unit is computed once.
         ``temperature``, above 0, multiplies standard deviations and divides the logits of discrete values.
         Raises ValueError for a context of a wrong shape and for another temperature.
         """
@@ -206,9 +211,13 @@ class MADEDensity(nn.Module):
         return x
 
     def _sample(self, x: torch.Tensor, context: torch.Tensor | None, temperature: float) -> torch.Tensor:
-        for features in self.network.levels():
-            params = self.network(self.distribution.encode(x), context)[:, features]
-            x[:, features] = self.distribution.sample(params.to(accumulation_dtype(params)), temperature).to(x.dtype)
+        def draw(features: list[int], params: torch.Tensor) -> torch.Tensor:
+            # What the network is shown is the sample as it is returned, in the parameters' dtype.
+            drawn = self.distribution.sample(params, temperature).to(x.dtype)
+            x[:, features] = drawn
+            return self.distribution.encode(drawn)
+
+        self.network.generate(len(x), draw, context)
         return x
 
     def extra_repr(self) -> str:

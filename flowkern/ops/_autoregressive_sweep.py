@@ -6,7 +6,7 @@ by one product per layer; inside a panel the products are as small as the steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,10 @@ import torch
 from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, Plan
 from ._parametrization import ScaleMap
 
-__all__ = ["Gradients", "Parameters", "affine", "invert", "parameters_of", "pull_back"]
+__all__ = ["Gradients", "Parameters", "affine", "generate", "invert", "parameters_of", "pull_back"]
+
+#: Turns the outputs (places * per feature, B) of some places of the sorted features into their values (places, B).
+Finish = Callable[[slice, torch.Tensor], torch.Tensor]
 
 
 class Parameters(NamedTuple):
@@ -45,15 +48,15 @@ class Gradients(NamedTuple):
 
 
 class _Sorted(NamedTuple):
-    """Weights and biases with their units in the plan's order, two rows (u, t) for each feature of the output layer."""
+    """Weights and biases with their units in the plan's order; the outputs of a feature, (u, t) or others, lie together."""
 
     weights: list[torch.Tensor]
     biases: list[torch.Tensor]  # (out, 1)
     context: torch.Tensor | None  # (units, B)
 
     @classmethod
-    def of(cls, plan: Plan, p: Parameters, dtype: torch.dtype) -> _Sorted:
-        orders = _orders(plan, p.weights[0].device)
+    def of(cls, plan: Plan, p: Parameters, dtype: torch.dtype, outputs: Sequence[range] | None = None) -> _Sorted:
+        orders = _orders(plan, p.weights[0].device, outputs)
         weights = [
             w.to(dtype).index_select(0, rows).index_select(1, columns)
             for w, rows, columns in zip(p.weights, orders[1:], orders[:-1], strict=True)
@@ -63,10 +66,12 @@ class _Sorted(NamedTuple):
         return cls(weights, biases, context)
 
 
-def _orders(plan: Plan, device: torch.device) -> list[torch.Tensor]:
-    """The units at each place, by layer, as far as they are computed; of the last layer the rows of u and t by turns."""
-    raw, shift = plan.network.output_rows
-    rows = [row for i in plan.layers[-1].order for row in (raw[i], shift[i])]
+def _orders(plan: Plan, device: torch.device, outputs: Sequence[range] | None = None) -> list[torch.Tensor]:
+    """The units at each place, by layer, as far as they are computed; of the last layer the rows of u and t by turns.
+
+    ``outputs``: for networks with other outputs, the rows of each of them.
+    """
+    rows = [of[i] for i in plan.layers[-1].order for of in outputs or plan.network.output_rows]
     return [
         torch.tensor(order, device=device) for order in (*(layer.order[: layer.computed] for layer in plan.layers[:-1]), rows)
     ]
@@ -83,45 +88,73 @@ def affine(network: AutoregressiveNetwork, raw: torch.Tensor, t: torch.Tensor) -
     return s, (1 - s) * t if network.gated else t, log_s
 
 
-def invert(z: torch.Tensor, plan: Plan, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (features, B) and the sum of log s (B,) from z (features, B)."""
+def sweep(plan: Plan, p: _Sorted, batch: int, finish: Finish) -> torch.Tensor:
+    """The sorted features (features, B): every unit of the network once, when what it sees is known."""
     network, last = plan.network, plan.network.layers
     activation = ACTIVATIONS[network.activation][0]
-    weights, biases, context = _Sorted.of(plan, parameters, z.dtype)
-    orders = _orders(plan, z.device)
-    z = z.index_select(0, orders[0])
+    weights, biases, context = p
+    per_feature = len(biases[-1]) // network.features
     # Before and after the activation. What is not known yet is never read.
-    before = [z.new_empty((layer.computed, z.shape[1])) for layer in plan.layers[:-1]]
+    before = [biases[0].new_empty((layer.computed, batch)) for layer in plan.layers[:-1]]
     kept = [network.residual and i % 2 == 1 and network.activated(i) for i in range(last)]
     values = [torch.empty_like(a) if keep else a for a, keep in zip(before, kept, strict=True)]
-    before.append(z.new_empty((2 * network.features, z.shape[1])))
-    logs = []
+    before.append(biases[0].new_empty((per_feature * network.features, batch)))
     for panel in plan.panels:
         for i, known in enumerate(panel.known, 1):
-            rows = slice(_ends(plan, i, panel.begin), _ends(plan, i, panel.end))
+            several, ends = per_feature if i == last else 1, plan.layers[i].ends
+            rows = slice(several * ends[panel.begin], several * ends[panel.end])
             torch.addmm(biases[i - 1][rows], weights[i - 1][rows, :known], values[i - 1][:known], out=before[i][rows])
             if i == 1 and context is not None:
                 before[i][rows] += context[rows]
         for step in range(panel.begin, panel.end):
             for i in range(1, last + 1):
-                double = 2 if i == last else 1
+                several = per_feature if i == last else 1
                 for begin, end, prefix in plan.groups(i, step):
-                    rows, known = slice(double * begin, double * end), panel.known[i - 1]
+                    rows, known = slice(several * begin, several * end), panel.known[i - 1]
                     if prefix > known:
                         before[i][rows].addmm_(weights[i - 1][rows, known:prefix], values[i - 1][known:prefix])
                 rows = slice(plan.layers[i].ends[step], plan.layers[i].ends[step + 1])
                 if i == last:
-                    outputs = before[i][2 * rows.start : 2 * rows.stop]
-                    s, shift, log_s = affine(network, outputs[0::2], outputs[1::2])
-                    torch.div(z[rows] - shift, s, out=values[0][rows])
-                    logs.append(log_s)
+                    values[0][rows] = finish(rows, before[i][several * rows.start : several * rows.stop])
                 elif rows.start < rows.stop:
                     if network.added(i):
                         before[i][rows] += before[i - 2][rows]
                     if network.activated(i):
                         values[i][rows] = activation(before[i][rows])
-    x = torch.empty_like(z).index_copy_(0, torch.tensor(plan.source, device=z.device), values[0])
+    return values[0]
+
+
+def invert(z: torch.Tensor, plan: Plan, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (features, B) and the sum of log s (B,) from z (features, B)."""
+    order = torch.tensor(plan.layers[0].order, device=z.device)
+    z, logs = z.index_select(0, order), []
+
+    def solve(places: slice, outputs: torch.Tensor) -> torch.Tensor:
+        s, shift, log_s = affine(plan.network, outputs[0::2], outputs[1::2])
+        logs.append(log_s)
+        return (z[places] - shift) / s
+
+    y = sweep(plan, _Sorted.of(plan, parameters, z.dtype), z.shape[1], solve)
+    x = torch.empty_like(z).index_copy_(0, torch.tensor(plan.source, device=z.device), y)
     return x, torch.cat(logs).sum(0)
+
+
+def generate(
+    plan: Plan, parameters: Parameters, dtype: torch.dtype, batch: int, finish: Callable[[list[int], torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """x (B, features) of a network with K outputs for each feature, K rows of the last layer that lie together.
+
+    ``finish(features, outputs)`` turns the outputs (B, F, K) of the F features of a step into their values (B, F).
+    """
+    features, order = plan.network.features, plan.layers[0].order
+    per_feature = len(parameters.biases[-1]) // features
+    rows = [range(k, features * per_feature, per_feature) for k in range(per_feature)]
+
+    def draw(places: slice, outputs: torch.Tensor) -> torch.Tensor:
+        return finish(order[places], outputs.unflatten(0, (-1, per_feature)).permute(2, 0, 1)).t()
+
+    y = sweep(plan, _Sorted.of(plan, parameters, dtype, rows), batch, draw)
+    return torch.empty_like(y).index_copy_(0, torch.tensor(order, device=y.device), y).t()
 
 
 def slope_of_log(scale: ScaleMap, u: torch.Tensor) -> torch.Tensor:
