@@ -393,6 +393,14 @@ def test_training_takes_one_set_of_masks_after_the_other() -> None:
     same.load_state_dict(density.state_dict())
     torch.testing.assert_close(same.eval().log_prob(x), mean)
     assert copy.deepcopy(density).log_prob(x).equal(mean)
+    # The fourth step goes on where the third left off, in the same process or in another one.
+    assert same.steps == 3
+    assert torch.equal(same.train().log_prob(x), second)
+    outer, older = (torch.nn.Sequential(copy.deepcopy(same)) for _ in range(2))
+    outer.load_state_dict(torch.nn.Sequential(density).state_dict())
+    older.load_state_dict({k: v for k, v in outer.state_dict().items() if k != "0.steps"})
+    assert (outer[0].steps, older[0].steps) == (3, 4)
+    assert "steps" not in nn.MADEDensity(4, (8,), output="bernoulli").state_dict()
     density.resample_masks(torch.Generator().manual_seed(9))
     assert not torch.equal(density.log_prob(x), mean)
 

@@ -131,6 +131,7 @@ class MADEDensity(nn.Module):
             ``"mixture"`` (of ``components`` such), ``"bernoulli"`` (x in {0, 1}) or ``"categorical"`` (x in 0..levels-1).
         masks: how many sets of masks the network has. With several, each set has an order of the features and degrees of its
             own, drawn with ``seed``: training takes the next set at each step, evaluation averages the probability over all.
+            Which one is next is kept in a state_dict, as ``steps``; the sets themselves follow from ``masks`` and ``seed``.
 
     Called as a module it returns ``log_prob``. Raises ValueError for an unknown name or a wrong size.
 
@@ -160,6 +161,19 @@ class MADEDensity(nn.Module):
         if masks > 1:
             generator = torch.Generator().manual_seed(seed)
             self.mask_sets = nn.ModuleList(self._drawn_masks(generator) for _ in range(masks))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if len(self.mask_sets) > 1:
+            destination[f"{prefix}steps"] = torch.tensor(self.steps)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # A number, not a buffer: it is read at each step, and a GPU would be waited for. Older states are without.
+        name = f"{prefix}steps"
+        if len(self.mask_sets) > 1 and name in state_dict:
+            self.steps = int(state_dict[name])
+            state_dict = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _drawn_masks(self, generator: torch.Generator) -> nn.ModuleList:
         self.network.resample_masks(generator)
