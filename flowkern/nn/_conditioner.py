@@ -6,21 +6,14 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from ..ops._autoregressive_network import ACTIVATIONS as _WITH_SLOPES
 
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "Parallel", "ResNet"]
 
 #: The activations by name; the slope of ``leaky_relu`` is 0.01.
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {name: of for name, (of, _) in _WITH_SLOPES.items()}
 
 
 def _named_activation(name: str) -> str:
