@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t group = 48;  // rows that a thread takes at a time: a multiple of all max_rows and all lanes but one
 constexpr int64_t most_count = 256;  // terms of a sum that are taken at a time, so that the operands stay in the cache
 
-constexpr int64_t few = 4;           // samples
+constexpr int64_t few = 4;  // samples: products with them are as fast as the weights are read or written
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -299,17 +299,78 @@ void weight_gradient(const Sorted<A>& grad, const Sorted<A>& x, const Degrees& d
   }
 }
 
+// to[0 .. n) += the sum over some rows of from[row][0 .. n) times its factor.
+template <class A, int Rows>
+FLOWKERN_INLINE void add_rows(const A* from, int64_t row, const A* factor, int64_t step, int64_t n, A* to) {
+  int64_t i = 0;
+  for (; i + lanes<A> <= n; i += lanes<A>) {
+    Vector<A> sum = load(to + i);
+#pragma GCC unroll 4
+    for (int k = 0; k < Rows; ++k) sum += factor[k * step] * load(from + k * row + i);
+    store<A>(sum, to + i);
+  }
+  for (; i < n; ++i)
+    for (int k = 0; k < Rows; ++k) to[i] += factor[k * step] * from[k * row + i];
+}
+
+// input_gradient for a few samples, from weights as they lie.
+template <class A>
+void input_gradient_of_few(const Sorted<A>& grad, const Matrix& weight, const Degrees& d, int64_t outputs, int64_t begin, int64_t end,
+                           const Matrix& dx, int64_t samples) {
+  constexpr int together = 4;
+  const int64_t width = end - begin;
+  const Buffer<A> out(samples * width);
+  fill(out + 0, samples * width);
+  for (int64_t r = d.first[begin]; r < outputs; r += together) {
+    const int64_t rows = least(together, outputs - r), shared = least(end, d.reach[r]) - begin;
+    for (int64_t j = 0; j < samples; ++j) {
+      const A *from = weight.direct<A>() + r * weight.row + begin, *factor = grad.data + j * grad.row + r * grad.step;
+      A* to = out + j * width;
+      if (rows == together) add_rows<A, together>(from, weight.row, factor, grad.step, shared, to);
+      for (int64_t k = 0; k < rows; ++k) {
+        const int64_t done = rows == together ? shared : 0, own = least(end, d.reach[r + k]) - begin;
+        if (own > done) add_rows<A, 1>(from + k * weight.row + done, 0, factor + k * grad.step, 0, own - done, to + done);
+      }
+    }
+  }
+  for (int64_t j = 0; j < samples; ++j) dx.write<A>(j, begin, end, d.columns, out + j * width);
+}
+
+// weight_gradient for a few samples, written where it shall be.
+template <class A>
+void weight_gradient_of_few(const Sorted<A>& grad, const Sorted<A>& x, const Degrees& d, int64_t samples, int64_t inputs,
+                            int64_t begin, int64_t end, const Matrix& dweight) {
+  for (int64_t r = begin; r < end; ++r) {
+    A* to = dweight.direct<A>() + d.row(r) * dweight.row;
+    const A* factor = grad.data + r * grad.step;
+    const int64_t seen = d.reach[r];
+    int64_t i = 0;
+    for (; i + lanes<A> <= seen; i += lanes<A>) {
+      Vector<A> sum = {};
+      for (int64_t j = 0; j < samples; ++j) sum += factor[j * grad.row] * load(x.data + j * x.row + i);
+      store<A>(sum, to + i);
+    }
+    for (; i < seen; ++i) {
+      to[i] = 0;
+      for (int64_t j = 0; j < samples; ++j) to[i] += factor[j * grad.row] * x.data[j * x.row + i];
+    }
+    fill(to + seen, inputs - seen);
+  }
+}
+
 template <class A>
 void bias_gradient(const Tensor& grad, const Tensor& dbias) {
   constexpr int64_t together = 64;
   const Matrix from(grad);
+  const A* direct = from.step == 1 ? from.direct<A>() : nullptr;
   for (int64_t begin = 0; begin < grad.size[1]; begin += together) {
     const int64_t n = least(together, grad.size[1] - begin);
     double totals[together] = {};
-    A row[together];
+    A packed[together] = {};
     for (int64_t b = 0; b < grad.size[0]; ++b) {
-      from.read<A>(b, begin, begin + n, nullptr, row);
-      for (int64_t i = 0; i < n; ++i) totals[i] += double(row[i]);
+      const A* row = direct && n == together ? direct + b * from.row + begin : packed;
+      if (row == packed) from.read<A>(b, begin, begin + n, nullptr, packed);
+      for (int64_t i = 0; i < together; ++i) totals[i] += double(row[i]);
     }
     with_dtype(dbias.dtype, [&](auto* type) {
       auto* to = reinterpret_cast<decltype(type)>(dbias.data) + begin * dbias.stride[0];
@@ -324,17 +385,30 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const D
   const int64_t batch = x.size[0], inputs = x.size[1], outputs = weight.size[0], products = batch * inputs * outputs / 2;
   if (dbias.data) bias_gradient<A>(grad, dbias);
   const Sorted<A> g(grad, d.rows, false, threads);
-  if (dx.data && inputs && batch) {
+  const Matrix w(weight);
+  if (dx.data && inputs && batch <= few && w.step == 1 && w.direct<A>() && !d.rows && !d.columns) {
+    constexpr int64_t columns = 8 * lanes<A>;
+    for_both_ends(1, blocks_of(inputs, columns), 8 * products, threads, [&](int64_t, int64_t i) {
+      input_gradient_of_few<A>(g, w, d, outputs, i * columns, least(inputs, (i + 1) * columns), Matrix(dx), batch);
+    });
+  } else if (dx.data && inputs && batch) {
     constexpr int64_t columns = 4 * lanes<A>, samples = 256;
     for_both_ends(blocks_of(batch, samples), blocks_of(inputs, columns), products, threads, [&](int64_t c, int64_t i) {
-      input_gradient<A>(g, Matrix(weight), d, outputs, i * columns, least(inputs, (i + 1) * columns), Matrix(dx), c * samples,
+      input_gradient<A>(g, w, d, outputs, i * columns, least(inputs, (i + 1) * columns), Matrix(dx), c * samples,
                         least(samples, batch - c * samples));
     });
   }
   if (dweight.data && outputs) {
     const Sorted<A> operand(x, d.columns, true, threads);
+    const Matrix to(dweight);
+    if (batch <= few && to.step == 1 && to.direct<A>() && !d.columns) {
+      for_both_ends(1, blocks_of(outputs, max_rows), 8 * products, threads, [&](int64_t, int64_t i) {
+        weight_gradient_of_few<A>(g, operand, d, batch, inputs, i * max_rows, least(outputs, (i + 1) * max_rows), to);
+      });
+      return;
+    }
     for_both_ends(1, blocks_of(outputs, max_rows), products, threads, [&](int64_t, int64_t i) {
-      weight_gradient<A>(g, operand, d, batch, inputs, i * max_rows, least(outputs, (i + 1) * max_rows), Matrix(dweight));
+      weight_gradient<A>(g, operand, d, batch, inputs, i * max_rows, least(outputs, (i + 1) * max_rows), to);
     });
   }
 }
