@@ -299,18 +299,25 @@ void weight_gradient(const Sorted<A>& grad, const Sorted<A>& x, const Degrees& d
   }
 }
 
-// to[0 .. n) += the sum over some rows of from[row][0 .. n) times its factor.
-template <class A, int Rows>
-FLOWKERN_INLINE void add_rows(const A* from, int64_t row, const A* factor, int64_t step, int64_t n, A* to) {
+// to[0 .. n) = the sum over some rows of from[row][0 .. n) times its factor; `Added` to what stands there.
+template <class A, int Rows, bool Added>
+FLOWKERN_INLINE void sum_rows(const A* from, int64_t row, const A* factor, int64_t step, int64_t n, A* to) {
+  A times[Rows];
+#pragma GCC unroll 4
+  for (int k = 0; k < Rows; ++k) times[k] = factor[k * step];
   int64_t i = 0;
   for (; i + lanes<A> <= n; i += lanes<A>) {
-    Vector<A> sum = load(to + i);
+    Vector<A> sum = {};
+    if (Added) sum = load(to + i);
 #pragma GCC unroll 4
-    for (int k = 0; k < Rows; ++k) sum += factor[k * step] * load(from + k * row + i);
+    for (int k = 0; k < Rows; ++k) sum += times[k] * load(from + k * row + i);
     store<A>(sum, to + i);
   }
-  for (; i < n; ++i)
-    for (int k = 0; k < Rows; ++k) to[i] += factor[k * step] * from[k * row + i];
+  for (; i < n; ++i) {
+    A sum = Added ? to[i] : A(0);
+    for (int k = 0; k < Rows; ++k) sum += times[k] * from[k * row + i];
+    to[i] = sum;
+  }
 }
 
 // input_gradient for a few samples, from weights as they lie.
@@ -326,10 +333,10 @@ void input_gradient_of_few(const Sorted<A>& grad, const Matrix& weight, const De
     for (int64_t j = 0; j < samples; ++j) {
       const A *from = weight.direct<A>() + r * weight.row + begin, *factor = grad.data + j * grad.row + r * grad.step;
       A* to = out + j * width;
-      if (rows == together) add_rows<A, together>(from, weight.row, factor, grad.step, shared, to);
+      if (rows == together) sum_rows<A, together, true>(from, weight.row, factor, grad.step, shared, to);
       for (int64_t k = 0; k < rows; ++k) {
         const int64_t done = rows == together ? shared : 0, own = least(end, d.reach[r + k]) - begin;
-        if (own > done) add_rows<A, 1>(from + k * weight.row + done, 0, factor + k * grad.step, 0, own - done, to + done);
+        if (own > done) sum_rows<A, 1, true>(from + k * weight.row + done, 0, factor + k * grad.step, 0, own - done, to + done);
       }
     }
   }
@@ -344,15 +351,11 @@ void weight_gradient_of_few(const Sorted<A>& grad, const Sorted<A>& x, const Deg
     A* to = dweight.direct<A>() + d.row(r) * dweight.row;
     const A* factor = grad.data + r * grad.step;
     const int64_t seen = d.reach[r];
-    int64_t i = 0;
-    for (; i + lanes<A> <= seen; i += lanes<A>) {
-      Vector<A> sum = {};
-      for (int64_t j = 0; j < samples; ++j) sum += factor[j * grad.row] * load(x.data + j * x.row + i);
-      store<A>(sum, to + i);
-    }
-    for (; i < seen; ++i) {
-      to[i] = 0;
-      for (int64_t j = 0; j < samples; ++j) to[i] += factor[j * grad.row] * x.data[j * x.row + i];
+    switch (samples) {
+      case 1: sum_rows<A, 1, false>(x.data, x.row, factor, grad.row, seen, to); break;
+      case 2: sum_rows<A, 2, false>(x.data, x.row, factor, grad.row, seen, to); break;
+      case 3: sum_rows<A, 3, false>(x.data, x.row, factor, grad.row, seen, to); break;
+      default: sum_rows<A, few, false>(x.data, x.row, factor, grad.row, seen, to);
     }
     fill(to + seen, inputs - seen);
   }
@@ -386,7 +389,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const D
   if (dbias.data) bias_gradient<A>(grad, dbias);
   const Sorted<A> g(grad, d.rows, false, threads);
   const Matrix w(weight);
-  if (dx.data && inputs && batch <= few && w.step == 1 && w.direct<A>() && !d.rows && !d.columns) {
+  if (dx.data && inputs && batch && batch <= few && w.step == 1 && w.direct<A>() && !d.rows && !d.columns) {
     constexpr int64_t columns = 8 * lanes<A>;
     for_both_ends(1, blocks_of(inputs, columns), 8 * products, threads, [&](int64_t, int64_t i) {
       input_gradient_of_few<A>(g, w, d, outputs, i * columns, least(inputs, (i + 1) * columns), Matrix(dx), batch);
@@ -401,7 +404,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const D
   if (dweight.data && outputs) {
     const Sorted<A> operand(x, d.columns, true, threads);
     const Matrix to(dweight);
-    if (batch <= few && to.step == 1 && to.direct<A>() && !d.columns) {
+    if (batch && batch <= few && to.step == 1 && to.direct<A>() && !d.columns) {
       for_both_ends(1, blocks_of(outputs, max_rows), 8 * products, threads, [&](int64_t, int64_t i) {
         weight_gradient_of_few<A>(g, operand, d, batch, inputs, i * max_rows, least(outputs, (i + 1) * max_rows), to);
       });

@@ -275,21 +275,25 @@ _backward = define(
 
 
 class _MaskedLinear(torch.autograd.Function):
+    """The mask is one argument, and no saved tensor: it has no gradient, and each that autograd looks at takes time."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any) -> torch.Tensor:
-        *indices, ctx.panels = mask
-        ctx.save_for_backward(x, weight, bias, *indices)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask: tuple[Any, ...]
+    ) -> torch.Tensor:
+        ctx.mask = mask
+        ctx.save_for_backward(x, weight, bias)
         return _forward(x, weight, bias, *mask)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight, bias, *indices = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        x, weight, bias = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = needs = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _differentiate(grad, x, weight, bias, *indices, ctx.panels)
+            dx, dweight, dbias = _differentiate(grad, x, weight, bias, *ctx.mask)
         else:
-            gradients = _backward(grad, x, weight, bias, *indices, ctx.panels, *needs)
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 5
+            dx, dweight, dbias = _backward(grad, x, weight, bias, *ctx.mask, *needs[:3])
+        return dx if needs_x else None, dweight if needs_weight else None, dbias if needs_bias else None, None
 
 
 def _differentiate(
@@ -371,11 +375,11 @@ def masked_linear(
     if x.ndim != 2:
         y = masked_linear(x.reshape(-1, x.shape[-1]), weight, bias, mask)
         return y.view(*x.shape[:-1], mask.out_features)
-    arguments = (x, weight, bias, *mask.indices)
     if reference_runs(x) and not (mask.panels and _panels_run(x)):
-        return _reference(*arguments)
-    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3])
-    return (_MaskedLinear.apply if recording else _forward)(*arguments)
+        return _reference(x, weight, bias, *mask.indices)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _MaskedLinear.apply(x, weight, bias, mask.indices)
+    return _forward(x, weight, bias, *mask.indices)
 
 
 def _panels_run(x: torch.Tensor) -> bool:
