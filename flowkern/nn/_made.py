@@ -246,7 +246,9 @@ class MADE(nn.Module):
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(f"x: expected shape (B, {self.features}), got {tuple(x.shape)}")
         _check_context(context, self.context, len(x))
-        return self.layers[-1](self._hidden(x, context)).unflatten(1, (self.features, self.params_per_feature))
+        *hidden, last = self.layers  # iterated over: each slice of a ModuleList is a module of its own, made anew
+        h = self._hidden(x, context, hidden) if hidden else x
+        return last(h).unflatten(1, (self.features, self.params_per_feature))
 
     @torch.no_grad()
     def generate(
@@ -274,19 +276,17 @@ class MADE(nn.Module):
         hidden = tuple(tuple(h.tolist()) for h in self.hidden_degrees)
         return ops.AutoregressiveNetwork(tuple(self.in_degrees.tolist()), hidden, self.activation, self.residual)
 
-    def _hidden(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    def _hidden(self, x: torch.Tensor, context: torch.Tensor | None, layers: Sequence[nn.Module]) -> torch.Tensor:
         act = ACTIVATIONS[self.activation]
-        if not self.hidden:
-            return x
-        h = self.layers[0](x)
+        h = layers[0](x)
         if context is not None:
             h = h + self.preactivation_context(context.to(self.context_layer.weight.dtype)).to(h.dtype)  # type: ignore[union-attr]
         if not self.residual:
             h = act(h)
-            for layer in self.layers[1:-1]:
+            for layer in layers[1:]:
                 h = act(layer(h))
             return h
-        for first, second in zip(self.layers[1:-1:2], self.layers[2:-1:2], strict=True):
+        for first, second in zip(layers[1::2], layers[2::2], strict=True):
             h = h + second(act(first(act(h))))
         return h
 
