@@ -133,7 +133,7 @@ def cuda_ninja_file(cxx: str, folder: Path, output: Path) -> str:
     rules = [
         f"cxx = {cxx}",
         f"nvcc = {escape(Path(nvcc()))} -ccbin {cxx.split()[0]} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -t 0",
-        f"flags = {' '.join([*FLAGS, *includes])}",
+        f"flags = {' '.join([*FLAGS, *includes])} '-DFLOWKERN_CUDA_ARCHS=\"{';'.join(archs)}\"'",
         f"rule cuda\n  command = $nvcc {' '.join(code)} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         "rule compile\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         # The static runtime of CUDA: no library has to be found, and none is where there is no driver.

@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in one command and in under ten minutes: ``python -m bench.gpu_check [--dry-run]``.
 
-It builds the library from this checkout, runs the tests marked gpu, measures all cases of the bench, lets
-compute-sanitizer watch a few calls, and writes bench/results/GPU.json. Each stage has its own time, and one that fails
-does not lose what the others found; the exit code is then 1. It needs Python with torch, triton, setuptools, pybind11,
-ninja and pytest, and neither an installed flowkern nor a network. ``--dry-run`` does what needs no GPU: the build, the
-collection of the tests, the compilation of all Triton kernels, and the bench and the calls on a CPU.
+It builds the library from this checkout, runs the tests marked gpu, measures masked networks and all cases of the bench,
+lets compute-sanitizer watch a few calls, and writes bench/results/GPU.json. Each stage has its own time, and one that
+fails does not lose what the others found; the exit code is then 1. It needs Python with torch, triton, setuptools,
+pybind11, ninja and pytest, and neither an installed flowkern nor a network. ``--dry-run`` does what needs no GPU: the
+build, the collection of the tests, the compilation of all Triton kernels, and the measurements and the calls on a CPU.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ class Check:
 
     def _measuring(self, bench: float, sanitizer: float) -> list[tuple[str, float, Stage]]:
         if self.dry:
-            return [("bench", bench, self.bench), ("smoke", sanitizer, self.smoke)]
+            return [("bench", bench, self.bench), ("networks", bench, self.networks), ("smoke", sanitizer, self.smoke)]
         tools = [(tool, sanitizer, lambda seconds, tool=tool: self.sanitize(seconds, tool)) for tool in ("memcheck", "racecheck")]
-        return [("bench", bench, self.bench), *tools]
+        return [("networks", 60.0, self.networks), ("bench", bench, self.bench), *tools]
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -184,13 +184,23 @@ class Check:
         """Measure; on a CPU only one tiny case."""
         options: dict[str, Any] = {"device": self.device}
         options |= {"cases": "4x8", "compile": "none", "quick": True} if self.dry else {"compile": "large"}
-        ran = self.python(seconds, "bench", "-m", "flowkern.bench.worker", json.dumps(options))
-        self.rows = _rows(ran.output)
-        wrong = [f"{row['op']} {row['case']} {row['direction']} {row['variant']}" for row in self.rows if row["failure"]]
-        measured = f"{len(self.rows)} rows"
+        return self._measured(self.python(seconds, "bench", "-m", "flowkern.bench.worker", json.dumps(options)))
+
+    def networks(self, seconds: float) -> Outcome:
+        """Measure the inverse of autoregressive layers, and masked linear layers; on a CPU tiny ones."""
+        quick = ["--quick"] if self.dry else []
+        ran = self.python(seconds, "networks", "-m", "flowkern.bench.networks", "--device", self.device, *quick)
+        return self._measured(ran)
+
+    def _measured(self, ran: Ran) -> Outcome:
+        """The rows that were printed; a wrong one among them, or none, is a failure."""
+        rows = _rows(ran.output)
+        self.rows += rows
+        wrong = [f"{row['op']} {row['case']} {row['direction']} {row['variant']}" for row in rows if row["failure"]]
+        measured = f"{len(rows)} rows"
         if wrong:
             return Outcome(FAILED, f"{measured}, of which wrong: {', '.join(dict.fromkeys(wrong))}", log=ran.log())
-        status = ran.status() if self.rows or ran.code != 0 else FAILED
+        status = ran.status() if rows or ran.code != 0 else FAILED
         return Outcome(status, measured, log=ran.log())
 
     def smoke(self, seconds: float) -> Outcome:

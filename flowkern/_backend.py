@@ -63,6 +63,29 @@ def _triton_reason() -> str:
     return ""
 
 
+def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a build for ``archs`` (``"80"``, ``"90a"``) has code for a GPU of this compute capability.
+
+    Machine code serves its own generation from its number on, with a letter that number alone. The PTX of the last entry is
+    compiled for later GPUs.
+    """
+    wanted = 10 * capability[0] + capability[1]
+    for arch in archs:
+        number = int(arch.rstrip("af"))
+        if number == wanted or (arch.isdigit() and number < wanted and (number // 10 == capability[0] or arch == archs[-1])):
+            return True
+    return False
+
+
+@functools.cache
+def _capability_reason(device: torch.device) -> str:
+    archs, capability = native_cuda.archs.split(";"), torch.cuda.get_device_capability(device)  # type: ignore[union-attr]
+    if runs_on(archs, capability):
+        return ""
+    built, found = ", ".join(f"sm_{arch}" for arch in archs), ".".join(map(str, capability))
+    return f"the CUDA extension was built for {built}, this GPU has compute capability {found}; see FLOWKERN_CUDA_ARCHS"
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -116,7 +139,9 @@ def reasons(name: str, implementations: Mapping[str, Callable], tensors: Sequenc
     if name == "cuda":
         if native_cuda is None:
             return [_native_cuda_reason]
-        return [] if device == "cuda" else [f"it serves CUDA tensors, these are on {device!r}"]
+        if device != "cuda":
+            return [f"it serves CUDA tensors, these are on {device!r}"]
+        return [why] if (why := _capability_reason(tensors[0].device)) else []
     return []
 
 

@@ -414,6 +414,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     with flowkern.backend("cuda"), pytest.raises(RuntimeError, match="cannot serve: the CUDA extension was not built"):
         ops.autoregressive_inverse(*sample.args)
     monkeypatch.setattr(_backend, "native_cuda", object())
+    monkeypatch.setattr(_backend, "_capability_reason", lambda device: "")  # it was built for this GPU
     assert explained(sample) == "it serves CUDA tensors, these are on 'cpu'"
     implementations = op._forward.implementations
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))

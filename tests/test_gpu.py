@@ -10,8 +10,10 @@ import pytest
 import torch
 from comparison import Tensors, arguments, assert_accurate, change_samples, output_gradients
 
-from flowkern import OPS
+import flowkern
+from flowkern import OPS, _backend, nn, ops
 from flowkern._registry import Op, Sample
+from flowkern.ops import _autoregressive_inverse, _masked_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -223,3 +225,69 @@ def test_more_than_2_to_the_31_elements(op: Op, shape: tuple[int, ...]) -> None:
     if len(shape) == 4:
         sums = [op.reference(*(part(a, i, i + 2**11) for a in args))[1].double() for i in range(0, length, 2**11)]
         torch.testing.assert_close(logabsdet.double(), torch.stack(sums).sum(0), rtol=1e-5, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masked networks, which are no ops of the table: they return other things, or take lists
+
+
+def test_the_cuda_extension_serves_this_gpu() -> None:
+    """Nothing falls back in silence: with the extension, the sweep is one launch."""
+    if _backend.native_cuda is None:
+        pytest.skip(_backend._native_cuda_reason)
+    text = flowkern.explain(ops.autoregressive_inverse, torch.randn(2, 3, device=DEVICE))
+    assert "cuda   serves" in text, text
+
+
+def test_the_autoregressive_inverse_is_that_of_plain_torch() -> None:
+    """Every activation, residual or not, every scale, and chains: the backend that serves against the torch sweep, both here."""
+    torch.manual_seed(0)
+    for sample in _autoregressive_inverse._samples(DEVICE, torch.float32):
+        z = sample.args[0].detach().requires_grad_()
+        results = []
+        for backend in ("auto", "torch"):
+            with flowkern.backend(backend):
+                x, logabsdet = ops.autoregressive_inverse(z, *sample.args[1:], **sample.kwargs)
+                (grad,) = torch.autograd.grad(x.sum() + logabsdet.sum(), z)
+            results.append((x.detach(), logabsdet.detach(), grad))
+        for actual, expected in zip(*results, strict=True):
+            assert actual.is_cuda
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4, msg=lambda text, s=sample: f"{s.name}: {text}")
+
+
+@pytest.mark.parametrize(("features", "hidden"), [(3072, (512, 512)), (64, (256, 256))])
+def test_a_layer_is_inverted(features: int, hidden: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = nn.MaskedAutoregressive(features, hidden).to(DEVICE)
+    x = torch.randn(100, features, device=DEVICE)
+    with torch.no_grad():
+        z, logabsdet = layer(x)
+        back, negative = layer.inverse(z)
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(negative, -logabsdet, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1), (5, 4, 3), (70, 200, 100), (300, 784, 1024)])
+def test_masked_linear(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    batch, inputs, outputs = size
+    torch.manual_seed(0)
+    for ordered, strict in ((True, False), (True, True), (False, False)):
+        degrees = [torch.randint(0, 1 + inputs, (n,)) for n in (outputs, inputs)]
+        out, into = (d.sort()[0] if ordered else d for d in degrees)
+        mask = ops.DegreeMask(out, into, strict=strict).to(DEVICE)
+        leaves = [torch.randn(shape, device=DEVICE).to(dtype) for shape in ((batch, inputs), (outputs, inputs), (outputs,))]
+        g = torch.randn(batch, outputs, device=DEVICE)
+
+        def results(function: Callable[..., Any], to: torch.dtype, leaves: Any = leaves, mask: Any = mask, g: Any = g) -> Tensors:
+            given = [t.to(to).requires_grad_() for t in leaves]
+            y = function(*given, mask)
+            return y, *torch.autograd.grad(y, given, g.to(dtype).to(y.dtype))
+
+        exact = results(_masked_linear.reference, torch.float64)
+        actual, plain = (results(function, dtype) for function in (ops.masked_linear, _masked_linear.reference))
+        for values in zip(actual, exact, plain, strict=True):
+            assert_accurate(*values, ulps=64 if dtype is torch.float64 else 4)
+        assert (actual[2][~mask.dense()] == 0).all()
+        again = results(ops.masked_linear, dtype)
+        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))

@@ -28,5 +28,6 @@ auto checked(const char* (*launcher)(Arguments...)) {
 PYBIND11_MODULE(_native_cuda, m) {
   using namespace flowkern;
   m.doc() = "CUDA kernels of flowkern; call them through flowkern.ops.";
+  m.attr("archs") = FLOWKERN_CUDA_ARCHS;  // the GPUs that it was built for, "80;90a;100"
   m.def("autoregressive_inverse_forward", checked(autoregressive_inverse_forward));
 }
