@@ -241,6 +241,19 @@ def test_opcheck_and_compile(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.skipif(_backend.interpreting(), reason="Triton compiles nothing in its interpreter")
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float16"])
+def test_half_precision_runs_on_tensor_cores(dtypes: str) -> None:
+    pytest.importorskip("triton")
+    from flowkern.kernels.compile import compile_launch, problems
+    from flowkern.kernels.masked_linear import compile_cases
+
+    for name, launch in compile_cases((64, 784, 1024), True, dtypes):
+        build = compile_launch(launch, "sm_90")
+        assert problems(build) == [], name
+        assert "wgmma.mma_async" in build.assembly, name
+
+
 def test_autocast_does_not_round() -> None:
     given = problem((5, 6, 8))
     for backend in ("auto", "torch"):
