@@ -86,8 +86,8 @@ def test_large_layers(backend: str, kind: str) -> None:
 
 
 @needs_native
-def test_long_batches_and_the_ends_of_steps() -> None:
-    for size in ((1100, 20, 30), (257, 40, 600), (20, 1030, 24)):
+def test_long_batches_few_samples_and_the_ends_of_steps() -> None:
+    for size in ((1100, 20, 30), (257, 40, 600), (20, 1030, 24), (1, 300, 70), (4, 300, 70)):
         for kind in KINDS:
             check(problem(size, kind), ulps=16)
 
