@@ -337,9 +337,9 @@ def test_sampling_draws_from_what_a_pass_over_the_samples_says(output: str, mask
     context, seen, samples = torch.randn(8, 2).double(), [], []
     draw, generate = density.distribution.sample, density.network.generate
 
-    def recording(params: torch.Tensor) -> torch.Tensor:
+    def recording(params: torch.Tensor, temperature: float) -> torch.Tensor:
         seen.append(params)
-        return draw(params)
+        return draw(params, temperature)
 
     def compared(n: int, finish: Any, context: torch.Tensor | None) -> torch.Tensor:
         places: list[list[int]] = []

@@ -86,8 +86,8 @@ def test_large_layers(backend: str, kind: str) -> None:
 
 
 @needs_native
-def test_long_batches_and_the_ends_of_steps() -> None:
-    for size in ((1100, 20, 30), (257, 40, 600), (20, 1030, 24)):
+def test_long_batches_few_samples_and_the_ends_of_steps() -> None:
+    for size in ((1100, 20, 30), (257, 40, 600), (20, 1030, 24), (1, 300, 70), (4, 300, 70)):
         for kind in KINDS:
             check(problem(size, kind), ulps=16)
 
@@ -239,6 +239,19 @@ def test_opcheck_and_compile(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_backend, "only_torch", lambda x: False)
     for a, b in zip(results(ops.masked_linear, given), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(_backend.interpreting(), reason="Triton compiles nothing in its interpreter")
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float16"])
+def test_half_precision_runs_on_tensor_cores(dtypes: str) -> None:
+    pytest.importorskip("triton")
+    from flowkern.kernels.compile import compile_launch, problems
+    from flowkern.kernels.masked_linear import compile_cases
+
+    for name, launch in compile_cases((64, 784, 1024), True, dtypes):
+        build = compile_launch(launch, "sm_90")
+        assert problems(build) == [], name
+        assert "wgmma.mma_async" in build.assembly, name
 
 
 def test_autocast_does_not_round() -> None:

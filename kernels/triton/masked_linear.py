@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flowkern._backend import interpreting
 from flowkern.ops._masked_linear import DegreeMask, _accumulation_dtype, _gradients, _output
 
 from ._coupling import DTYPES, Launch, Plan, example
@@ -33,7 +34,7 @@ def unit(p_index, i, n):
 def forward_kernel(
     p_x, p_weight, p_bias, p_reach, p_rows, p_columns, p_y,
     B, N_IN, N_OUT, n_blocks, x_b, x_i, w_o, w_i, s_bias, y_b, y_o,
-    BATCH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # The blocks that see furthest come first: they take longest.
     i_block = n_blocks - 1 - tl.program_id(0) % n_blocks
@@ -48,9 +49,9 @@ def forward_kernel(
         c = k + tl.arange(0, INNER)
         m_c = c < furthest
         i = unit(p_columns, c, N_IN)
-        b_x = tl.load(p_x + b[:, None] * x_b + i[None, :] * x_i, mask=m_b[:, None] & m_c[None, :], other=0.0).to(ACC)
+        b_x = tl.load(p_x + b[:, None] * x_b + i[None, :] * x_i, mask=m_b[:, None] & m_c[None, :], other=0.0).to(DOT)
         p_w = p_weight + i[:, None] * w_i + o[None, :] * w_o
-        b_w = tl.load(p_w, mask=c[:, None] < reach[None, :], other=0.0).to(ACC)
+        b_w = tl.load(p_w, mask=c[:, None] < reach[None, :], other=0.0).to(DOT)
         total = tl.dot(b_x, b_w, total, input_precision="ieee", out_dtype=ACC)
     if p_bias is not None:
         total += tl.load(p_bias + o * s_bias, mask=m_r, other=0.0).to(ACC)[None, :]
@@ -62,7 +63,7 @@ def forward_kernel(
 def input_kernel(
     p_grad, p_weight, p_reach, p_first, p_rows, p_columns, p_dx,
     B, N_IN, N_OUT, n_blocks, g_b, g_o, w_o, w_i, x_b, x_i,
-    BATCH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_block = tl.program_id(0) % n_blocks
     b = (tl.program_id(0) // n_blocks).to(tl.int64) * BATCH + tl.arange(0, BATCH)
@@ -75,9 +76,9 @@ def input_kernel(
         m_r = r < N_OUT
         reach = tl.load(p_reach + r, mask=m_r, other=0)
         o = unit(p_rows, r, N_OUT)
-        b_g = tl.load(p_grad + b[:, None] * g_b + o[None, :] * g_o, mask=m_b[:, None] & m_r[None, :], other=0.0).to(ACC)
+        b_g = tl.load(p_grad + b[:, None] * g_b + o[None, :] * g_o, mask=m_b[:, None] & m_r[None, :], other=0.0).to(DOT)
         p_w = p_weight + o[:, None] * w_o + i[None, :] * w_i
-        b_w = tl.load(p_w, mask=c[None, :] < reach[:, None], other=0.0).to(ACC)
+        b_w = tl.load(p_w, mask=c[None, :] < reach[:, None], other=0.0).to(DOT)
         total = tl.dot(b_g, b_w, total, input_precision="ieee", out_dtype=ACC)
     p_to = p_dx + b[:, None] * x_b + i[None, :] * x_i
     tl.store(p_to, narrow(total, p_dx.dtype.element_ty), mask=m_b[:, None] & m_c[None, :])
@@ -87,7 +88,7 @@ def input_kernel(
 def weight_kernel(
     p_grad, p_x, p_reach, p_rows, p_columns, p_dweight,
     B, N_IN, N_OUT, n_blocks, g_b, g_o, x_b, x_i, w_o, w_i,
-    BLOCK: tl.constexpr, INNER: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, INNER: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_row, i_column = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
     r, c = i_row * BLOCK + tl.arange(0, BLOCK), i_column * BLOCK + tl.arange(0, BLOCK)
@@ -100,40 +101,49 @@ def weight_kernel(
     for k in range(0, tl.where(i_column * BLOCK < furthest, B, 0), INNER):
         b = (k + tl.arange(0, INNER)).to(tl.int64)
         m_b = b < B
-        b_g = tl.load(p_grad + o[:, None] * g_o + b[None, :] * g_b, mask=m_r[:, None] & m_b[None, :], other=0.0).to(ACC)
-        b_x = tl.load(p_x + b[:, None] * x_b + i[None, :] * x_i, mask=m_b[:, None] & m_c[None, :], other=0.0).to(ACC)
+        b_g = tl.load(p_grad + o[:, None] * g_o + b[None, :] * g_b, mask=m_r[:, None] & m_b[None, :], other=0.0).to(DOT)
+        b_x = tl.load(p_x + b[:, None] * x_b + i[None, :] * x_i, mask=m_b[:, None] & m_c[None, :], other=0.0).to(DOT)
         total = tl.dot(b_g, b_x, total, input_precision="ieee", out_dtype=ACC)
     total = tl.where(c[None, :] < reach[:, None], total, 0.0)
     p_to = p_dweight + o[:, None] * w_o + i[None, :] * w_i
     tl.store(p_to, narrow(total, p_dweight.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
 
 
-def _plan(batch: int, units: int, double: bool, integers: tuple[int, ...]) -> Plan:
+def _operands(double: bool, *dtypes: torch.dtype) -> Any:
+    """The dtype in which blocks are multiplied: tensor cores take both in one half precision, and their products are exact."""
+    if all(dtype is dtypes[0] for dtype in dtypes) and not interpreting():  # the interpreter multiplies bfloat16's bits
+        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtypes[0], tl.float64 if double else tl.float32)
+    return tl.float64 if double else tl.float32
+
+
+def _plan(batch: int, units: int, double: bool, operands: Any, integers: tuple[int, ...]) -> Plan:
     """Of a product with the batch: its blocks of units, and tiles of samples."""
-    block = 32 if double else 64
-    samples = min(max(triton.next_power_of_2(batch), 16), 32)
+    block, half = 32 if double else 64, operands in (tl.bfloat16, tl.float16)
+    samples = min(max(triton.next_power_of_2(batch), 16), 64 if half else 32)
     blocks = triton.cdiv(units, block)
     keywords = {
         "BATCH": samples,
         "BLOCK": block,
-        "INNER": 16,
+        "INNER": 32 if half else 16,
+        "DOT": operands,
         "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 8 if samples > 16 else 4,
-        "num_stages": 2,
+        "num_warps": 8 if samples > 16 and not half else 4,
+        "num_stages": 3 if half else 2,
         "enable_fp_fusion": True,
     }
     return Plan(triton.cdiv(batch, samples) * blocks, blocks, (*integers[:3], blocks, *integers[3:]), keywords)
 
 
-def _weight_plan(outputs: int, inputs: int, double: bool, integers: tuple[int, ...]) -> Plan:
-    block = 32 if double else 64
+def _weight_plan(outputs: int, inputs: int, double: bool, operands: Any, integers: tuple[int, ...]) -> Plan:
+    block, half = 32 if double else 64, operands in (tl.bfloat16, tl.float16)
     columns = triton.cdiv(inputs, block)
     keywords = {
         "BLOCK": block,
-        "INNER": 16,
+        "INNER": 32 if half else 16,
+        "DOT": operands,
         "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 8,
-        "num_stages": 2,
+        "num_warps": 4 if half else 8,
+        "num_stages": 3 if half else 2,
         "enable_fp_fusion": True,
     }
     return Plan(triton.cdiv(outputs, block) * columns, columns, (*integers[:3], columns, *integers[3:]), keywords)
@@ -149,21 +159,21 @@ def _forward_launch(
     reach, _, rows, columns, _ = mask
     sizes, double = _sizes(x, weight), _accumulation_dtype(x, weight, bias) is torch.float64
     steps = (*x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *y.stride())
-    return Launch(forward_kernel, (x, weight, bias, reach, rows, columns, y), _plan(sizes[0], sizes[2], double, (*sizes, *steps)))
+    plan = _plan(sizes[0], sizes[2], double, _operands(double, x.dtype, weight.dtype), (*sizes, *steps))
+    return Launch(forward_kernel, (x, weight, bias, reach, rows, columns, y), plan)
 
 
 def _input_launch(grad: torch.Tensor, weight: torch.Tensor, mask: tuple[Any, ...], dx: torch.Tensor, double: bool) -> Launch:
     reach, first, rows, columns, _ = mask
     sizes, steps = _sizes(dx, weight), (*grad.stride(), *weight.stride(), *dx.stride())
-    return Launch(
-        input_kernel, (grad, weight, reach, first, rows, columns, dx), _plan(sizes[0], sizes[1], double, (*sizes, *steps))
-    )
+    plan = _plan(sizes[0], sizes[1], double, _operands(double, grad.dtype, weight.dtype), (*sizes, *steps))
+    return Launch(input_kernel, (grad, weight, reach, first, rows, columns, dx), plan)
 
 
 def _weight_launch(grad: torch.Tensor, x: torch.Tensor, mask: tuple[Any, ...], dweight: torch.Tensor, double: bool) -> Launch:
     reach, _, rows, columns, _ = mask
     sizes, steps = _sizes(x, dweight), (*grad.stride(), *x.stride(), *dweight.stride())
-    plan = _weight_plan(sizes[2], sizes[1], double, (*sizes, *steps))
+    plan = _weight_plan(sizes[2], sizes[1], double, _operands(double, grad.dtype, x.dtype), (*sizes, *steps))
     return Launch(weight_kernel, (grad, x, reach, rows, columns, dweight), plan)
 
 
