@@ -260,6 +260,8 @@ def test_bad_input_is_named() -> None:
         ops.ema_update(x, index, counts[1:], codebook, decay=0.9)
     with pytest.raises(TypeError, match=r"sums: expected float32 or float64, got torch.bfloat16"):
         ops.ema_update(x, index, counts, codebook.bfloat16(), decay=0.9)
+    with pytest.raises(ValueError, match=r"index: expected codes from 0 to under 5, got 0 to 5"):
+        ops.ema_update(x, torch.arange(7).clamp(max=5), counts, codebook, decay=0.9)
     with pytest.raises(ValueError, match=r"decay: expected a number from 0 to 1, got 1.5"):
         ops.ema_update(x, index, counts, codebook, decay=1.5)
 
