@@ -208,12 +208,13 @@ def test_sums_of_extreme_values() -> None:
     assert code_sums(x, torch.tensor([0, 1, 2]), 4).isnan().flatten().tolist() == [False, True, True, False]
 
 
-def test_ema_is_that_of_the_paper() -> None:
-    x, index = torch.randn(3, 10, 5), torch.randint(0, 4, (3, 10))
-    counts, sums = torch.rand(6), torch.randn(6, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ema_is_that_of_the_paper(dtype: torch.dtype) -> None:
+    x, index = torch.randn(3, 10, 5, dtype=dtype), torch.randint(0, 4, (3, 10))
+    counts, sums = torch.rand(6, dtype=dtype), torch.randn(6, 5, dtype=dtype)
     before = counts.clone(), sums.clone()
     new_counts, new_sums = ops.ema_update(x, index, counts, sums, decay=0.9)
-    hot = torch.nn.functional.one_hot(index.flatten(), 6).float()
+    hot = torch.nn.functional.one_hot(index.flatten(), 6).to(dtype)
     torch.testing.assert_close(new_counts, 0.9 * counts + 0.1 * hot.sum(0))
     torch.testing.assert_close(new_sums, 0.9 * sums + 0.1 * hot.t() @ x.flatten(0, 1))
     assert torch.equal(counts, before[0])

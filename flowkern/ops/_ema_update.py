@@ -20,7 +20,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 def _averaged(old: torch.Tensor, new: torch.Tensor, decay: float) -> torch.Tensor:
     """decay old + (1 - decay) new, in float64 and each operation by itself, which every machine does alike."""
-    return new.mul(1.0 - decay).add_(old.double().mul_(decay))
+    return new.mul(1.0 - decay).add_(old.to(torch.float64, copy=True).mul_(decay))
 
 
 def update_averages_(
