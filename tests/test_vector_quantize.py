@@ -208,12 +208,13 @@ def test_sums_of_extreme_values() -> None:
     assert code_sums(x, torch.tensor([0, 1, 2]), 4).isnan().flatten().tolist() == [False, True, True, False]
 
 
-def test_ema_is_that_of_the_paper() -> None:
-    x, index = torch.randn(3, 10, 5), torch.randint(0, 4, (3, 10))
-    counts, sums = torch.rand(6), torch.randn(6, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ema_is_that_of_the_paper(dtype: torch.dtype) -> None:
+    x, index = torch.randn(3, 10, 5, dtype=dtype), torch.randint(0, 4, (3, 10))
+    counts, sums = torch.rand(6, dtype=dtype), torch.randn(6, 5, dtype=dtype)
     before = counts.clone(), sums.clone()
     new_counts, new_sums = ops.ema_update(x, index, counts, sums, decay=0.9)
-    hot = torch.nn.functional.one_hot(index.flatten(), 6).float()
+    hot = torch.nn.functional.one_hot(index.flatten(), 6).to(dtype)
     torch.testing.assert_close(new_counts, 0.9 * counts + 0.1 * hot.sum(0))
     torch.testing.assert_close(new_sums, 0.9 * sums + 0.1 * hot.t() @ x.flatten(0, 1))
     assert torch.equal(counts, before[0])
@@ -260,6 +261,8 @@ def test_bad_input_is_named() -> None:
         ops.ema_update(x, index, counts[1:], codebook, decay=0.9)
     with pytest.raises(TypeError, match=r"sums: expected float32 or float64, got torch.bfloat16"):
         ops.ema_update(x, index, counts, codebook.bfloat16(), decay=0.9)
+    with pytest.raises(ValueError, match=r"index: expected codes from 0 to under 5, got 0 to 5"):
+        ops.ema_update(x, torch.arange(7).clamp(max=5), counts, codebook, decay=0.9)
     with pytest.raises(ValueError, match=r"decay: expected a number from 0 to 1, got 1.5"):
         ops.ema_update(x, index, counts, codebook, decay=1.5)
 

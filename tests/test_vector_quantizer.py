@@ -323,7 +323,7 @@ def test_residual_levels_add_up() -> None:
 
 def test_residual_channels_first_rotated_and_compiled() -> None:
     torch._dynamo.reset()
-    made = nn.ResidualVectorQuantizer(5, 8, 2, rotation=True, channels_first=True, revive_below=0.5)
+    made = nn.ResidualVectorQuantizer(5, 8, 2, init="uniform", rotation=True, channels_first=True, revive_below=0.5)
     compiled = torch.compile(twin := copy.deepcopy(made), fullgraph=True, backend="aot_eager")
     for _ in range(2):
         x = torch.randn(3, 5, 4, requires_grad=True)

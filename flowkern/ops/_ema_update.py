@@ -20,7 +20,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 def _averaged(old: torch.Tensor, new: torch.Tensor, decay: float) -> torch.Tensor:
     """decay old + (1 - decay) new, in float64 and each operation by itself, which every machine does alike."""
-    return new.mul(1.0 - decay).add_(old.double().mul_(decay))
+    return new.mul(1.0 - decay).add_(old.to(torch.float64, copy=True).mul_(decay))
 
 
 def update_averages_(
@@ -67,7 +67,8 @@ def ema_update(x: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, sums:
 
     Raises:
         TypeError: inputs of another kind of dtype.
-        ValueError: a wrong shape or device, a decay outside [0, 1].
+        ValueError: a wrong shape or device, a decay outside [0, 1]; an index that is no code, where the values can be seen at
+            no cost (on a CPU).
 
     Source: van den Oord et al., "Neural Discrete Representation Learning" (2017), appendix A.1.
     """
@@ -88,6 +89,10 @@ def ema_update(x: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, sums:
         )
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay: expected a number from 0 to 1, got {decay}")
+    if index.is_cpu and index.numel() and not torch.compiler.is_compiling():
+        lowest, highest = (int(v) for v in index.aminmax())
+        if lowest < 0 or highest >= len(counts):
+            raise ValueError(f"index: expected codes from 0 to under {len(counts)}, got {lowest} to {highest}")
     counts, sums = counts.clone(), sums.clone()
     update_averages_(x.reshape(-1, x.shape[-1]), index.reshape(-1), None, counts, sums, decay)
     return counts, sums
