@@ -23,6 +23,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .. import _backend
 from .._registry import define
 from ._checks import accumulation_dtype, check_floating, check_same_device, outside_autocast
 
@@ -34,7 +35,12 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # The torch code screens so many scores at a time, which stay in the cache, keeps the best of each tile of codes, and
 # computes the definition of so many entries at a time.
-_SCORES, _TILE, _ENTRIES = 1 << 18, 32, 1 << 22
+_SCORES, _TILE, _ENTRIES = 1 << 21, 64, 1 << 22
+# The definition's own rounding of a distance, far below this by |x|^2 + |c|^2.
+_OWN = 2.0**-45
+
+# The extension screens in bfloat16 where the processor multiplies that.
+_PAIRS = True
 
 
 # --- the definition ---
@@ -50,43 +56,55 @@ def _halving_sum(s: torch.Tensor) -> torch.Tensor:
     return s[..., 0]
 
 
+def _sqrt(s: torch.Tensor) -> torch.Tensor:
+    """The square root as IEEE 754 rounds it: that of torch may be one unit off, where MKL computes it.
+
+    Which of three neighbours is nearest is decided by the exact s - r^2 (Dekker, "A floating-point technique for extending
+    the available precision", 1971): a middle between two, squared, falls between two of its possible values.
+    """
+    fraction, exponent = torch.frexp(s)
+    odd = exponent.remainder(2)
+    s = torch.ldexp(fraction, odd)
+    r = s.sqrt()
+    high = r * (2.0**27 + 1)
+    high = high - (high - r)
+    low, square = r - high, r * r
+    rest = (s - square) - (((high * high - square) + 2 * high * low) + low * low)
+    above, below = (torch.nextafter(r, torch.full_like(r, end)) for end in (math.inf, 0.0))
+    r = torch.where(rest > r * (above - r), above, torch.where((rest <= r * (below - r)) & (r > 0), below, r))
+    return torch.ldexp(r, torch.div(exponent - odd, 2, rounding_mode="floor"))
+
+
 def _operand(x: torch.Tensor, cosine: bool) -> torch.Tensor:
     """x in float64; for the cosine divided by its norm. A row of zeros stays what it is."""
     x = x.double()
     if not cosine:
         return x
-    norm = _halving_sum(x.square()).sqrt()
+    norm = _sqrt(_halving_sum(x.square()))
     return x / torch.where(norm == 0, 1.0, norm)[..., None]
 
 
-def _not_finite(x: torch.Tensor) -> torch.Tensor:
-    return ~x.isfinite().all(-1)
-
-
-def _special(x: torch.Tensor, index: torch.Tensor, sqdist: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index and distance with those of rows that are not finite put in: 0 and NaN, without a NaN 0 and infinity."""
-    special = torch.where(x.isnan().any(-1), math.nan, math.inf).to(sqdist)
-    bad = _not_finite(x)
-    return torch.where(bad, 0, index), torch.where(bad, special, sqdist)
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """Of each row the largest magnitude, or NaN: what is not below infinity is also the distance of such a row."""
+    return x.abs().amax(-1)
 
 
 def _reference(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, missing = _operand(codebook, cosine), _not_finite(codebook)
-    rows = max(1, _ENTRIES // max(1, codebook.numel()))
-    found = []
-    for block in x.split(rows):
+    codes, missing = _operand(codebook, cosine), ~(_largest(codebook) < math.inf)
+    indices, distances = [codes.new_empty(0, dtype=torch.int64)], [codes.new_empty(0)]
+    for block in x.split(max(1, _ENTRIES // codebook.numel())):
+        largest = _largest(block)
         d = _halving_sum((_operand(block, cosine)[:, None] - codes).square())
-        d = torch.where(missing, math.inf, d)
-        index = d.nan_to_num(math.inf, math.inf).argmin(1)
-        sqdist = d.gather(1, index[:, None])[:, 0].to(accumulation_dtype(x, codebook))
-        found.append(_special(block, index, sqdist))
-    index, sqdist = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return index, sqdist
+        d = torch.where(missing | ~(largest[:, None] < math.inf), math.inf, d)
+        sqdist, index = d.min(1)
+        indices.append(index)
+        distances.append(torch.where(largest < math.inf, sqdist, largest.double()))
+    return torch.cat(indices), torch.cat(distances).to(accumulation_dtype(x, codebook))
 
 
 def reference(x: torch.Tensor, codebook: torch.Tensor, *, metric: str = "euclidean") -> tuple[torch.Tensor, torch.Tensor]:
     """The definition in plain torch: all distances in float64, some rows at a time."""
-    index, sqdist = _reference(x.reshape(x.shape[:-1].numel(), x.shape[-1]), codebook, metric == "cosine")
+    index, sqdist = _reference(x.reshape(-1, x.shape[-1]), codebook, metric == "cosine")
     return index.view(x.shape[:-1]), sqdist.view(x.shape[:-1])
 
 
@@ -111,17 +129,19 @@ class _Screen:
 
     def __init__(self, x: torch.Tensor, codebook: torch.Tensor, cosine: bool):
         self.dtype = accumulation_dtype(x, codebook)
-        self.missing = _not_finite(codebook)
-        self.exact = _operand(codebook, True) if cosine else codebook
         self.count, self.depth = codebook.shape
-        room = (0, 0, 0, -self.count % _TILE)
+        self.missing = ~(_largest(codebook) < math.inf)
+        self.exact = _operand(codebook, True) if cosine else codebook
         codes = torch.where(self.missing[:, None], 0, self.exact)
         squares = codes.double().square().sum(1)
-        self.codes = F.pad(codes.to(self.dtype), room)
-        self.shift = -F.pad(torch.where(self.missing, math.inf, squares / 2), room[2:], value=math.inf).to(self.dtype)
-        self.norms = F.pad(squares.sqrt(), room[2:])
-        self.tile_norms = self.norms.view(-1, _TILE).amax(1)
+        room = -self.count % _TILE
+        self.codes = F.pad(codes.to(self.dtype), (0, 0, 0, room))
+        self.shift = -F.pad(torch.where(self.missing, math.inf, squares / 2), (0, room), value=math.inf).to(self.dtype)
         self.relative, self.absolute = self._errors(x)
+        # Beyond this norm a sum might overflow: then the bound is infinite.
+        self.limit = math.sqrt(torch.finfo(self.dtype).max) / 16
+        norms = F.pad(squares.sqrt(), (0, room)).view(-1, _TILE)
+        self.by_code, self.by_tile = self._bounds(norms), self._bounds(norms.amax(1))
 
     def _errors(self, x: torch.Tensor) -> tuple[float, float]:
         """The error of a score by |x| |c| + |c|^2 / 2, and what underflow adds by 1 + |x| + |c|."""
@@ -132,38 +152,36 @@ class _Screen:
         rounding = (self.depth + 8) * info.eps / 2 + (2.0**-6 if lowered else 0)
         return rounding / (1 - rounding) if rounding < 1 else math.inf, (self.depth + 8) * info.tiny
 
-    def error(self, row_norms: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """The bound, and that of the definition's own rounding: infinite or NaN where a sum of the screen may overflow."""
-        size = row_norms * norms + norms * norms / 2
-        screen = self.relative * size + self.absolute * (1 + row_norms + norms)
-        screen = torch.where(size < torch.finfo(self.dtype).max / 4, screen, math.inf)
-        own = (math.log2(self.depth + 1) + 8) * 2.0**-53
-        return screen + own * (row_norms + norms) ** 2
+    def _bounds(self, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slope, offset) of the bound slope |x| + offset + ``by_row(|x|)``, of codes of at most these norms."""
+        slope = torch.where(norms < self.limit, self.relative * norms + self.absolute, math.inf)
+        return slope, (self.relative / 2 + 2 * _OWN) * norms * norms + self.absolute * (1 + norms)
+
+    def by_row(self, norms: torch.Tensor) -> torch.Tensor:
+        """What the bound has of |x| alone. The definition itself is rounded in float64."""
+        return torch.where(norms < self.limit, 2 * _OWN * norms * norms, math.inf)
 
 
-def _decide(
-    block: torch.Tensor, screen: _Screen, row: torch.Tensor, code: torch.Tensor, cosine: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _decide(x: torch.Tensor, screen: _Screen, row: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The lowest of each row's nearest codes among the pairs (row, code), and its distance, by the definition."""
-    x = _operand(block, cosine)
-    pairs = max(1, _ENTRIES // max(1, screen.depth))
-    parts = zip(row.split(pairs), code.split(pairs), strict=True)
-    d = torch.cat([_halving_sum((x[r] - screen.exact[c].double()).square()) for r, c in parts])
-    d = torch.where(screen.missing[code], math.inf, d).nan_to_num(math.inf, math.inf)
-    sqdist = d.new_full((len(block),), math.inf).scatter_reduce(0, row, d, "amin")
+    parts = zip(row.split(max(1, _ENTRIES // x.shape[1])), code.split(max(1, _ENTRIES // x.shape[1])), strict=True)
+    d = torch.cat([_halving_sum((x[r] - screen.exact[c]).square_()) for r, c in parts])
+    d = torch.where(screen.missing[code], math.inf, d)
+    sqdist = d.new_full((len(x),), math.inf).scatter_reduce_(0, row, d, "amin")
     nearest = torch.where(d == sqdist[row], code, screen.count)
-    return code.new_full((len(block),), screen.count).scatter_reduce(0, row, nearest, "amin"), sqdist
+    return code.new_full((len(x),), screen.count).scatter_reduce_(0, row, nearest, "amin"), sqdist
 
 
 def _candidates(scores: torch.Tensor, norms: torch.Tensor, screen: _Screen) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, code) of every code whose score may be the greatest of its row. Comparisons with NaN leave a code in."""
-    tiles = scores.view(len(scores), -1, _TILE)
-    best = tiles.amax(2).double()
-    error = screen.error(norms[:, None], screen.tile_norms)
-    least = (best - error).nan_to_num(-math.inf, math.inf, -math.inf).amax(1)
-    row, tile = (~(best + error < least[:, None])).nonzero(as_tuple=True)
-    error = screen.error(norms[row, None], screen.norms.view(-1, _TILE)[tile])
-    pair, place = (~(tiles[row, tile] + error < least[row, None])).nonzero(as_tuple=True)
+    tiles, norms, own = scores.view(len(scores), -1, _TILE), norms[:, None], screen.by_row(norms)[:, None]
+    slope, offset = screen.by_tile
+    best, error = tiles.amax(2), torch.addcmul(offset, norms, slope).add_(own)
+    least = (best - error).nan_to_num_(-math.inf, math.inf, -math.inf).amax(1, keepdim=True)
+    row, tile = (~(error.add_(best) < least)).nonzero(as_tuple=True)
+    slope, offset = screen.by_code
+    error = torch.addcmul(offset[tile], norms[row], slope[tile]).add_(own[row])
+    pair, place = (~(error.add_(tiles[row, tile]) < least[row])).nonzero(as_tuple=True)
     row, code = row[pair], tile[pair] * _TILE + place
     real = code < screen.count
     return row[real], code[real]
@@ -172,28 +190,36 @@ def _candidates(scores: torch.Tensor, norms: torch.Tensor, screen: _Screen) -> t
 @outside_autocast
 def _torch_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
     index, sqdist, looked = _outputs(x, codebook, cosine)
-    screen = _Screen(x, codebook, cosine)
     looked.zero_()
     if not len(x):
         return index, sqdist, looked
+    screen = _Screen(x, codebook, cosine)
     rows = max(16, _SCORES // len(screen.codes))
     buffer = screen.codes.new_empty(min(rows, len(x)), len(screen.codes))
-    start = 0
-    for block in x.split(rows):
-        own = slice(start, start := start + len(block))
-        exact = _operand(torch.where(_not_finite(block)[:, None], 0, block), cosine)
-        scores = torch.addmm(screen.shift, exact.to(screen.dtype), screen.codes.t(), out=buffer[: len(block)])
+    for start in range(0, len(x), rows):
+        own = slice(start, start + rows)
+        largest = _largest(x[own])
+        finite = largest < math.inf
+        exact = _operand(torch.where(finite[:, None], x[own], 0), cosine)
+        scores = torch.addmm(screen.shift, exact.to(screen.dtype), screen.codes.t(), out=buffer[: len(exact)])
         row, code = _candidates(scores, exact.square().sum(1).sqrt(), screen)
-        looked += (row.bincount(minlength=len(block)) > 1).sum()
-        index[own], sqdist[own] = _special(block, *_decide(block, screen, row, code, cosine))
+        looked += (row.bincount(minlength=len(exact)) > 1).sum()
+        nearest, d = _decide(exact, screen, row, code)
+        index[own], sqdist[own] = torch.where(finite, nearest, 0), torch.where(finite, d, largest.double())
     return index, sqdist, looked
+
+
+def _cpp_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
+    outputs = index, sqdist, looked = _outputs(x, codebook, cosine)
+    _backend.call_native("nearest_code_forward", x, codebook, index, sqdist, looked, cosine, _PAIRS)
+    return outputs
 
 
 _forward = define(
     "nearest_code(Tensor x, Tensor codebook, bool cosine) -> (Tensor index, Tensor sqdist, Tensor looked)",
     fake=_outputs,
     torch_=_torch_forward,
-    cpp=_torch_forward,
+    cpp=_cpp_forward,
     triton="nearest_code.forward",
 )
 
@@ -201,8 +227,8 @@ _forward = define(
 def _check_inputs(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> None:
     check_floating("x", x)
     check_floating("codebook", codebook)
-    if codebook.ndim != 2 or not len(codebook):
-        raise ValueError(f"codebook: expected shape (K, D) with at least one code, got {tuple(codebook.shape)}")
+    if codebook.ndim != 2 or not codebook.numel():
+        raise ValueError(f"codebook: expected shape (K, D) with at least one code and entry, got {tuple(codebook.shape)}")
     if x.ndim < 1 or x.shape[-1] != codebook.shape[1]:
         raise ValueError(f"x: expected shape (..., {codebook.shape[1]}) as the codes have, got {tuple(x.shape)}")
     check_same_device("codebook", codebook, x)
@@ -225,7 +251,7 @@ def nearest_code(
 
     Args:
         x: (..., D), any strides; float64, float32, bfloat16 or float16.
-        codebook: (K, D), K >= 1. May differ from x in floating dtype.
+        codebook: (K, D), K and D >= 1. May differ from x in floating dtype.
         metric: "euclidean", or "cosine": x and the codes are first divided by their norms, in float64, the squares summed
             as above; zeros stay zeros. The squared distance is then 2 - 2 cos.
         return_stats: also return how many rows were looked at again, because the screen in lower precision left more
@@ -243,7 +269,7 @@ def nearest_code(
     Source: van den Oord et al., "Neural Discrete Representation Learning" (2017), eq. 1 and 2.
     """
     _check_inputs(x, codebook, metric)
-    flat, codes, cosine = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]), codebook.detach(), metric == "cosine"
+    flat, codes, cosine = x.detach().reshape(-1, x.shape[-1]), codebook.detach(), metric == "cosine"
     if not (x.is_cpu or x.is_cuda) or torch._C._are_functorch_transforms_active():
         index, sqdist = _reference(flat, codes, cosine)
         looked = index.new_tensor(0)
