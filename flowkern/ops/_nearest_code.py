@@ -13,7 +13,7 @@ Nobody computes all of these. A screen of scores x.c - |c|^2/2, greatest for the
 its error; the definition decides among the codes that this leaves. In unit roundoffs u of the screen, whatever the order of
 its sums (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1):
 
-    |error of a score| <= n / (1 - n) (|x| |c| + |c|^2 / 2) + underflow,  n = (D + 8) u
+    |error of a score| <= n / (1 - n) (|x| |c| + |c|^2 / 2) + underflow,  n = 2 (D + 8) u
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # The torch code screens so many scores at a time, which stay in the cache, keeps the best of each tile of codes, and
 # computes the definition of so many entries at a time.
-_SCORES, _TILE, _ENTRIES = 1 << 21, 64, 1 << 22
+_SCORES, _FEWEST_ROWS, _TILE, _ENTRIES = 1 << 21, 64, 64, 1 << 22
 # The definition's own rounding of a distance, far below this by |x|^2 + |c|^2.
 _OWN = 2.0**-45
 
@@ -49,7 +49,7 @@ _PAIRS = True
 def _halving_sum(s: torch.Tensor) -> torch.Tensor:
     """The sum over the last dimension by halving, as defined."""
     size = 1 << max(0, s.shape[-1] - 1).bit_length()
-    s = F.pad(s, (0, size - s.shape[-1]))
+    s = F.pad(s, (0, size - s.shape[-1])) if size > s.shape[-1] else s
     while size > 1:
         size //= 2
         s = s[..., :size] + s[..., size:]
@@ -86,7 +86,7 @@ def _operand(x: torch.Tensor, cosine: bool) -> torch.Tensor:
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
     """Of each row the largest magnitude, or NaN: what is not below infinity is also the distance of such a row."""
-    return x.abs().amax(-1)
+    return torch.linalg.vector_norm(x, math.inf, -1)
 
 
 def _reference(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,26 +122,36 @@ def _outputs(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
 
 
 class _Screen:
-    """The codebook as the screen of the torch code wants it: whole tiles, in the dtype of its arithmetic.
-
-    Codes that are not finite, and those that fill up the last tile, are zeros whose score is -infinity.
-    """
+    """What the screen of the torch code knows of the codebook. Codes that are not finite are zeros of score -infinity."""
 
     def __init__(self, x: torch.Tensor, codebook: torch.Tensor, cosine: bool):
         self.dtype = accumulation_dtype(x, codebook)
         self.count, self.depth = codebook.shape
-        self.missing = ~(_largest(codebook) < math.inf)
-        self.exact = _operand(codebook, True) if cosine else codebook
-        codes = torch.where(self.missing[:, None], 0, self.exact)
-        squares = codes.double().square().sum(1)
-        room = -self.count % _TILE
-        self.codes = F.pad(codes.to(self.dtype), (0, 0, 0, room))
-        self.shift = -F.pad(torch.where(self.missing, math.inf, squares / 2), (0, room), value=math.inf).to(self.dtype)
         self.relative, self.absolute = self._errors(x)
         # Beyond this norm a sum might overflow: then the bound is infinite.
         self.limit = math.sqrt(torch.finfo(self.dtype).max) / 16
-        norms = F.pad(squares.sqrt(), (0, room)).view(-1, _TILE)
-        self.by_code, self.by_tile = self._bounds(norms), self._bounds(norms.amax(1))
+        self.exact, self.codes, norms, finite = self.prepare(codebook, cosine)
+        self.missing = None if finite is None else ~finite
+        self.shift = norms.square() / -2
+        if self.missing is not None:
+            self.shift[self.missing] = -math.inf
+        tiles = F.pad(self.from_above(norms), (0, -self.count % _TILE)).view(-1, _TILE).amax(1)
+        # The bound is slope |x| + offset, and what it has of |x| alone.
+        self.slope = torch.where(tiles < self.limit, self.relative * tiles + self.absolute, math.inf)
+        self.offset = (self.relative / 2 + 2 * _OWN) * tiles * tiles + self.absolute * (1 + tiles)
+
+    def prepare(self, x: torch.Tensor, cosine: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(operands of the definition, those of the screen, their norms, which rows are finite or None for all).
+
+        Rows that are not are zeros for the screen.
+        """
+        exact = _operand(x, True) if cosine else x
+        rounded = exact.to(self.dtype)
+        norms = torch.linalg.vector_norm(rounded, dim=1)
+        if (norms < math.inf).all():
+            return exact, rounded, norms, None
+        finite = _largest(x) < math.inf
+        return exact, torch.where(finite[:, None], rounded, 0), torch.where(finite, norms, 0), finite
 
     def _errors(self, x: torch.Tensor) -> tuple[float, float]:
         """The error of a score by |x| |c| + |c|^2 / 2, and what underflow adds by 1 + |x| + |c|."""
@@ -149,40 +159,54 @@ class _Screen:
         matmul = (torch.backends.cuda if x.is_cuda else torch.backends.mkldnn).matmul
         # The user may have allowed products of float32 in bfloat16, which has 8 bits.
         lowered = self.dtype is torch.float32 and matmul.fp32_precision not in ("none", "ieee")
-        rounding = (self.depth + 8) * info.eps / 2 + (2.0**-6 if lowered else 0)
-        return rounding / (1 - rounding) if rounding < 1 else math.inf, (self.depth + 8) * info.tiny
+        rounding = (self.depth + 8) * info.eps + (2.0**-6 if lowered else 0)
+        return rounding / (1 - rounding) if rounding < 1 else math.inf, 2 * (self.depth + 8) * info.tiny
 
-    def _bounds(self, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slope, offset) of the bound slope |x| + offset + ``by_row(|x|)``, of codes of at most these norms."""
-        slope = torch.where(norms < self.limit, self.relative * norms + self.absolute, math.inf)
-        return slope, (self.relative / 2 + 2 * _OWN) * norms * norms + self.absolute * (1 + norms)
+    def from_above(self, norms: torch.Tensor) -> torch.Tensor:
+        """Norms with what rounding and underflow may have taken from them, in float64."""
+        return norms.double() * (1 + self.relative) + math.sqrt(self.absolute)
 
     def by_row(self, norms: torch.Tensor) -> torch.Tensor:
-        """What the bound has of |x| alone. The definition itself is rounded in float64."""
+        """What the bound has of |x| alone: the definition itself is rounded in float64."""
         return torch.where(norms < self.limit, 2 * _OWN * norms * norms, math.inf)
 
 
-def _decide(x: torch.Tensor, screen: _Screen, row: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lowest of each row's nearest codes among the pairs (row, code), and its distance, by the definition."""
-    parts = zip(row.split(max(1, _ENTRIES // x.shape[1])), code.split(max(1, _ENTRIES // x.shape[1])), strict=True)
-    d = torch.cat([_halving_sum((x[r] - screen.exact[c]).square_()) for r, c in parts])
-    d = torch.where(screen.missing[code], math.inf, d)
-    sqdist = d.new_full((len(x),), math.inf).scatter_reduce_(0, row, d, "amin")
-    nearest = torch.where(d == sqdist[row], code, screen.count)
-    return code.new_full((len(x),), screen.count).scatter_reduce_(0, row, nearest, "amin"), sqdist
+def _decide(
+    x: torch.Tensor, screen: _Screen, row: torch.Tensor, code: torch.Tensor, alone: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest of each row's nearest codes among the pairs (row, code), and its distance, by the definition.
+
+    ``alone``: every row has just one code.
+    """
+    size = max(1, _ENTRIES // screen.depth)
+    parts = zip(row.split(size), code.split(size), strict=True)
+    d = [
+        _halving_sum(((x if alone and len(r) == len(x) else x[r]).double() - screen.exact[c].double()).square_())
+        for r, c in parts
+    ]
+    distance = torch.cat(d)
+    if screen.missing is not None:
+        distance[screen.missing[code]] = math.inf
+    if not alone:
+        sqdist = distance.new_full((len(x),), math.inf).scatter_reduce_(0, row, distance, "amin")
+        nearest = torch.where(distance == sqdist[row], code, screen.count)
+        code, distance = code.new_full((len(x),), screen.count).scatter_reduce_(0, row, nearest, "amin"), sqdist
+    return torch.where(distance < math.inf, code, 0), distance
 
 
 def _candidates(scores: torch.Tensor, norms: torch.Tensor, screen: _Screen) -> tuple[torch.Tensor, torch.Tensor]:
     """(row, code) of every code whose score may be the greatest of its row. Comparisons with NaN leave a code in."""
-    tiles, norms, own = scores.view(len(scores), -1, _TILE), norms[:, None], screen.by_row(norms)[:, None]
-    slope, offset = screen.by_tile
-    best, error = tiles.amax(2), torch.addcmul(offset, norms, slope).add_(own)
+    tiles = scores.view(len(scores), -1, _TILE)
+    norms = screen.from_above(norms)[:, None]
+    best, error = tiles.amax(2), torch.addcmul(screen.offset, norms, screen.slope).add_(screen.by_row(norms))
     least = (best - error).nan_to_num_(-math.inf, math.inf, -math.inf).amax(1, keepdim=True)
-    row, tile = (~(error.add_(best) < least)).nonzero(as_tuple=True)
-    slope, offset = screen.by_code
-    error = torch.addcmul(offset[tile], norms[row], slope[tile]).add_(own[row])
-    pair, place = (~(error.add_(tiles[row, tile]) < least[row])).nonzero(as_tuple=True)
+    row, tile = (~(best + error < least)).nonzero(as_tuple=True)
+    # A score may be so much less; its own rounding to the screen's dtype is within the bound.
+    enough = (least[row] - error[row, tile][:, None]).to(scores.dtype)
+    pair, place = (~(tiles[row, tile] < enough)).nonzero(as_tuple=True)
     row, code = row[pair], tile[pair] * _TILE + place
+    if _TILE * tiles.shape[1] == screen.count:
+        return row, code
     real = code < screen.count
     return row[real], code[real]
 
@@ -194,18 +218,24 @@ def _torch_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Tri
     if not len(x):
         return index, sqdist, looked
     screen = _Screen(x, codebook, cosine)
-    rows = max(16, _SCORES // len(screen.codes))
-    buffer = screen.codes.new_empty(min(rows, len(x)), len(screen.codes))
+    width = len(screen.slope) * _TILE
+    rows = min(len(x), max(_FEWEST_ROWS, _SCORES // width))
+    buffer = screen.codes.new_empty(rows, width)
+    buffer[:, screen.count :] = -math.inf
     for start in range(0, len(x), rows):
         own = slice(start, start + rows)
-        largest = _largest(x[own])
-        finite = largest < math.inf
-        exact = _operand(torch.where(finite[:, None], x[own], 0), cosine)
-        scores = torch.addmm(screen.shift, exact.to(screen.dtype), screen.codes.t(), out=buffer[: len(exact)])
-        row, code = _candidates(scores, exact.square().sum(1).sqrt(), screen)
-        looked += (row.bincount(minlength=len(exact)) > 1).sum()
-        nearest, d = _decide(exact, screen, row, code)
-        index[own], sqdist[own] = torch.where(finite, nearest, 0), torch.where(finite, d, largest.double())
+        exact, rounded, norms, finite = screen.prepare(x[own], cosine)
+        scores = buffer[: len(exact)]
+        torch.addmm(screen.shift, rounded, screen.codes.t(), out=scores[:, : screen.count])
+        row, code = _candidates(scores, norms, screen)
+        if finite is None:
+            alone = len(row) == len(exact)  # as every row has a candidate
+        else:
+            row, code, alone = row[finite[row]], code[finite[row]], False
+        if not alone:
+            looked += (row.bincount(minlength=len(exact)) > 1).sum()
+        index[own], d = _decide(exact, screen, row, code, alone)
+        sqdist[own] = d if finite is None else torch.where(finite, d, _largest(x[own]).double())
     return index, sqdist, looked
 
 
