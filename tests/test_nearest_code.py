@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import shutil
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flowkern.bench import nearest_code as bench_nearest_code
 from flowkern.bench.memory import peak_extra_bytes
 
 import flowkern
 from flowkern import _backend, ops
 from flowkern.ops import _nearest_code
 
+ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 ISAS = _backend.native.isas() if _backend.native else []
@@ -150,6 +158,81 @@ def not_finite(dtype: torch.dtype) -> Iterator[Case]:
         yield "all codes", x, torch.full((35, 6), value, dtype=dtype)
         codebook[:-1, 1] = value
         yield "all codes but the last", x, codebook
+
+
+DRIVER = """
+#include "csrc/tensor.h"
+#include <cmath>
+#include <cstdio>
+#include <vector>
+using namespace flowkern;
+namespace flowkern {
+bool in_forked_child() { return false; }
+namespace ISA {
+void nearest_code_forward(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool, int);
+}
+}
+Tensor matrix(void* data, Dtype dtype, int64_t rows, int64_t columns, int64_t row, int64_t step) {
+  Tensor t;
+  t.data = static_cast<char*>(data);
+  t.dtype = dtype;
+  t.dims = 2;
+  t.size[0] = rows, t.size[1] = columns, t.stride[0] = row, t.stride[1] = step;
+  return t;
+}
+template <class T>
+void run(Dtype dtype, int64_t rows, int64_t codes, int64_t depth, bool cosine, bool pairs, bool flipped) {
+  std::vector<T> x(rows * depth), codebook(codes * depth);
+  std::vector<int64_t> index(rows, -1);
+  std::vector<double> wide(rows);
+  std::vector<float> narrow(rows);
+  int64_t looked = -1;
+  uint32_t state = 1;
+  for (auto* values : {&x, &codebook})
+    for (T& v : *values) v = T((state = state * 1664525u + 1013904223u) % 7u) - T(3);
+  if (codes > 2) codebook[depth] = T(NAN), codebook[2 * depth] = T(1e30);
+  if (rows > 2) x[0] = T(NAN), x[depth] = T(INFINITY);
+  const Tensor rows_of = matrix(x.data(), dtype, rows, depth, flipped ? 1 : depth, flipped ? rows : 1);
+  const bool in_double = sizeof(T) == 8;
+  ISA::nearest_code_forward(
+      rows_of, matrix(codebook.data(), dtype, codes, depth, depth, 1), matrix(index.data(), Dtype::int64, rows, 1, 1, 1),
+      matrix(in_double ? (void*)wide.data() : (void*)narrow.data(), in_double ? Dtype::float64 : Dtype::float32, rows, 1, 1, 1),
+      matrix(&looked, Dtype::int64, 1, 1, 1, 1), cosine, pairs, 2);
+  for (int64_t i : index)
+    if (i < 0 || i >= codes) std::printf("index %ld", long(i));
+  if (looked < 0 || looked > rows) std::printf("looked %ld", long(looked));
+}
+int main() {
+  for (int64_t rows : {0, 1, 7, 97, 301})
+    for (int64_t codes : {1, 2, 65, 300})
+      for (int64_t depth : {1, 2, 15, 33})
+        for (int flags = 0; flags < 8; ++flags) {
+          run<float>(Dtype::float32, rows, codes, depth, flags & 1, flags & 2, flags & 4);
+          run<double>(Dtype::float64, rows, codes, depth, flags & 1, flags & 2, flags & 4);
+        }
+  std::printf("done");
+}
+"""
+ISA_FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma"]}
+ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and its sanitizer runtimes")
+@pytest.mark.parametrize("isa", ISAS)
+def test_memory_and_arithmetic_under_sanitizers(isa: str, tmp_path: Path) -> None:
+    """The kernel alone, in a program of its own, so that only one file is compiled."""
+    (tmp_path / "driver.cpp").write_text(DRIVER.replace("ISA", isa))
+    flags = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    sources = ["csrc/cpu/nearest_code.cpp", str(tmp_path / "driver.cpp")]
+    program = str(tmp_path / "driver")
+    command = ["g++", *flags, *ISA_FLAGS[isa], f"-DFLOWKERN_ISA={isa}", "-I.", *sources, "-o", program]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if "cannot find" in built.stderr:
+        pytest.skip("the sanitizer runtimes are not installed")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done"), done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -297,3 +380,18 @@ def test_the_square_root_is_rounded_correctly() -> None:
     values = torch.cat([near_one, 4 * near_one, wide, torch.tensor([0.0, 5e-324, math.inf], dtype=torch.float64)])
     expected = torch.tensor([math.sqrt(value) for value in values.tolist()], dtype=torch.float64)
     assert torch.equal(_nearest_code._sqrt(values), expected)
+
+
+def test_the_bench_compares_before_it_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_nearest_code, "QUICK", ((40, 300, 16),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the peer's
+        assert bench_nearest_code.main(["--quick", "--csv", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert {row["variant"] for row in rows} >= {"GEMM", "flowkern-torch"}
+    assert all(float(row["median_ms"]) > 0 and not row["failure"] for row in rows)
+    monkeypatch.setattr(
+        bench_nearest_code, "searches", lambda: {"flowkern-torch": lambda x, codebook: torch.zeros(len(x)).long()}
+    )
+    assert bench_nearest_code.main(["--quick"]) == 1
