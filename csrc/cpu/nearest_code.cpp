@@ -74,11 +74,15 @@ struct Matrix {
   int64_t count() const { return t.size[0]; }
   int64_t depth() const { return t.size[1]; }
 
-  // Row i as the definition takes it. `spare` has room for the squares.
-  __attribute__((noinline)) void exact(int64_t i, double* to, double* spare) const {
+  __attribute__((noinline)) void read(int64_t i, double* to) const {
     with_dtype(t.dtype, [&](auto* type) {
       load_run(reinterpret_cast<decltype(type)>(t.data) + i * t.stride[0], t.stride[1], nullptr, depth(), to);
     });
+  }
+
+  // Row i as the definition takes it. `spare` has room for the squares.
+  __attribute__((noinline)) void exact(int64_t i, double* to, double* spare) const {
+    read(i, to);
     if (!cosine) return;
     squares(to, depth(), spare);
     const double norm = std::sqrt(halving_sum(spare, depth()));
@@ -106,7 +110,7 @@ float scale_of(const Matrix& codes) {
   const Buffer<double> row(codes.depth()), spare(power_of_two(codes.depth()));
   int exponent = -1000;
   for (int64_t k = 0; k < least(codes.count(), 16); ++k) {
-    codes.exact(k, row, spare);
+    codes.read(k, row);
     squares(row, codes.depth(), spare);
     const double norm = std::sqrt(halving_sum(spare, codes.depth()));
     if (norm > 0 && norm < HUGE_VAL && std::ilogb(norm) > exponent) exponent = std::ilogb(norm);
@@ -245,23 +249,14 @@ struct Codes {
 
   int64_t panel_words() const { return screen.row * panel_codes; }
 
-  // Panel p of a group. Codes that are not there, or not finite, are zeros of score -infinity.
+  // Panel p of a group, and what is kept of its codes.
   void pack(int64_t group, int64_t p, float* panel) const {
     const Buffer<float> rows(panel_codes * screen.row), value(matrix.depth());
     const Buffer<double> spare(2 * power_of_two(matrix.depth()));
     float *all = whole + group * width, *rest = lost + group * width;
     for (int64_t i = 0; i < panel_codes; ++i) {
-      const int64_t k = group * group_codes + p * panel_codes + i, lane = i % width;
-      float square = HUGE_VALF;
-      Norms norms = {0, 0};
-      if (k < matrix.count()) {
-        matrix.rounded(k, value, spare);
-        norms = screen.convert(value, rows + i * screen.row, &square);
-      }
-      if (!(square < HUGE_VALF)) std::memset(rows + i * screen.row, 0, size_t(screen.row) * sizeof(float));
-      // A finite code whose square overflows keeps its infinite norm, by which it is looked at again.
-      if (!(square < HUGE_VALF) && !finite(k)) norms = {0, 0};
-      shift[k] = square < HUGE_VALF ? -square / 2 : -HUGE_VALF;
+      const int64_t lane = i % width;
+      const Norms norms = take(group * group_codes + p * panel_codes + i, rows + i * screen.row, value, spare);
       const bool start = p == 0 && i < width;
       all[lane] = start ? norms.whole : greater(norms.whole, all[lane]);
       rest[lane] = start ? norms.lost : greater(norms.lost, rest[lane]);
@@ -269,12 +264,26 @@ struct Codes {
     transpose<float>(rows, screen.row, panel_codes, screen.row, panel, panel_codes);
   }
 
+  // The words, the shift and the norms of code k. One that is not there, or not finite, is zeros of score -infinity; one
+  // whose square overflows too, but its infinite norm says that it must be looked at again.
+  Norms take(int64_t k, float* words, float* value, double* spare) const {
+    shift[k] = -HUGE_VALF;
+    if (k < matrix.count()) {
+      float square;
+      matrix.rounded(k, value, spare);
+      const Norms norms = screen.convert(value, words, &square);
+      if (square < HUGE_VALF) {
+        shift[k] = -square / 2;
+        return norms;
+      }
+    }
+    std::memset(words, 0, size_t(screen.row) * sizeof(float));
+    return {k < matrix.count() && finite(k) ? HUGE_VALF : 0.f, 0.f};
+  }
+
   bool finite(int64_t k) const {
-    if (k >= matrix.count()) return false;
-    const Buffer<double> row(matrix.depth()), spare(power_of_two(matrix.depth()));
-    Matrix raw = matrix;
-    raw.cosine = false;
-    raw.exact(k, row, spare);
+    const Buffer<double> row(matrix.depth());
+    matrix.read(k, row);
     for (int64_t j = 0; j < matrix.depth(); ++j)
       if (!(std::fabs(row[j]) < HUGE_VAL)) return false;
     return true;
@@ -345,7 +354,7 @@ class Judge {
     const float least_best = lower(Bound(codes_.screen, norms, false), best, step);
     x_.rounded(i, row_, spare_);
     x_.exact(i, exact_row_, spare_);
-    const int64_t tiles = narrow_down(least_best, Bound(codes_.screen, norms, true));
+    const int64_t tiles = look_again(least_best, Bound(codes_.screen, norms, true));
     for (int64_t c = 0; c < count_; ++c)
       if (!(left_upper_[c] < left_lower_)) decide(left_[c], found);
     found.again = tiles > 1;
@@ -355,9 +364,7 @@ class Judge {
  private:
   // Whether the row is not finite, and then what its result is.
   bool special(int64_t i, Decision& found) {
-    Matrix raw = x_;
-    raw.cosine = false;
-    raw.exact(i, exact_row_, spare_);
+    x_.read(i, exact_row_);
     bool infinite = false, nan = false;
     for (int64_t j = 0; j < x_.depth(); ++j) {
       infinite |= std::fabs(exact_row_[j]) == HUGE_VAL;
@@ -382,7 +389,7 @@ class Judge {
   }
 
   // Scores in float32 of the codes in tiles that may hold the greatest one; how many tiles.
-  int64_t narrow_down(float least_best, const Bound& bound) {
+  int64_t look_again(float least_best, const Bound& bound) {
     count_ = 0;
     left_lower_ = -HUGE_VALF;
     int64_t tiles = 0;
@@ -394,13 +401,13 @@ class Judge {
         if (upper[l] < least_best) continue;
         ++tiles;
         const float error = bound(codes_.whole[g * width + l], 0.f);
-        for (int64_t k = g * group_codes + l; k < least((g + 1) * group_codes, x_code_count()); k += width) rescore(k, error);
+        for (int64_t k = g * group_codes + l; k < least((g + 1) * group_codes, code_count()); k += width) rescore(k, error);
       }
     }
     return tiles;
   }
 
-  int64_t x_code_count() const { return codes_.matrix.count(); }
+  int64_t code_count() const { return codes_.matrix.count(); }
 
   void rescore(int64_t k, float error) {
     codes_.matrix.rounded(k, code_, spare_);
@@ -472,8 +479,10 @@ void by_rows(const Matrix& x, const Codes& codes, const Results& results, int th
   parallel_for(codes.groups, codes.groups * panels * words, threads, [&](int64_t g) {
     for (int64_t p = 0; p < panels; ++p) codes.pack(g, p, packed + (g * panels + p) * words);
   });
-  parallel_for(blocks_of(x.count(), block_rows), x.count() * codes.matrix.count() * codes.screen.words / 16, threads, [&](int64_t task) {
-    const Rows rows(x, codes.screen, task * block_rows, least(block_rows, x.count() - task * block_rows));
+  // The results of a row do not depend on the others: the blocks may be such that all threads have work.
+  const int64_t share = blocks_of(blocks_of(x.count(), 2 * threads), max_rows) * max_rows, size = least(share, block_rows);
+  parallel_for(blocks_of(x.count(), size), x.count() * codes.matrix.count() * codes.screen.words / 16, threads, [&](int64_t task) {
+    const Rows rows(x, codes.screen, task * size, least(size, x.count() - task * size));
     const int64_t step = rows.room * width;
     const Buffer<float> best(codes.groups * step);
     for (int64_t g = 0; g < codes.groups; ++g)
