@@ -142,7 +142,15 @@ def scales(dtype: torch.dtype) -> Iterator[Case]:
         yield "tiny", drawn(40, depth, -30, -30), drawn(70, depth, -30, -30)
         yield "subnormal", drawn(40, depth, -45, -37), drawn(70, depth, -45, -37)
         yield "one huge code", drawn(40, depth, 0, 0), torch.cat([drawn(70, depth, 0, 0), drawn(1, depth, 38, 38)])
-        yield "far away", drawn(40, depth, 20, 20), drawn(70, depth, 0, 0)
+        for exponent in (12, 14, 16, 20):  # float64 itself rounds the distances to few values
+            yield f"far away {exponent}", drawn(40, depth, exponent, exponent), drawn(70, depth, 0, 0)
+        for exponent in (-18, -20, -21, -22):  # products are subnormal in float32, where the first code sets the scale
+            close = drawn(1, depth, exponent, exponent).double() * (1 + 1e-3 * torch.randn(90, depth))
+            yield (
+                f"subnormal products {exponent}",
+                finite(close[:30], dtype),
+                torch.cat([drawn(1, depth, 0, 0), finite(close[30:], dtype)]),
+            )
         yield "in one entry", torch.cat([drawn(40, depth, 0, 0), drawn(40, 1, 25, 25)], 1), drawn(60, depth + 1, 0, 0)
         if dtype is torch.float64:
             yield "overflow", drawn(40, depth, 150, 300), drawn(40, depth, 150, 300)
