@@ -153,7 +153,7 @@ def scales(dtype: torch.dtype) -> Iterator[Case]:
             yield (
                 f"subnormal products {exponent}",
                 finite(close[:30], dtype),
-                torch.cat([drawn(1, depth, 0, 0), finite(close[30:], dtype)]),
+                torch.cat([drawn(384, depth, 0, 0), finite(close[30:], dtype)]),
             )
         yield "in one entry", torch.cat([drawn(40, depth, 0, 0), drawn(40, 1, 25, 25)], 1), drawn(60, depth + 1, 0, 0)
         if dtype is torch.float64:
