@@ -102,6 +102,10 @@ def random(dtype: torch.dtype) -> Iterator[Case]:
         (97, 130, 33),
     ):
         yield f"random {rows} {codes} {depth}", torch.randn(rows, depth).to(dtype), torch.randn(codes, depth).to(dtype)
+    for offset in (3, 100, 1e4):
+        moved = (offset + torch.randn(170, 20, dtype=torch.float64)).to(dtype)
+        yield "far from 0", moved[:60], moved[60:]
+        yield "but for some codes", moved[:60], torch.cat([finite(1e30 * moved[60:61], dtype), moved[60:], 0 * moved[:1]])
     yield "near the codes", *near(torch.randn(64, 24).to(dtype), dtype)
     strided = torch.randn(24, 40, dtype=torch.float64).to(dtype)
     yield "strided", strided.t()[::2, ::3], torch.randn(50, 16).to(dtype)[:, ::2]
@@ -149,11 +153,14 @@ def scales(dtype: torch.dtype) -> Iterator[Case]:
             yield (
                 f"subnormal products {exponent}",
                 finite(close[:30], dtype),
-                torch.cat([drawn(1, depth, 0, 0), finite(close[30:], dtype)]),
+                torch.cat([drawn(384, depth, 0, 0), finite(close[30:], dtype)]),
             )
         yield "in one entry", torch.cat([drawn(40, depth, 0, 0), drawn(40, 1, 25, 25)], 1), drawn(60, depth + 1, 0, 0)
         if dtype is torch.float64:
             yield "overflow", drawn(40, depth, 150, 300), drawn(40, depth, 150, 300)
+            for exponent in (-155, -158, -160, -170):  # squares are subnormal, or zeros
+                close = drawn(1, depth, exponent, exponent) * (1 + 1e-2 * torch.randn(90, depth))
+                yield f"underflow {exponent}", close[:40], close[40:]
             yield "underflow", drawn(40, depth, -310, -150), drawn(40, depth, -310, -150)
 
 
@@ -295,8 +302,9 @@ def test_the_second_look_is_counted(where: str) -> None:
     assert looked.shape == ()
     assert looked.dtype == torch.int64
     assert looked == 0
-    close = neighbour(torch.ones(600, 64), torch.randint(0, 2, (600, 64)).int())
-    assert ops.nearest_code(torch.ones(7, 64), close, return_stats=True)[2] == 7
+    centres = torch.randn(7, 64)
+    close = neighbour(centres.repeat(80, 1), torch.randint(0, 2, (560, 64)).int())
+    assert ops.nearest_code(centres, close, return_stats=True)[2] == 7
 
 
 def test_leading_dimensions_and_empty_ones(where: str) -> None:

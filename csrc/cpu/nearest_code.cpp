@@ -12,7 +12,8 @@
 // rounding to x' and c', all sums in whatever order, underflow (the products of bfloat16 take subnormal numbers for zeros),
 // and the rounding of the definition itself. Where a sum could overflow, the norm is infinite, and so is the bound. A tile is
 // left out only if the best of its scores and the bound stay below another score less its bound: any comparison with a NaN
-// keeps it. All is scaled by a power of 2 that brings the codes near 1, which changes no float64 quotient of distances.
+// keeps it. Rows and codes are first moved and scaled alike, so that the codes lie around 0 and near 1: the bound grows with
+// their norms. What that rounds is within gamma.
 
 #include "matrix.h"
 
@@ -30,6 +31,7 @@ constexpr int64_t tile = 8;  // codes
 constexpr int64_t group_codes = tile * width;
 constexpr int64_t block_rows = 96;  // of a thread at a time: a multiple of max_rows
 constexpr int64_t few_rows = 256;   // up to so many the threads share the codes
+constexpr int64_t least_depth = 4;  // of pairs: with fewer entries the bound of bfloat16 leaves too many codes
 
 int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -69,6 +71,7 @@ __attribute__((noinline)) double halving_sum(double* s, int64_t n) {
 struct Matrix {
   const Tensor& t;
   bool cosine;
+  const float* centre = nullptr;  // may be none
   float scale = 1;
 
   int64_t count() const { return t.size[0]; }
@@ -90,35 +93,84 @@ struct Matrix {
     for (int64_t j = 0; j < depth(); ++j) to[j] /= norm;
   }
 
-  // Row i in float32, scaled.
+  // Row i in float32, moved and scaled.
   __attribute__((noinline)) void rounded(int64_t i, float* to, double* spare) const {
     if (cosine || t.dtype == Dtype::float64) {
       exact(i, spare, spare + power_of_two(depth()));
-      for (int64_t j = 0; j < depth(); ++j) to[j] = float(spare[j] * double(scale));
+      for (int64_t j = 0; j < depth(); ++j) to[j] = float((spare[j] - double(centre ? centre[j] : 0.f)) * double(scale));
       return;
     }
     with_dtype(t.dtype, [&](auto* type) {
       load_run(reinterpret_cast<decltype(type)>(t.data) + i * t.stride[0], t.stride[1], nullptr, depth(), to);
     });
+    if (centre) {
+#pragma omp simd
+      for (int64_t j = 0; j < depth(); ++j) to[j] -= centre[j];
+    }
 #pragma omp simd
     for (int64_t j = 0; j < depth(); ++j) to[j] *= scale;
   }
+
+  bool finite(int64_t i) const {
+    const Buffer<double> row(depth());
+    read(i, row);
+    for (int64_t j = 0; j < depth(); ++j)
+      if (!(std::fabs(row[j]) < HUGE_VAL)) return false;
+    return true;
+  }
 };
 
-// 2^-k for codes of norms about 2^k: of the first ones, as any scale is right.
-float scale_of(const Matrix& codes) {
-  const Buffer<double> row(codes.depth()), spare(power_of_two(codes.depth()));
-  int exponent = -1000;
-  for (int64_t k = 0; k < least(codes.count(), 16); ++k) {
-    codes.read(k, row);
-    squares(row, codes.depth(), spare);
-    const double norm = std::sqrt(halving_sum(spare, codes.depth()));
-    if (norm > 0 && norm < HUGE_VAL && std::ilogb(norm) > exponent) exponent = std::ilogb(norm);
-  }
-  if (exponent == -1000) return 1;
-  exponent = exponent > 100 ? 100 : exponent < -100 ? -100 : exponent;
-  return std::ldexp(1.f, -exponent);
+double median(double* values, int64_t count) {
+  for (int64_t i = 1; i < count; ++i)
+    for (int64_t j = i; j > 0 && values[j] < values[j - 1]; --j) {
+      const double v = values[j];
+      values[j] = values[j - 1];
+      values[j - 1] = v;
+    }
+  return values[count / 2];
 }
+
+// Where the codes lie: of a few of them, and medians, so that no outlier spoils it. Any centre and scale are right; they only
+// make the bound small. Codes that lie around 0 as they are stay there, as moving them would cost their exact bfloat16.
+struct Frame {
+  static constexpr int64_t most = 15;
+  Buffer<float> centre;
+  bool moved = false;
+  float scale = 1;
+
+  explicit Frame(const Matrix& codes) : centre(codes.depth()) {
+    const int64_t depth = codes.depth(), sampled = least(codes.count(), most);
+    const Buffer<double> rows(most * depth), spare(power_of_two(depth));
+    int64_t count = 0;
+    for (int64_t i = 0; i < sampled; ++i) {
+      const int64_t k = i * codes.count() / sampled;
+      if (codes.finite(k)) codes.exact(k, rows + count++ * depth, spare);
+    }
+    if (!count) return;
+    double some[most], norms[most] = {}, distances[most] = {}, from_zero = 0;
+    for (int64_t j = 0; j < depth; ++j) {
+      for (int64_t i = 0; i < count; ++i) some[i] = rows[i * depth + j];
+      centre[j] = float(median(some, count));
+      from_zero += double(centre[j]) * double(centre[j]);
+      for (int64_t i = 0; i < count; ++i) {
+        const double value = rows[i * depth + j], moved_by = value - double(centre[j]);
+        norms[i] += value * value;
+        distances[i] += moved_by * moved_by;
+      }
+    }
+    const double spread = std::sqrt(median(distances, count));
+    moved = std::sqrt(from_zero) > spread;
+    const double size = moved ? spread : std::sqrt(median(norms, count));
+    if (!(size > 0 && size < HUGE_VAL)) return;
+    const int exponent = std::ilogb(size);
+    scale = std::ldexp(1.f, exponent > 100 ? -100 : exponent < -100 ? 100 : -exponent);
+  }
+
+  void apply(Matrix& m) const {
+    m.centre = moved ? centre + 0 : nullptr;
+    m.scale = scale;
+  }
+};
 
 // --- norms and bounds ---
 
@@ -236,16 +288,31 @@ void screen_panel(const Screen& s, const float* x, const float* panel, const flo
   }
 }
 
+uint64_t hash_of(const float* v, int64_t n) {
+  uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += uint64_t(bit_cast<uint32_t>(v[j])) * (0x9e3779b97f4a7c15u * uint64_t(2 * j + 1));
+  return sum;
+}
+
+bool equal(const double* a, const double* b, int64_t n) {
+  for (int64_t j = 0; j < n; ++j)
+    if (!(a[j] == b[j])) return false;
+  return true;
+}
+
 // The codebook: what is kept of it, and its panels, one after the other or one at a time.
 struct Codes {
   Matrix matrix;
   Screen screen;
   int64_t groups;
   Buffer<float> shift, whole, lost;  // by code, by tile, by tile
+  Buffer<uint64_t> hash;             // by code, as is
+  Buffer<uint8_t> twin;              // whether it equals an earlier one
 
   Codes(const Matrix& m, bool pairs)
       : matrix(m), screen(m.depth(), pairs), groups(blocks_of(m.count(), group_codes)), shift(groups * group_codes),
-        whole(groups * width), lost(groups * width) {}
+        whole(groups * width), lost(groups * width), hash(m.count()), twin(m.count()) {}
 
   int64_t panel_words() const { return screen.row * panel_codes; }
 
@@ -272,21 +339,38 @@ struct Codes {
       float square;
       matrix.rounded(k, value, spare);
       const Norms norms = screen.convert(value, words, &square);
+      hash[k] = hash_of(value, matrix.depth());
       if (square < HUGE_VALF) {
         shift[k] = -square / 2;
         return norms;
       }
     }
     std::memset(words, 0, size_t(screen.row) * sizeof(float));
-    return {k < matrix.count() && finite(k) ? HUGE_VALF : 0.f, 0.f};
+    return {k < matrix.count() && matrix.finite(k) ? HUGE_VALF : 0.f, 0.f};
   }
 
-  bool finite(int64_t k) const {
-    const Buffer<double> row(matrix.depth());
-    matrix.read(k, row);
-    for (int64_t j = 0; j < matrix.depth(); ++j)
-      if (!(std::fabs(row[j]) < HUGE_VAL)) return false;
-    return true;
+  // A code that equals an earlier one is never the answer.
+  void find_twins() const {
+    const int64_t slots = power_of_two(2 * matrix.count());
+    const Buffer<int64_t> table(slots);
+    const Buffer<double> own(matrix.depth()), other(matrix.depth());
+    for (int64_t i = 0; i < slots; ++i) table[i] = -1;
+    for (int64_t k = 0; k < matrix.count(); ++k) {
+      int64_t slot = int64_t(hash[k] >> 32) & (slots - 1);
+      twin[k] = 0;
+      for (int differing = 0; differing < 8; slot = (slot + 1) & (slots - 1)) {
+        if (table[slot] < 0) {
+          table[slot] = k;
+          break;
+        }
+        if (hash[table[slot]] != hash[k]) continue;
+        matrix.read(k, own);
+        matrix.read(table[slot], other);
+        twin[k] = equal(own, other, matrix.depth());
+        if (twin[k]) break;
+        ++differing;
+      }
+    }
   }
 
   void compare(const float* x, int64_t rows, int64_t p, const float* panel, int64_t group, float* best) const {
@@ -401,7 +485,8 @@ class Judge {
         if (upper[l] < least_best) continue;
         ++tiles;
         const float error = bound(codes_.whole[g * width + l], 0.f);
-        for (int64_t k = g * group_codes + l; k < least((g + 1) * group_codes, code_count()); k += width) rescore(k, error);
+        for (int64_t k = g * group_codes + l; k < least((g + 1) * group_codes, code_count()); k += width)
+          if (!codes_.twin[k]) rescore(k, error);
       }
     }
     return tiles;
@@ -464,6 +549,7 @@ void by_codes(const Matrix& x, const Codes& codes, const Results& results, int t
       codes.compare(rows.words, rows.room, p, panel, g, best + g * step);
     }
   });
+  codes.find_twins();
   constexpr int64_t together = 8;
   parallel_for(blocks_of(rows.count, together), work, threads, [&](int64_t task) {
     Judge judge(x, codes);
@@ -479,6 +565,7 @@ void by_rows(const Matrix& x, const Codes& codes, const Results& results, int th
   parallel_for(codes.groups, codes.groups * panels * words, threads, [&](int64_t g) {
     for (int64_t p = 0; p < panels; ++p) codes.pack(g, p, packed + (g * panels + p) * words);
   });
+  codes.find_twins();
   // The results of a row do not depend on the others: the blocks may be such that all threads have work.
   const int64_t share = blocks_of(blocks_of(x.count(), 2 * threads), max_rows) * max_rows, size = least(share, block_rows);
   parallel_for(blocks_of(x.count(), size), x.count() * codes.matrix.count() * codes.screen.words / 16, threads, [&](int64_t task) {
@@ -507,8 +594,10 @@ bool multiplies_pairs() {
 void nearest_code_forward(const Tensor& x, const Tensor& codebook, const Tensor& index, const Tensor& sqdist, const Tensor& looked,
                           bool cosine, bool pairs, int threads) {
   Matrix rows{x, cosine}, all{codebook, cosine};
-  rows.scale = all.scale = cosine ? 1.f : scale_of(all);
-  const Codes codes(all, pairs && multiplies_pairs());
+  const Frame frame(all);
+  frame.apply(rows);
+  frame.apply(all);
+  const Codes codes(all, pairs && multiplies_pairs() && all.depth() >= least_depth);
   const Results results{index, sqdist, Buffer<uint8_t>(rows.count())};
   (rows.count() <= few_rows ? by_codes : by_rows)(rows, codes, results, threads);
   int64_t again = 0;

@@ -14,6 +14,8 @@ its error; the definition decides among the codes that this leaves. In unit roun
 its sums (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1):
 
     |error of a score| <= n / (1 - n) (|x| |c| + |c|^2 / 2) + underflow,  n = 2 (D + 8) u
+
+Rows and codes are moved and scaled alike beforehand where that makes their norms, and the bound, much smaller.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # The torch code screens so many scores at a time, which stay in the cache, keeps the best of each tile of codes, and
 # computes the definition of so many entries at a time.
 _SCORES, _FEWEST_ROWS, _TILE, _ENTRIES = 1 << 21, 64, 64, 1 << 22
+_SAMPLED = 15
 # The definition's own rounding of a distance, far below this by |x|^2 + |c|^2.
 _OWN = 2.0**-45
 
@@ -130,6 +133,7 @@ class _Screen:
         self.relative, self.absolute = self._errors(x)
         # Beyond this norm a sum might overflow: then the bound is infinite.
         self.limit = math.sqrt(torch.finfo(self.dtype).max) / 16
+        self.centre, self.scale = self._frame(codebook, cosine)
         self.exact, self.codes, norms, finite = self.prepare(codebook, cosine)
         self.missing = None if finite is None else ~finite
         self.shift = norms.square() / -2
@@ -140,13 +144,34 @@ class _Screen:
         self.slope = torch.where(tiles < self.limit, self.relative * tiles + self.absolute, math.inf)
         self.offset = (self.relative / 2 + 2 * _OWN) * tiles * tiles + self.absolute * (1 + tiles)
 
+    def _frame(self, codebook: torch.Tensor, cosine: bool) -> tuple[torch.Tensor | None, float]:
+        """Where the codes lie and what brings them near 1; None where they lie around 0 and near 1 as they are.
+
+        Any centre and scale are right: they only make the bound small. Medians of a few codes, so that no outlier spoils them.
+        """
+        some = codebook[:: -(-len(codebook) // _SAMPLED)]
+        some = _operand(some[_largest(some) < math.inf], cosine).double()
+        if not len(some):
+            return None, 1.0
+        centre = some.median(0).values.to(self.dtype)
+        rows = torch.stack([some - centre, some]).square().sum(2)
+        spread, size = rows.median(1).values.sqrt().tolist()
+        away = float(centre.double().square().sum().sqrt()) > spread
+        exponent = math.frexp(spread if away else size)[1]
+        # float64 is not scaled: where the definition underflows, the screen shall too.
+        exponent = 0 if abs(exponent) < 30 or self.dtype is torch.float64 else max(-100, min(100, exponent))
+        return (centre if away else 0 * centre) if away or exponent else None, 2.0**-exponent
+
     def prepare(self, x: torch.Tensor, cosine: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(operands of the definition, those of the screen, their norms, which rows are finite or None for all).
 
         Rows that are not are zeros for the screen.
         """
         exact = _operand(x, True) if cosine else x
-        rounded = exact.to(self.dtype)
+        rounded = exact if exact.dtype is torch.float64 else exact.to(self.dtype)
+        if self.centre is not None:
+            rounded = (rounded - self.centre) * self.scale
+        rounded = rounded.to(self.dtype)
         norms = torch.linalg.vector_norm(rounded, dim=1)
         if (norms < math.inf).all():
             return exact, rounded, norms, None
@@ -275,6 +300,8 @@ def nearest_code(
     number of threads, and of codes at equal distance the lowest index. Near ties, duplicates and huge values are no
     exception. The distance in float64 has one order of operations: the squares, with zeros up to the next power of 2, are
     summed by adding halves, s[:h] + s[h:], until one is left.
+
+    Rows that are as far from many codes as from the nearest, to rounding, take longer: each such distance is computed in float64.
 
     A code that is not finite is at infinite distance: index 0 if all are. A row of x with a NaN has index 0 and distance
     NaN, a row with an infinity and no NaN index 0 and distance infinity. Not differentiable: neither result records gradients.
