@@ -6,7 +6,8 @@ float64 without having been asked to, takes more shared memory than there is, or
 in pieces of less than 16 bytes.
 
 A kernel module takes part by having ``FACTORS``, the values of each choice with the streaming one first (one of them
-is ``dtypes``), and ``compile_cases(**choice)``, which yields (name, launch). ``STREAMING = False`` says that none streams.
+is ``dtypes``), and ``compile_cases(**choice)``, which yields (name, launch). ``STREAMING = False`` says that none streams,
+``FLOAT64`` names the launches that compute in float64 whatever their inputs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TARGETS = {
 #: Bytes of shared memory that one program may have.
 _SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 #: Kernels of functions that are no op of the table: they return no log-determinant.
-HELPERS = ("masked_linear", "plu_weight")
+HELPERS = ("masked_linear", "nearest_code", "plu_weight")
 _POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -104,7 +105,7 @@ class Build:
     """One compiled kernel and what its artefacts say."""
 
     target: str
-    float64: bool  # a tensor is float64
+    float64: bool  # a tensor is float64, or the launch is one of its module's FLOAT64
     assembly: str
     shared: int  # bytes
     registers: int
@@ -197,6 +198,7 @@ def _run(job: _Job) -> list[tuple[str, Build]]:
     builds = []
     for name, launch in module.compile_cases(**dict(job.choice)):
         build = compile_launch(launch, job.target)
+        build.float64 = build.float64 or name in getattr(module, "FLOAT64", ())
         build.problems = problems(build) + (streaming_problems(build) if job.streaming else [])
         label = ", ".join(value if isinstance(value, str) else f"{key}={value}" for key, value in job.choice)
         builds.append((f"{job.op} {name} ({label})", build))

@@ -1,0 +1,433 @@
+"""The nearest code: a screen on the tensor cores with a rigorous bound, then the definition for the codes it leaves.
+
+The definition is at the top of flowkern/ops/_nearest_code.py. Three kernels:
+
+- ``prepare`` rounds the rows, and the codes, to 16 bits, and writes down their norms and those of what was lost.
+- ``screen`` computes scores x.c - |c|^2/2, which are greatest for the nearest code. A program owns a block of rows and walks
+  over the tiles of codes. The codes of a tile are divided into four groups: those with (k / 2) % 4 = 0, 1, 2, 3, which lie
+  in the same thread of the accumulator's layout. Of each group it takes the greatest score with its code, and the second
+  greatest. Per row and group number it keeps the best SLOTS of these, and the best score of all that were dropped.
+- ``decide`` owns one row. What may be the nearest, by the bound, is looked at by the definition, in float64: one code for an
+  entry of the list, the entry's tile where the second of the group may be the nearest too, all codes where one that was
+  dropped may be.
+
+In terms of |x|, |c|, of what rounding took from them, dx = x - x~ and dc = c - c~, and of the largest norms in a tile:
+
+    |error of a score| <= |dx| |c| + |x~| |dc| + n (|x~| |c~| + |c|^2) + 2^-46 |x|^2 + underflow
+
+n covers the sums of the tensor cores, which may truncate each term: less than 2^-21 for each; and the bits that hold the
+number of a code. The term before the last is the rounding of the definition itself. Everything depends on the inputs alone:
+the results and the number of rows that were looked at again are the same on every device.
+"""
+
+# mypy: allow-untyped-defs
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from flowkern._backend import interpreting
+from flowkern.ops._nearest_code import Triple, _outputs
+
+from ._coupling import DTYPES, Launch, Plan, example
+from .lang import narrow
+
+__all__ = ["forward"]
+
+#: Its launches are products of matrices: their operands pass through shared memory.
+STREAMING = False
+#: The launches that compute in float64 whatever the inputs: the definition does.
+FLOAT64 = ("prepare", "prepare-codes", "decide")
+
+#: The best so many of each group are kept; ``screen_kernel`` has them one by one.
+SLOTS = 4
+_GROUPS = 4
+#: Programs that a screen is split into where the rows are few.
+_PROGRAMS, _MOST_SPLITS = 256, 32
+
+
+@triton.jit
+def halving_sum(s, ROWS: tl.constexpr, SIZE: tl.constexpr, HALVINGS: tl.constexpr):
+    # The sum over the second of two dimensions, in the definition's order. Zeros beyond its power of two change nothing.
+    for i in tl.static_range(HALVINGS):
+        left, right = tl.split(tl.permute(tl.reshape(s, (ROWS, 2, SIZE >> (i + 1))), (0, 2, 1)))
+        s = left + right
+    return tl.reshape(s, (ROWS,))
+
+
+@triton.jit
+def load(p, i, m, D, s_i, s_d, SIZE: tl.constexpr):
+    # Rows i as float64 [ROWS, SIZE], with zeros beyond D.
+    d = tl.arange(0, SIZE)
+    p_x = p + i.to(tl.int64)[:, None] * s_i + d.to(tl.int64)[None, :] * s_d
+    return tl.load(p_x, mask=m[:, None] & (d < D)[None, :], other=0.0).to(tl.float64)
+
+
+@triton.jit
+def operand(x, ROWS: tl.constexpr, SIZE: tl.constexpr, HALVINGS: tl.constexpr, COSINE: tl.constexpr):
+    if COSINE:
+        norm = tl.sqrt(halving_sum(x * x, ROWS, SIZE, HALVINGS))
+        x = x / tl.where(norm == 0.0, 1.0, norm)[:, None]
+    return x
+
+
+@triton.jit(do_not_specialize=["N"])
+def prepare_kernel(
+    p_x, p_low, p_norm, p_lost, p_half, N, D, x_n, x_d,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, HALVINGS: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    x = operand(load(p_x, i, i < N, D, x_n, x_d, SIZE), ROWS, SIZE, HALVINGS, COSINE)
+    if p_half is not None:
+        # A code that is not finite, or not there, is zero, with a score below all others.
+        m_code = (tl.sum(x * x, 1) < float("inf")) & (i < N)
+        x = tl.where(m_code[:, None], x, 0.0)
+        tl.store(p_half + i, tl.where(m_code, tl.sum(x * x, 1) * 0.5, 3e38).to(tl.float32))
+    low = narrow(x, p_low.dtype.element_ty)
+    lost = x - low.to(tl.float32).to(tl.float64)
+    d = tl.arange(0, SIZE)
+    tl.store(p_low + i[:, None] * WIDTH + d[None, :], low, mask=(d < WIDTH)[None, :])
+    # Rounded upwards.
+    tl.store(p_norm + i, (tl.sqrt(tl.sum(x * x, 1)) * (1.0 + 1e-6)).to(tl.float32))
+    tl.store(p_lost + i, (tl.sqrt(tl.sum(lost * lost, 1)) * (1.0 + 1e-6)).to(tl.float32))
+
+
+@triton.jit
+def best_two(scores, ROWS: tl.constexpr, CODES: tl.constexpr):
+    # Of each group the greatest score and the second greatest [ROWS, 4], each with its place in the group in its last bits.
+    PLACES: tl.constexpr = CODES // 4
+    place = (tl.arange(0, CODES // 8) * 2)[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
+    bits = tl.reshape(scores, (ROWS, CODES // 8, 4, 2)).to(tl.int32, bitcast=True)
+    scores = ((bits & -PLACES) | place).to(tl.float32, bitcast=True)
+    first = tl.max(tl.max(scores, 3), 1)
+    others = tl.where(scores == first[:, None, :, None], -float("inf"), scores)
+    return first, tl.max(tl.max(others, 3), 1)
+
+
+@triton.jit
+def bound(norm, lost, tile_norm, tile_lost, WIDTH: tl.constexpr):
+    # The error of a score, [ROWS, 1], and whether nothing on the way can have overflowed. NaN compares as if it had.
+    RELATIVE: tl.constexpr = (WIDTH + 64) * 2.0**-21 + 2.0**-16
+    low = norm + lost
+    size = low * (tile_norm + tile_lost) + tile_norm * tile_norm
+    error = lost * tile_norm + low * tile_lost + RELATIVE * size + 1.4210854715202004e-14 * (norm * norm)
+    error = 1.001 * (error + 7.703719777548943e-34 * (1.0 + norm + tile_norm))
+    return error[:, None], ((size < 1e37) & (norm < 1e18))[:, None]
+
+
+@triton.jit
+def exchange(upper, second, code, kept_upper, kept_second, kept_code):
+    # (what stays, what goes on to the next slot)
+    m = upper > kept_upper
+    stays = tl.where(m, upper, kept_upper), tl.where(m, second, kept_second), tl.where(m, code, kept_code)
+    goes = tl.where(m, kept_upper, upper), tl.where(m, kept_second, second), tl.where(m, kept_code, code)
+    return stays[0], stays[1], stays[2], goes[0], goes[1], goes[2]
+
+
+@triton.jit
+def store_slot(p_upper, p_second, p_code, o, upper, second, code):
+    tl.store(p_upper + o, upper)
+    tl.store(p_second + o, second)
+    tl.store(p_code + o, code)
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n_splits", "n_walk"])
+def screen_kernel(
+    p_x, p_codes, p_norm, p_lost, p_half, p_tile_norm, p_tile_lost, p_upper, p_second, p_code, p_lower, p_dropped,
+    n_tiles, n_splits, n_walk,
+    WIDTH: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    CHUNKS: tl.constexpr = WIDTH // INNER
+    i_split = tl.program_id(0) % n_splits
+    i = (tl.program_id(0) // n_splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_tile = i_split * n_walk
+    walk = tl.minimum(n_walk, n_tiles - first_tile)
+    norm, lost = tl.load(p_norm + i), tl.load(p_lost + i)
+    k, d, group = tl.arange(0, CODES), tl.arange(0, INNER), tl.arange(0, 4)
+    p_rows = p_x + i[:, None] * WIDTH + d[None, :]
+    total = tl.zeros((ROWS, CODES), tl.float32)
+    nothing = tl.full((ROWS, 4), -float("inf"), tl.float32)
+    no_code = tl.full((ROWS, 4), -1, tl.int32)
+    lower, dropped = nothing, nothing
+    u0, s0, k0 = nothing, nothing, no_code
+    u1, s1, k1 = nothing, nothing, no_code
+    u2, s2, k2 = nothing, nothing, no_code
+    u3, s3, k3 = nothing, nothing, no_code
+    # One loop over the tiles and the chunks of their products, so that loads run ahead from one tile to the next.
+    for step in range(0, walk * CHUNKS):
+        tile, chunk = first_tile + step // CHUNKS, step % CHUNKS
+        b_x = tl.load(p_rows + chunk * INNER)
+        b_c = tl.load(p_codes + (tile.to(tl.int64) * CODES + k)[None, :] * WIDTH + (chunk * INNER + d)[:, None])
+        if UPCAST:
+            b_x, b_c = b_x.to(tl.float32), b_c.to(tl.float32)
+        total = tl.dot(b_x, b_c, total, input_precision="ieee", out_dtype=tl.float32)
+        if chunk == CHUNKS - 1:
+            best, second = best_two(total - tl.load(p_half + tile * CODES + k)[None, :], ROWS, CODES)
+            place = best.to(tl.int32, bitcast=True) & (CODES // 4 - 1)
+            code = tile * CODES + (place >> 1) * 8 + group[None, :] * 2 + (place & 1)
+            error, bounded = bound(norm, lost, tl.load(p_tile_norm + tile), tl.load(p_tile_lost + tile), WIDTH)
+            lower = tl.maximum(lower, tl.where(bounded, best - error, -float("inf")))
+            upper = tl.where(bounded, best + error, float("inf"))
+            second = tl.where(bounded, second + error, float("inf"))
+            u0, s0, k0, upper, second, code = exchange(upper, second, code, u0, s0, k0)
+            u1, s1, k1, upper, second, code = exchange(upper, second, code, u1, s1, k1)
+            u2, s2, k2, upper, second, code = exchange(upper, second, code, u2, s2, k2)
+            u3, s3, k3, upper, second, code = exchange(upper, second, code, u3, s3, k3)
+            dropped = tl.maximum(dropped, upper)
+            total = tl.zeros((ROWS, CODES), tl.float32)
+    n_groups = n_splits * 4
+    o_group = i_split * 4 + group[None, :]
+    o_row = i[:, None] * n_groups
+    tl.store(p_lower + o_row + o_group, lower)
+    tl.store(p_dropped + o_row + o_group, dropped)
+    o = o_row * 4 + o_group
+    store_slot(p_upper, p_second, p_code, o, u0, s0, k0)
+    store_slot(p_upper, p_second, p_code, o + n_groups, u1, s1, k1)
+    store_slot(p_upper, p_second, p_code, o + 2 * n_groups, u2, s2, k2)
+    store_slot(p_upper, p_second, p_code, o + 3 * n_groups, u3, s3, k3)
+
+
+@triton.jit
+def following(e, m, last, N: tl.constexpr):
+    # The first place after ``last`` where m holds, or N.
+    return tl.min(tl.where(m & (e > last), e, N), 0)
+
+
+@triton.jit
+def decide_kernel(
+    p_x, p_codebook, p_upper, p_second, p_code, p_lower, p_dropped, p_index, p_sqdist, p_looked,
+    D, K, x_n, x_d, c_k, c_d,
+    ENTRIES: tl.constexpr, GROUPS: tl.constexpr, CODES: tl.constexpr, VISIT: tl.constexpr,
+    SIZE: tl.constexpr, HALVINGS: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    x = load(p_x, i + tl.arange(0, 1), tl.arange(0, 1) < 1, D, x_n, x_d, SIZE)
+    n_nan, n_special = tl.sum(tl.where(x != x, 1, 0)), tl.sum(tl.where(x - x == 0.0, 0, 1))
+    x = operand(x, 1, SIZE, HALVINGS, COSINE)
+
+    # The codes from start to end, for each entry.
+    e = tl.arange(0, ENTRIES)
+    if p_upper is None:
+        m, start, end = e == 0, e * 0, e * 0 + K
+        looked = K > 1
+    else:
+        o_group = i * GROUPS + tl.arange(0, GROUPS)
+        lower, dropped = tl.max(tl.load(p_lower + o_group), 0), tl.max(tl.load(p_dropped + o_group), 0)
+        code = tl.load(p_code + i * ENTRIES + e)
+        m = (tl.load(p_upper + i * ENTRIES + e) >= lower) & (code >= 0)
+        whole = m & (tl.load(p_second + i * ENTRIES + e) >= lower)
+        everything = dropped >= lower
+        looked = (everything | (tl.sum(tl.where(m, 1, 0)) > 1)) | (tl.sum(tl.where(whole, 1, 0)) > 0)
+        start = tl.where(everything, 0, tl.where(whole, code // CODES * CODES, code))
+        end = tl.where(everything, K, tl.where(whole, tl.minimum(start + CODES, K), code + 1))
+        m = tl.where(everything, e == 0, m)
+    m = m & (n_special == 0)
+
+    best, index = tl.full((), float("inf"), tl.float64), tl.full((), 0, tl.int32)
+    entry = following(e, m, -1, ENTRIES)
+    while entry < ENTRIES:
+        last = tl.sum(tl.where(e == entry, end, 0))
+        for first in range(tl.sum(tl.where(e == entry, start, 0)), last, VISIT):
+            k = first + tl.arange(0, VISIT)
+            c = operand(load(p_codebook, k, k < last, D, c_k, c_d, SIZE), VISIT, SIZE, HALVINGS, COSINE)
+            distance = halving_sum((x - c) * (x - c), VISIT, SIZE, HALVINGS)
+            distance = tl.where((distance == distance) & (k < last), distance, float("inf"))
+            least = tl.min(distance, 0)
+            nearest = tl.min(tl.where(distance == least, k, K), 0)
+            m_better = (least < best) | ((least == best) & (nearest < index))
+            best, index = tl.where(m_better, least, best), tl.where(m_better, nearest, index)
+        entry = following(e, m, entry, ENTRIES)
+
+    best = tl.where(n_special > 0, tl.where(n_nan > 0, float("nan"), float("inf")), best)
+    tl.store(p_index + i, index.to(tl.int64))
+    tl.store(p_sqdist + i, narrow(best, p_sqdist.dtype.element_ty))
+    tl.store(p_looked + i, (looked & (n_special == 0)).to(tl.int32))
+
+
+class _Sizes(NamedTuple):
+    """How the rows and the codes are cut up."""
+
+    rows: int
+    codes: int
+    depth: int
+    block: int  # rows of a program
+    tile: int  # codes
+    inner: int  # entries of a chunk of a product
+    splits: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor, codebook: torch.Tensor) -> "_Sizes":
+        rows, depth, codes = *x.shape, len(codebook)
+        block = 128 if rows > 64 else 64
+        tile = 128 if codes > 64 else 64
+        inner = min(max(triton.next_power_of_2(depth), 16), 64)
+        blocks, tiles = triton.cdiv(rows, block), triton.cdiv(codes, tile)
+        # A power of two: the entries of a row are one block of ``decide``.
+        splits = min(triton.next_power_of_2(triton.cdiv(_PROGRAMS, blocks)), _MOST_SPLITS, triton.next_power_of_2(tiles))
+        return cls(rows, codes, depth, block, tile, inner, splits)
+
+    @property
+    def size(self) -> int:
+        return max(triton.next_power_of_2(max(self.depth, 1)), 16)
+
+    @property
+    def width(self) -> int:
+        return triton.cdiv(max(self.depth, 1), self.inner) * self.inner
+
+    @property
+    def blocks(self) -> int:
+        return triton.cdiv(self.rows, self.block)
+
+    @property
+    def tiles(self) -> int:
+        return triton.cdiv(self.codes, self.tile)
+
+    def exact(self, cosine: bool) -> dict[str, Any]:
+        """What the kernels that follow the definition share."""
+        # One warp has up to 1024 entries, each two registers of a thread; the order of the sum must not be contracted.
+        return {
+            "SIZE": self.size,
+            "HALVINGS": self.size.bit_length() - 1,
+            "COSINE": cosine,
+            "num_warps": min(max(self.size // 1024, 1), 16),
+            "enable_fp_fusion": False,
+        }
+
+
+class _Low(NamedTuple):
+    """Rows in 16 bits, padded to whole blocks, with what the bound needs of them."""
+
+    low: torch.Tensor
+    norm: torch.Tensor
+    lost: torch.Tensor
+    half: torch.Tensor | None
+
+    @classmethod
+    def empty(cls, like: torch.Tensor, rows: int, width: int, dtype: torch.dtype, codes: bool) -> "_Low":
+        vectors = like.new_empty((3, rows), dtype=torch.float32)
+        return cls(like.new_empty((rows, width), dtype=dtype), vectors[0], vectors[1], vectors[2] if codes else None)
+
+
+class _Entries(NamedTuple):
+    """What the screen leaves of each row."""
+
+    upper: torch.Tensor
+    second: torch.Tensor
+    code: torch.Tensor
+    lower: torch.Tensor
+    dropped: torch.Tensor
+
+    @classmethod
+    def empty(cls, like: torch.Tensor, sizes: _Sizes) -> "_Entries":
+        groups = (sizes.blocks * sizes.block, sizes.splits * _GROUPS)
+        entries = (groups[0], SLOTS * groups[1])
+        shapes = (entries, entries, entries, groups, groups)
+        kinds = (torch.float32, torch.float32, torch.int32, torch.float32, torch.float32)
+        return cls(*(like.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)))
+
+
+def _low_dtype(x: torch.Tensor, codebook: torch.Tensor) -> torch.dtype:
+    """float16 loses nothing of float16, and overflows for all else."""
+    return torch.float16 if x.dtype is codebook.dtype is torch.float16 else torch.bfloat16
+
+
+def _prepare_launch(x: torch.Tensor, to: _Low, sizes: _Sizes, cosine: bool) -> Launch:
+    rows = max(1024 // sizes.size, 1)
+    keywords = {"WIDTH": sizes.width, "ROWS": rows, **sizes.exact(cosine)}
+    padded = len(to.low)
+    return Launch(prepare_kernel, (x, *to), Plan(triton.cdiv(padded, rows), 1, (*x.shape, *x.stride()), keywords))
+
+
+def _screen_launch(
+    x: _Low, codes: _Low, tile_norm: torch.Tensor, tile_lost: torch.Tensor, to: _Entries, sizes: _Sizes
+) -> Launch:
+    walk = triton.cdiv(sizes.tiles, sizes.splits)
+    keywords = {
+        "WIDTH": sizes.width,
+        "INNER": sizes.inner,
+        "ROWS": sizes.block,
+        "CODES": sizes.tile,
+        "UPCAST": interpreting(),  # which would multiply the bits of bfloat16
+        "num_warps": 8 if sizes.block > 64 else 4,
+        "num_stages": 3,
+        "enable_fp_fusion": True,
+    }
+    tensors = (x.low, codes.low, x.norm, x.lost, codes.half, tile_norm, tile_lost, *to)
+    plan = Plan(sizes.blocks * sizes.splits, sizes.tiles, (sizes.tiles, sizes.splits, walk), keywords)
+    return Launch(screen_kernel, tensors, plan)
+
+
+def _decide_launch(
+    x: torch.Tensor,
+    codebook: torch.Tensor,
+    entries: _Entries | None,
+    index: torch.Tensor,
+    sqdist: torch.Tensor,
+    looked: torch.Tensor,
+    sizes: _Sizes,
+    cosine: bool,
+) -> Launch:
+    groups = _GROUPS * sizes.splits
+    keywords = {
+        "ENTRIES": 1 if entries is None else SLOTS * groups,
+        "GROUPS": groups,
+        "CODES": sizes.tile,
+        "VISIT": max(1024 // sizes.size, 1),
+        **sizes.exact(cosine),
+    }
+    integers = (sizes.depth, sizes.codes, *x.stride(), *codebook.stride())
+    tensors = (x, codebook, *(entries or (None,) * 5), index, sqdist, looked)
+    return Launch(decide_kernel, tensors, Plan(sizes.rows, 1, integers, keywords))
+
+
+def _screened(x: torch.Tensor, codebook: torch.Tensor, sizes: _Sizes, cosine: bool) -> _Entries:
+    dtype = _low_dtype(x, codebook)
+    rows = _Low.empty(x, sizes.blocks * sizes.block, sizes.width, dtype, codes=False)
+    codes = _Low.empty(x, sizes.tiles * sizes.tile, sizes.width, dtype, codes=True)
+    _prepare_launch(x, rows, sizes, cosine).run()
+    _prepare_launch(codebook, codes, sizes, cosine).run()
+    tile_norm, tile_lost = (t.view(-1, sizes.tile).amax(1) for t in (codes.norm, codes.lost))
+    entries = _Entries.empty(x, sizes)
+    _screen_launch(rows, codes, tile_norm, tile_lost, entries, sizes).run()
+    return entries
+
+
+def forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
+    """(index, sqdist, how many rows were looked at again): ``flowkern::nearest_code``."""
+    index, sqdist, count = _outputs(x, codebook, cosine)
+    if not len(x):
+        return index, sqdist, count.zero_()
+    sizes = _Sizes.of(x, codebook)
+    entries = None if sqdist.dtype is torch.float64 else _screened(x, codebook, sizes, cosine)
+    looked = x.new_empty((len(x),), dtype=torch.int32)
+    _decide_launch(x, codebook, entries, index, sqdist, looked, sizes, cosine).run()
+    return index, sqdist, torch.sum(looked, 0, out=count)
+
+
+FACTORS: dict[str, Any] = {
+    "sizes": ((16384, 256, 8192), (64, 256, 65536), (1000, 1, 37), (4096, 96, 1000), (512, 1024, 2048)),
+    "cosine": (False, True),
+    "dtypes": tuple(DTYPES),
+}
+
+
+def compile_cases(sizes: tuple[int, int, int], cosine: bool, dtypes: str) -> Iterator[tuple[str, Launch]]:
+    """The launches (named) of one choice from FACTORS."""
+    rows, depth, codes = sizes
+    of_x, of_codes = DTYPES[dtypes]
+    x, codebook = example((rows, depth), of_x, "vector"), example((codes, depth), of_codes, "vector")
+    how = _Sizes.of(x, codebook)
+    index, sqdist, _ = _outputs(x, codebook, cosine)
+    looked = x.new_empty((rows,), dtype=torch.int32)
+    entries = None
+    if sqdist.dtype is not torch.float64:
+        dtype, entries = _low_dtype(x, codebook), _Entries.empty(x, how)
+        low = _Low.empty(x, how.blocks * how.block, how.width, dtype, codes=False)
+        low_codes = _Low.empty(x, how.tiles * how.tile, how.width, dtype, codes=True)
+        by_tile = example((how.tiles,), torch.float32, "vector")
+        yield "prepare", _prepare_launch(x, low, how, cosine)
+        yield "prepare-codes", _prepare_launch(codebook, low_codes, how, cosine)
+        yield "screen", _screen_launch(low, low_codes, by_tile, by_tile, entries, how)
+    yield "decide", _decide_launch(x, codebook, entries, index, sqdist, looked, how, cosine)
