@@ -7,7 +7,8 @@ in pieces of less than 16 bytes.
 
 A kernel module takes part by having ``FACTORS``, the values of each choice with the streaming one first (one of them
 is ``dtypes``), and ``compile_cases(**choice)``, which yields (name, launch). ``STREAMING = False`` says that none streams,
-``FLOAT64`` names the launches that compute in float64 whatever their inputs.
+``FLOAT64`` names the launches that compute in float64 whatever their inputs, and ``BY_TARGET = True`` has the target's name
+given to ``compile_cases`` as well.
 """
 
 from __future__ import annotations
@@ -195,8 +196,9 @@ def _jobs(op: str, everything: bool) -> Iterator[_Job]:
 
 def _run(job: _Job) -> list[tuple[str, Build]]:
     module = importlib.import_module(f"flowkern.kernels.{job.op}")
+    by_target = {"target": job.target} if getattr(module, "BY_TARGET", False) else {}
     builds = []
-    for name, launch in module.compile_cases(**dict(job.choice)):
+    for name, launch in module.compile_cases(**dict(job.choice), **by_target):
         build = compile_launch(launch, job.target)
         build.float64 = build.float64 or name in getattr(module, "FLOAT64", ())
         build.problems = problems(build) + (streaming_problems(build) if job.streaming else [])

@@ -16,8 +16,7 @@ In terms of |x|, |c|, of what rounding took from them, dx = x - x~ and dc = c - 
     |error of a score| <= |dx| |c| + |x~| |dc| + n (|x~| |c~| + |c|^2) + 2^-46 |x|^2 + underflow
 
 n covers the sums of the tensor cores, which may truncate each term: less than 2^-21 for each; and the bits that hold the
-number of a code. The term before the last is the rounding of the definition itself. Everything depends on the inputs alone:
-the results and the number of rows that were looked at again are the same on every device.
+number of a code. The term before the last is the rounding of the definition itself.
 """
 
 # mypy: allow-untyped-defs
@@ -38,22 +37,29 @@ __all__ = ["forward"]
 
 #: Its launches are products of matrices: their operands pass through shared memory.
 STREAMING = False
+#: They depend on the target.
+BY_TARGET = True
 #: The launches that compute in float64 whatever the inputs: the definition does.
-FLOAT64 = ("prepare", "prepare-codes", "decide")
+FLOAT64 = ("prepare", "decide")
 
 #: The best so many of each group are kept; ``screen_kernel`` has them one by one.
 SLOTS = 4
 _GROUPS = 4
 #: Programs that a screen is split into where the rows are few.
 _PROGRAMS, _MOST_SPLITS = 256, 32
+#: (rows, codes, warps, stages) by the major compute capability: where the tensor cores take their operands from shared memory
+#: (9, 10) a tile may be large; elsewhere (0) its operands and what is kept of it compete for registers.
+_TILINGS = {0: (64, 64, 4, 3), 9: (128, 128, 8, 4), 10: (128, 64, 4, 4)}
+#: Entries, in float64, that one warp holds of what the definition is computed for.
+_PER_WARP = 512
 
 
 @triton.jit
 def halving_sum(s, ROWS: tl.constexpr, SIZE: tl.constexpr, HALVINGS: tl.constexpr):
-    # The sum over the second of two dimensions, in the definition's order. Zeros beyond its power of two change nothing.
+    # The sum over the second of two dimensions, in the definition's order: each of these sums adds two numbers. Zeros beyond
+    # the definition's power of two change nothing.
     for i in tl.static_range(HALVINGS):
-        left, right = tl.split(tl.permute(tl.reshape(s, (ROWS, 2, SIZE >> (i + 1))), (0, 2, 1)))
-        s = left + right
+        s = tl.sum(tl.reshape(s, (ROWS, 2, SIZE >> (i + 1))), 1)
     return tl.reshape(s, (ROWS,))
 
 
@@ -156,7 +162,7 @@ def screen_kernel(
     u2, s2, k2 = nothing, nothing, no_code
     u3, s3, k3 = nothing, nothing, no_code
     # One loop over the tiles and the chunks of their products, so that loads run ahead from one tile to the next.
-    for step in range(0, walk * CHUNKS):
+    for step in range(walk * CHUNKS):
         tile, chunk = first_tile + step // CHUNKS, step % CHUNKS
         b_x = tl.load(p_rows + chunk * INNER)
         b_c = tl.load(p_codes + (tile.to(tl.int64) * CODES + k)[None, :] * WIDTH + (chunk * INNER + d)[:, None])
@@ -256,17 +262,19 @@ class _Sizes(NamedTuple):
     tile: int  # codes
     inner: int  # entries of a chunk of a product
     splits: int
+    warps: int
+    stages: int
 
     @classmethod
-    def of(cls, x: torch.Tensor, codebook: torch.Tensor) -> "_Sizes":
+    def of(cls, x: torch.Tensor, codebook: torch.Tensor, generation: int) -> "_Sizes":
         rows, depth, codes = *x.shape, len(codebook)
-        block = 128 if rows > 64 else 64
-        tile = 128 if codes > 64 else 64
+        block, tile, warps, stages = _TILINGS.get(generation, _TILINGS[0])
+        block, warps = (block, warps) if rows > 64 else (64, 4)
         inner = min(max(triton.next_power_of_2(depth), 16), 64)
         blocks, tiles = triton.cdiv(rows, block), triton.cdiv(codes, tile)
         # A power of two: the entries of a row are one block of ``decide``.
         splits = min(triton.next_power_of_2(triton.cdiv(_PROGRAMS, blocks)), _MOST_SPLITS, triton.next_power_of_2(tiles))
-        return cls(rows, codes, depth, block, tile, inner, splits)
+        return cls(rows, codes, depth, block, tile, inner, splits, warps, stages)
 
     @property
     def size(self) -> int:
@@ -286,12 +294,12 @@ class _Sizes(NamedTuple):
 
     def exact(self, cosine: bool) -> dict[str, Any]:
         """What the kernels that follow the definition share."""
-        # One warp has up to 1024 entries, each two registers of a thread; the order of the sum must not be contracted.
+        # The products of the definition are not fused with its sums.
         return {
             "SIZE": self.size,
             "HALVINGS": self.size.bit_length() - 1,
             "COSINE": cosine,
-            "num_warps": min(max(self.size // 1024, 1), 16),
+            "num_warps": min(max(self.size // _PER_WARP, 1), 16),
             "enable_fp_fusion": False,
         }
 
@@ -334,15 +342,13 @@ def _low_dtype(x: torch.Tensor, codebook: torch.Tensor) -> torch.dtype:
 
 
 def _prepare_launch(x: torch.Tensor, to: _Low, sizes: _Sizes, cosine: bool) -> Launch:
-    rows = max(1024 // sizes.size, 1)
+    rows = max(_PER_WARP // sizes.size, 1)
     keywords = {"WIDTH": sizes.width, "ROWS": rows, **sizes.exact(cosine)}
     padded = len(to.low)
     return Launch(prepare_kernel, (x, *to), Plan(triton.cdiv(padded, rows), 1, (*x.shape, *x.stride()), keywords))
 
 
-def _screen_launch(
-    x: _Low, codes: _Low, tile_norm: torch.Tensor, tile_lost: torch.Tensor, to: _Entries, sizes: _Sizes
-) -> Launch:
+def _screen_launch(x: _Low, codes: _Low, tile_norm: torch.Tensor, tile_lost: torch.Tensor, to: _Entries, sizes: _Sizes) -> Launch:
     walk = triton.cdiv(sizes.tiles, sizes.splits)
     keywords = {
         "WIDTH": sizes.width,
@@ -350,8 +356,8 @@ def _screen_launch(
         "ROWS": sizes.block,
         "CODES": sizes.tile,
         "UPCAST": interpreting(),  # which would multiply the bits of bfloat16
-        "num_warps": 8 if sizes.block > 64 else 4,
-        "num_stages": 3,
+        "num_warps": sizes.warps,
+        "num_stages": sizes.stages,
         "enable_fp_fusion": True,
     }
     tensors = (x.low, codes.low, x.norm, x.lost, codes.half, tile_norm, tile_lost, *to)
@@ -374,7 +380,7 @@ def _decide_launch(
         "ENTRIES": 1 if entries is None else SLOTS * groups,
         "GROUPS": groups,
         "CODES": sizes.tile,
-        "VISIT": max(1024 // sizes.size, 1),
+        "VISIT": max(_PER_WARP // sizes.size, 1),
         **sizes.exact(cosine),
     }
     integers = (sizes.depth, sizes.codes, *x.stride(), *codebook.stride())
@@ -394,12 +400,17 @@ def _screened(x: torch.Tensor, codebook: torch.Tensor, sizes: _Sizes, cosine: bo
     return entries
 
 
+def _generation(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA GPU, else 0."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
+
+
 def forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
     """(index, sqdist, how many rows were looked at again): ``flowkern::nearest_code``."""
     index, sqdist, count = _outputs(x, codebook, cosine)
     if not len(x):
         return index, sqdist, count.zero_()
-    sizes = _Sizes.of(x, codebook)
+    sizes = _Sizes.of(x, codebook, _generation(x.device))
     entries = None if sqdist.dtype is torch.float64 else _screened(x, codebook, sizes, cosine)
     looked = x.new_empty((len(x),), dtype=torch.int32)
     _decide_launch(x, codebook, entries, index, sqdist, looked, sizes, cosine).run()
@@ -407,27 +418,26 @@ def forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
 
 
 FACTORS: dict[str, Any] = {
-    "sizes": ((16384, 256, 8192), (64, 256, 65536), (1000, 1, 37), (4096, 96, 1000), (512, 1024, 2048)),
+    "sizes": ((16384, 256, 8192), (64, 1024, 65536), (1000, 1, 37)),
     "cosine": (False, True),
-    "dtypes": tuple(DTYPES),
+    "dtypes": ("float32", "float16", "bfloat16-float64"),
 }
 
 
-def compile_cases(sizes: tuple[int, int, int], cosine: bool, dtypes: str) -> Iterator[tuple[str, Launch]]:
-    """The launches (named) of one choice from FACTORS."""
+def compile_cases(sizes: tuple[int, int, int], cosine: bool, dtypes: str, target: str) -> Iterator[tuple[str, Launch]]:
+    """The launches (named) of one choice from FACTORS. The rows are prepared by less than what prepares the codes."""
     rows, depth, codes = sizes
     of_x, of_codes = DTYPES[dtypes]
     x, codebook = example((rows, depth), of_x, "vector"), example((codes, depth), of_codes, "vector")
-    how = _Sizes.of(x, codebook)
+    how = _Sizes.of(x, codebook, int(target[3:]) // 10 if target.startswith("sm_") else 0)
     index, sqdist, _ = _outputs(x, codebook, cosine)
-    looked = x.new_empty((rows,), dtype=torch.int32)
     entries = None
     if sqdist.dtype is not torch.float64:
         dtype, entries = _low_dtype(x, codebook), _Entries.empty(x, how)
         low = _Low.empty(x, how.blocks * how.block, how.width, dtype, codes=False)
         low_codes = _Low.empty(x, how.tiles * how.tile, how.width, dtype, codes=True)
-        by_tile = example((how.tiles,), torch.float32, "vector")
-        yield "prepare", _prepare_launch(x, low, how, cosine)
-        yield "prepare-codes", _prepare_launch(codebook, low_codes, how, cosine)
+        by_tile = x.new_empty((how.tiles,), dtype=torch.float32)
+        yield "prepare", _prepare_launch(codebook, low_codes, how, cosine)
         yield "screen", _screen_launch(low, low_codes, by_tile, by_tile, entries, how)
+    looked = x.new_empty((rows,), dtype=torch.int32)
     yield "decide", _decide_launch(x, codebook, entries, index, sqdist, looked, how, cosine)
