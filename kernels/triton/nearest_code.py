@@ -196,12 +196,6 @@ def screen_kernel(
 
 
 @triton.jit
-def following(e, m, last, N: tl.constexpr):
-    # The first place after ``last`` where m holds, or N.
-    return tl.min(tl.where(m & (e > last), e, N), 0)
-
-
-@triton.jit
 def decide_kernel(
     p_x, p_codebook, p_upper, p_second, p_code, p_lower, p_dropped, p_index, p_sqdist, p_looked,
     D, K, x_n, x_d, c_k, c_d,
@@ -231,20 +225,20 @@ def decide_kernel(
         m = tl.where(everything, e == 0, m)
     m = m & (n_special == 0)
 
+    # From low codes to high ones, each once: of equals the first stays.
     best, index = tl.full((), float("inf"), tl.float64), tl.full((), 0, tl.int32)
-    entry = following(e, m, -1, ENTRIES)
-    while entry < ENTRIES:
-        last = tl.sum(tl.where(e == entry, end, 0))
-        for first in range(tl.sum(tl.where(e == entry, start, 0)), last, VISIT):
-            k = first + tl.arange(0, VISIT)
+    first = tl.min(tl.where(m, start, K), 0)
+    while first < K:
+        last = tl.max(tl.where(m & (start == first), end, 0), 0)
+        for block in range(first, last, VISIT):
+            k = block + tl.arange(0, VISIT)
             c = operand(load(p_codebook, k, k < last, D, c_k, c_d, SIZE), VISIT, SIZE, HALVINGS, COSINE)
             distance = halving_sum((x - c) * (x - c), VISIT, SIZE, HALVINGS)
             distance = tl.where((distance == distance) & (k < last), distance, float("inf"))
             least = tl.min(distance, 0)
-            nearest = tl.min(tl.where(distance == least, k, K), 0)
-            m_better = (least < best) | ((least == best) & (nearest < index))
-            best, index = tl.where(m_better, least, best), tl.where(m_better, nearest, index)
-        entry = following(e, m, entry, ENTRIES)
+            index = tl.where(least < best, tl.min(tl.where(distance == least, k, K), 0), index)
+            best = tl.where(least < best, least, best)
+        first = tl.min(tl.where(m & (start >= last), start, K), 0)
 
     best = tl.where(n_special > 0, tl.where(n_nan > 0, float("nan"), float("inf")), best)
     tl.store(p_index + i, index.to(tl.int64))
@@ -342,7 +336,7 @@ def _low_dtype(x: torch.Tensor, codebook: torch.Tensor) -> torch.dtype:
 
 
 def _prepare_launch(x: torch.Tensor, to: _Low, sizes: _Sizes, cosine: bool) -> Launch:
-    rows = max(_PER_WARP // sizes.size, 1)
+    rows = min(max(_PER_WARP // sizes.size, 1), 64)  # what is padded to is a multiple of it
     keywords = {"WIDTH": sizes.width, "ROWS": rows, **sizes.exact(cosine)}
     padded = len(to.low)
     return Launch(prepare_kernel, (x, *to), Plan(triton.cdiv(padded, rows), 1, (*x.shape, *x.stride()), keywords))
