@@ -14,12 +14,13 @@ import mpmath
 import pytest
 import test_likelihood_ops as test_likelihood_everywhere
 import test_masked_linear as test_masked_linear_everywhere
+import test_nearest_code as test_nearest_code_everywhere
 import test_plu_weight as test_plu_weight_everywhere
 import torch
 import triton
 import triton.language as tl
 from comparison import arguments, assert_accurate, outputs_and_gradients
-from flowkern.kernels import _coupling, lang
+from flowkern.kernels import _coupling, lang, nearest_code
 from test_ops import DTYPES, check, samples_of, seeded_samples
 from test_ops import test_any_strides_of_the_gradients as test_any_strides_of_the_gradients
 from test_ops import test_nan_stays_in_its_sample as test_nan_stays_in_its_sample
@@ -281,6 +282,90 @@ def test_gaussian_kl_and_dequantize(dtype: torch.dtype, launches: list[_coupling
 def test_the_integers_of_philox(launches: list[_coupling.Launch]) -> None:
     test_likelihood_everywhere.check_philox()
     assert launches
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition for many codes at once: the interpreter takes its time for each operation, whatever its size."""
+    monkeypatch.setattr(nearest_code, "_PER_WARP", 2**14)
+
+
+def assert_nearest(x: torch.Tensor, codebook: torch.Tensor, metric: str, name: str = "") -> int:
+    """Index and distance are those of all distances in float64; returns how many rows were looked at again."""
+    expected = test_nearest_code_everywhere.oracle(x, codebook, metric)
+    *actual, looked = flowkern.ops.nearest_code(x, codebook, metric=metric, return_stats=True)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)), (name, metric)
+    return int(looked)
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cases", ["random", "ties", "scales", "not_finite"])
+def test_nearest_code(cases: str, dtype: torch.dtype, launches: list[_coupling.Launch], canaries: Any) -> None:
+    number = DTYPES.index(dtype)
+    for i, (name, x, codebook) in enumerate(getattr(test_nearest_code_everywhere, cases)(dtype)):
+        if dtype is not torch.float32 and i % 3 != number % 3:
+            continue  # what takes time is the interpreter
+        if name.startswith("subnormal") and dtype is torch.bfloat16:
+            continue  # it takes them for other numbers
+        launches.clear()
+        metric = ("euclidean", "cosine")[(i + number) % 2]
+        assert_nearest(x[:: max(1, len(x) // 2)], codebook, metric, name)
+        assert len(launches) == (0 if not len(x) else 1 if dtype is torch.float64 else 4)
+    canaries.assert_alive()
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize(("generation", "rows"), [(0, 20), (9, 66)], ids=["small tiles", "large tiles"])
+def test_nearest_code_of_several_tiles_and_chunks(
+    generation: int, rows: int, monkeypatch: pytest.MonkeyPatch, canaries: Any
+) -> None:
+    monkeypatch.setattr(nearest_code, "_generation", lambda device: generation)
+    codebook = randn(300, 70)
+    codebook[17] = codebook[290] = codebook[40]
+    x = codebook[torch.randint(0, 300, (rows,))] + 0.3 * randn(rows, 70)
+    x[-1] = codebook[290] + 1e-3
+    assert 0 < assert_nearest(x, codebook.to(torch.bfloat16), "euclidean") < rows
+    canaries.assert_alive()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_bound_of_the_screen_of_nearest_code(dtype: torch.dtype, cosine: bool) -> None:
+    """It holds the score of every entry and of the nearest code, and is no wider than what 16 bits lose."""
+    x, codebook = randn(20, 40, dtype=dtype), randn(150, 40, dtype=dtype) * torch.linspace(0.2, 2, 150)[:, None].to(dtype)
+    sizes = nearest_code._Sizes.of(x, codebook, 0)
+    entries = [t[:20] for t in nearest_code._screened(x, codebook, sizes, cosine)]
+    upper, second, code, lower, dropped = entries[0], *entries[1:]
+    exact = [test_nearest_code_everywhere.normalized(t.double()) if cosine else t.double() for t in (x, codebook)]
+    if (centre := nearest_code._centre(x, codebook, cosine)) is not None:
+        exact = [t - centre for t in exact]
+    scores = exact[0] @ exact[1].t() - exact[1].square().sum(1) / 2
+    real = code >= 0
+    own = torch.where(real, scores.gather(1, code.clamp(min=0).long()), -torch.inf)
+    assert (upper >= own).all()
+    scale = exact[0].norm(dim=1, keepdim=True) * exact[1].norm(dim=1).max()
+    width = 2.0**-5 if dtype is torch.float32 or cosine else 2.0**-9
+    assert (upper - own <= width * scale)[real].all()
+    best = scores.amax(1)
+    assert (lower.amax(1) <= best).all()
+    assert (lower.amax(1) >= best - width * scale[:, 0]).all()
+    # Whatever is no entry is under the second of an entry's group, or was dropped.
+    entered = torch.zeros(20, 150, dtype=torch.bool).scatter(1, code.clamp(min=0).long(), real)
+    rest = torch.where(entered, -torch.inf, scores).amax(1)
+    assert (torch.maximum(second.amax(1), dropped.amax(1)) >= rest).all()
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_rows_of_nearest_code_that_are_looked_at_again() -> None:
+    apart = 10 * torch.eye(40, 64)
+    assert assert_nearest(apart[:5] + 0.1, apart, "euclidean") == 0
+    # Nor are rows and codes far from zero, which 16 bits alone would not tell apart.
+    assert assert_nearest(300 + apart[:5] + 0.1, 300 + apart, "euclidean") == 0
+    close = test_nearest_code_everywhere.neighbour(torch.ones(200, 64), torch.randint(0, 2, (200, 64)).int())
+    assert assert_nearest(torch.ones(3, 64), close, "euclidean") == 3
 
 
 @triton.jit

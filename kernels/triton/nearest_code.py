@@ -2,7 +2,8 @@
 
 The definition is at the top of flowkern/ops/_nearest_code.py. Three kernels:
 
-- ``prepare`` rounds the rows, and the codes, to 16 bits, and writes down their norms and those of what was lost.
+- ``prepare`` rounds the rows, and the codes, to 16 bits, and writes down their norms and those of what was lost. Where that
+  is not exact anyway, both are moved first, by a centre of the codes: it changes no distance, but makes the norms small.
 - ``screen`` computes scores x.c - |c|^2/2, which are greatest for the nearest code. A program owns a block of rows and walks
   over the tiles of codes. The codes of a tile are divided into four groups: those with (k / 2) % 4 = 0, 1, 2, 3, which lie
   in the same thread of the accumulator's layout. Of each group it takes the greatest score with its code, and the second
@@ -81,11 +82,14 @@ def operand(x, ROWS: tl.constexpr, SIZE: tl.constexpr, HALVINGS: tl.constexpr, C
 
 @triton.jit(do_not_specialize=["N"])
 def prepare_kernel(
-    p_x, p_low, p_norm, p_lost, p_half, N, D, x_n, x_d,
+    p_x, p_centre, p_low, p_norm, p_lost, p_half, N, D, x_n, x_d,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, HALVINGS: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     x = operand(load(p_x, i, i < N, D, x_n, x_d, SIZE), ROWS, SIZE, HALVINGS, COSINE)
+    d = tl.arange(0, SIZE)
+    if p_centre is not None:
+        x -= tl.load(p_centre + d, mask=d < D, other=0.0).to(tl.float64)[None, :]
     if p_half is not None:
         # A code that is not finite, or not there, is zero, with a score below all others.
         m_code = (tl.sum(x * x, 1) < float("inf")) & (i < N)
@@ -93,7 +97,6 @@ def prepare_kernel(
         tl.store(p_half + i, tl.where(m_code, tl.sum(x * x, 1) * 0.5, 3e38).to(tl.float32))
     low = narrow(x, p_low.dtype.element_ty)
     lost = x - low.to(tl.float32).to(tl.float64)
-    d = tl.arange(0, SIZE)
     tl.store(p_low + i[:, None] * WIDTH + d[None, :], low, mask=(d < WIDTH)[None, :])
     # Rounded upwards.
     tl.store(p_norm + i, (tl.sqrt(tl.sum(x * x, 1)) * (1.0 + 1e-6)).to(tl.float32))
@@ -196,12 +199,6 @@ def screen_kernel(
 
 
 @triton.jit
-def following(e, m, last, N: tl.constexpr):
-    # The first place after ``last`` where m holds, or N.
-    return tl.min(tl.where(m & (e > last), e, N), 0)
-
-
-@triton.jit
 def decide_kernel(
     p_x, p_codebook, p_upper, p_second, p_code, p_lower, p_dropped, p_index, p_sqdist, p_looked,
     D, K, x_n, x_d, c_k, c_d,
@@ -231,20 +228,20 @@ def decide_kernel(
         m = tl.where(everything, e == 0, m)
     m = m & (n_special == 0)
 
+    # From low codes to high ones, each once: of equals the first stays.
     best, index = tl.full((), float("inf"), tl.float64), tl.full((), 0, tl.int32)
-    entry = following(e, m, -1, ENTRIES)
-    while entry < ENTRIES:
-        last = tl.sum(tl.where(e == entry, end, 0))
-        for first in range(tl.sum(tl.where(e == entry, start, 0)), last, VISIT):
-            k = first + tl.arange(0, VISIT)
+    first = tl.min(tl.where(m, start, K), 0)
+    while first < K:
+        last = tl.max(tl.where(m & (start == first), end, 0), 0)
+        for block in range(first, last, VISIT):
+            k = block + tl.arange(0, VISIT)
             c = operand(load(p_codebook, k, k < last, D, c_k, c_d, SIZE), VISIT, SIZE, HALVINGS, COSINE)
             distance = halving_sum((x - c) * (x - c), VISIT, SIZE, HALVINGS)
             distance = tl.where((distance == distance) & (k < last), distance, float("inf"))
             least = tl.min(distance, 0)
-            nearest = tl.min(tl.where(distance == least, k, K), 0)
-            m_better = (least < best) | ((least == best) & (nearest < index))
-            best, index = tl.where(m_better, least, best), tl.where(m_better, nearest, index)
-        entry = following(e, m, entry, ENTRIES)
+            index = tl.where(least < best, tl.min(tl.where(distance == least, k, K), 0), index)
+            best = tl.where(least < best, least, best)
+        first = tl.min(tl.where(m & (start >= last), start, K), 0)
 
     best = tl.where(n_special > 0, tl.where(n_nan > 0, float("nan"), float("inf")), best)
     tl.store(p_index + i, index.to(tl.int64))
@@ -341,11 +338,19 @@ def _low_dtype(x: torch.Tensor, codebook: torch.Tensor) -> torch.dtype:
     return torch.float16 if x.dtype is codebook.dtype is torch.float16 else torch.bfloat16
 
 
-def _prepare_launch(x: torch.Tensor, to: _Low, sizes: _Sizes, cosine: bool) -> Launch:
-    rows = max(_PER_WARP // sizes.size, 1)
+def _centre(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> torch.Tensor | None:
+    """Where the codes lie: the middle value of some, entry by entry, which outliers do not move. Any finite one is right."""
+    if cosine or (x.dtype is codebook.dtype and x.dtype is not torch.float32):
+        return None
+    some = codebook[:: triton.cdiv(len(codebook), 64)].to(torch.float32)
+    return some.sort(0).values[(len(some) - 1) // 2].nan_to_num(0.0, 0.0, 0.0)
+
+
+def _prepare_launch(x: torch.Tensor, centre: torch.Tensor | None, to: _Low, sizes: _Sizes, cosine: bool) -> Launch:
+    rows = min(max(_PER_WARP // sizes.size, 1), 64)  # what is padded to is a multiple of it
     keywords = {"WIDTH": sizes.width, "ROWS": rows, **sizes.exact(cosine)}
     padded = len(to.low)
-    return Launch(prepare_kernel, (x, *to), Plan(triton.cdiv(padded, rows), 1, (*x.shape, *x.stride()), keywords))
+    return Launch(prepare_kernel, (x, centre, *to), Plan(triton.cdiv(padded, rows), 1, (*x.shape, *x.stride()), keywords))
 
 
 def _screen_launch(x: _Low, codes: _Low, tile_norm: torch.Tensor, tile_lost: torch.Tensor, to: _Entries, sizes: _Sizes) -> Launch:
@@ -392,8 +397,9 @@ def _screened(x: torch.Tensor, codebook: torch.Tensor, sizes: _Sizes, cosine: bo
     dtype = _low_dtype(x, codebook)
     rows = _Low.empty(x, sizes.blocks * sizes.block, sizes.width, dtype, codes=False)
     codes = _Low.empty(x, sizes.tiles * sizes.tile, sizes.width, dtype, codes=True)
-    _prepare_launch(x, rows, sizes, cosine).run()
-    _prepare_launch(codebook, codes, sizes, cosine).run()
+    centre = _centre(x, codebook, cosine)
+    _prepare_launch(x, centre, rows, sizes, cosine).run()
+    _prepare_launch(codebook, centre, codes, sizes, cosine).run()
     tile_norm, tile_lost = (t.view(-1, sizes.tile).amax(1) for t in (codes.norm, codes.lost))
     entries = _Entries.empty(x, sizes)
     _screen_launch(rows, codes, tile_norm, tile_lost, entries, sizes).run()
@@ -437,7 +443,7 @@ def compile_cases(sizes: tuple[int, int, int], cosine: bool, dtypes: str, target
         low = _Low.empty(x, how.blocks * how.block, how.width, dtype, codes=False)
         low_codes = _Low.empty(x, how.tiles * how.tile, how.width, dtype, codes=True)
         by_tile = x.new_empty((how.tiles,), dtype=torch.float32)
-        yield "prepare", _prepare_launch(codebook, low_codes, how, cosine)
+        yield "prepare", _prepare_launch(codebook, _centre(x, codebook, cosine), low_codes, how, cosine)
         yield "screen", _screen_launch(low, low_codes, by_tile, by_tile, entries, how)
     looked = x.new_empty((rows,), dtype=torch.int32)
     yield "decide", _decide_launch(x, codebook, entries, index, sqdist, looked, how, cosine)
