@@ -224,7 +224,7 @@ def test_trained_in_two_stages(autoencoder: Path, prior: Path) -> None:
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
     assert second.context == 10
-    assert second.config["prior"] == {"hidden": 8, "layers": 2, "dropout": 0.3}
+    assert second.config["prior"] == {"hidden": 8, "layers": 2, "dropout": 0.5}
     for folder in (autoencoder.parent, prior.parent):
         assert {"samples.png", "reconstructions.png", "curve.png"} <= {path.name for path in folder.iterdir()}
     nats = [json.loads((path.parent / "result.json").read_text())["test"]["nats"] for path in (autoencoder, prior)]

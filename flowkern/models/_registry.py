@@ -91,6 +91,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     },
     # One wide layer does better than two.
     ("made", "digits"): {"hidden": [512]},
+    # As many layers as see seven rows above. A narrower one with less dropout does as well.
     ("pixelcnn", "digits"): {"hidden": 48, "layers": 6, "dropout": 0.5},
     ("pixelvae", "digits"): {
         "latent": 8,
@@ -98,8 +99,9 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "objective": {"free_bits": 0.05},
         "dropout": 0.2,
     },
-    ("vqvae", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 64, "likelihood": "categorical", "dropout": 0.1},
-    ("vqvae2", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 32, "likelihood": "categorical", "dropout": 0.1},
+    # Few codes, for a bound that counts them: 64 instead of 16 give sharper reconstructions, and 9 nats more.
+    ("vqvae", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 16, "likelihood": "categorical", "dropout": 0.1},
+    ("vqvae2", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 16, "likelihood": "categorical", "dropout": 0.1},
     ("vqvae", "photos"): {"hidden": 64, "dim": 32, "codes": 256},
     ("vqvae2", "photos"): {"hidden": 64, "dim": 32, "codes": 256},
     # Chosen on the validation bands of the photographs after three minutes on a CPU core; most comes from the bounded scale

@@ -173,10 +173,11 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
 #: As ``PRESETS``, of a prior over the codes of a VQ-VAE: (data, preset) -> fields.
 PRIOR_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "default"): {
-        "config": {"hidden": 32, "layers": 5, "dropout": 0.3},
+        "config": {"hidden": 32, "layers": 4, "dropout": 0.5},
         "lr": 2e-3,
         "ema": 0.99,
-        "epochs": 100,
+        "epochs": 60,
+        "patience": 8,
     },
     ("photos", "default"): {
         "config": {"hidden": 48, "layers": 8, "dropout": 0.3},
