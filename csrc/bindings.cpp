@@ -75,13 +75,15 @@ namespace flowkern {
                               const Tensor& dx, const Tensor& dweight, const Tensor& dbias, int threads);              \
   void autoregressive_inverse_forward(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x, \
                                       const Tensor& logabsdet, int threads);                                           \
+  void discretized_logistic_mixture(const Tensor& x, const Tensor& params, const Tensor& grad, const Tensor& log_prob, \
+                                    const Tensor& gradient, int64_t levels, bool compat, int threads);                 \
   }                                                                                                                    \
   constexpr Kernels isa##_kernels = {#isa, isa::affine_coupling_partials, isa::affine_coupling_forward,                \
                                      isa::affine_coupling_backward, isa::additive_coupling_forward,                    \
                                      isa::plu_weight_forward,       isa::plu_weight_backward,                          \
                                      isa::invertible_linear_forward, isa::invertible_linear_backward,                  \
                                      isa::masked_linear_forward,    isa::masked_linear_backward,                       \
-                                     isa::autoregressive_inverse_forward};
+                                     isa::autoregressive_inverse_forward, isa::discretized_logistic_mixture};
 
 struct Kernels {
   const char* isa;
@@ -102,6 +104,7 @@ struct Kernels {
   void (*masked_linear_backward)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int);
   void (*autoregressive_inverse_forward)(const Autoregressive*, int64_t, const Tensor&, const Tensor&, const Tensor&, int);
+  void (*discretized_logistic_mixture)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, bool, int);
 };
 
 FLOWKERN_DECLARE(baseline)
@@ -313,6 +316,13 @@ void autoregressive_inverse_forward(const py::list& given, const Tensor& z, cons
   in_use->autoregressive_inverse_forward(chain.networks.data(), int64_t(chain.networks.size()), z, x, logabsdet, threads);
 }
 
+void discretized_logistic_mixture(const Tensor& x, const Tensor& params, const Tensor& grad, const Tensor& log_prob,
+                                  const Tensor& gradient, int64_t levels, bool compat, int threads) {
+  py::gil_scoped_release release;
+  if (gradient.data) advise_huge_pages(gradient);
+  in_use->discretized_logistic_mixture(x, params, grad, log_prob, gradient, levels, compat, threads);
+}
+
 }  // namespace flowkern
 
 PYBIND11_MODULE(_native, m) {
@@ -346,4 +356,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("plu_weight_forward", plu_weight_forward);
   m.def("plu_weight_backward", plu_weight_backward);
   m.def("autoregressive_inverse_forward", autoregressive_inverse_forward);
+  m.def("discretized_logistic_mixture", discretized_logistic_mixture);
 }

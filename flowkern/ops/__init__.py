@@ -4,6 +4,8 @@ from ._additive_coupling import additive_coupling as additive_coupling
 from ._affine_coupling import affine_coupling as affine_coupling
 from ._autoregressive_inverse import autoregressive_inverse as autoregressive_inverse
 from ._autoregressive_network import AutoregressiveNetwork as AutoregressiveNetwork
+from ._discretized_logistic_mixture import discretized_logistic_mixture as discretized_logistic_mixture
+from ._discretized_logistic_mixture import sample_discretized_logistic_mixture as sample_discretized_logistic_mixture
 from ._ema_update import ema_update as ema_update
 from ._invertible_linear import invertible_linear as invertible_linear
 from ._masked_linear import DegreeMask as DegreeMask
@@ -12,6 +14,6 @@ from ._nearest_code import nearest_code as nearest_code
 from ._parametrization import LAYOUTS as LAYOUTS
 from ._parametrization import ScaleMap as ScaleMap
 from ._plu_weight import plu_weight as plu_weight
-from ._split import SPLITS as SPLITS
 from ._split import FeatureMask as FeatureMask
+from ._split import SPLITS as SPLITS
 from ._vector_quantize import vector_quantize as vector_quantize
