@@ -77,13 +77,21 @@ namespace flowkern {
                                       const Tensor& logabsdet, int threads);                                           \
   void discretized_logistic_mixture(const Tensor& x, const Tensor& params, const Tensor& grad, const Tensor& log_prob, \
                                     const Tensor& gradient, int64_t levels, bool compat, int threads);                 \
+  void gaussian_kl_forward(const Tensor& mean, const Tensor& log_scale, const Tensor& seed, int64_t offset,            \
+                           const Tensor& z, const Tensor& kl, int threads);                                            \
+  void gaussian_kl_backward(const Tensor& mean, const Tensor& log_scale, const Tensor& seed, int64_t offset,           \
+                            const Tensor& grad, const Tensor& grad_kl, const Tensor& dmean, const Tensor& dlog_scale,  \
+                            int threads);                                                                              \
+  void dequantize(const Tensor& v, const Tensor& seed, int64_t offset, int64_t levels, double alpha, const Tensor& x,  \
+                  const Tensor& logabsdet, int threads);                                                               \
   }                                                                                                                    \
   constexpr Kernels isa##_kernels = {#isa, isa::affine_coupling_partials, isa::affine_coupling_forward,                \
                                      isa::affine_coupling_backward, isa::additive_coupling_forward,                    \
                                      isa::plu_weight_forward,       isa::plu_weight_backward,                          \
                                      isa::invertible_linear_forward, isa::invertible_linear_backward,                  \
                                      isa::masked_linear_forward,    isa::masked_linear_backward,                       \
-                                     isa::autoregressive_inverse_forward, isa::discretized_logistic_mixture};
+                                     isa::autoregressive_inverse_forward, isa::discretized_logistic_mixture,                    \
+                                     isa::gaussian_kl_forward,      isa::gaussian_kl_backward, isa::dequantize};
 
 struct Kernels {
   const char* isa;
@@ -105,6 +113,10 @@ struct Kernels {
                                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int);
   void (*autoregressive_inverse_forward)(const Autoregressive*, int64_t, const Tensor&, const Tensor&, const Tensor&, int);
   void (*discretized_logistic_mixture)(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, bool, int);
+  void (*gaussian_kl_forward)(const Tensor&, const Tensor&, const Tensor&, int64_t, const Tensor&, const Tensor&, int);
+  void (*gaussian_kl_backward)(const Tensor&, const Tensor&, const Tensor&, int64_t, const Tensor&, const Tensor&, const Tensor&,
+                               const Tensor&, int);
+  void (*dequantize)(const Tensor&, const Tensor&, int64_t, int64_t, double, const Tensor&, const Tensor&, int);
 };
 
 FLOWKERN_DECLARE(baseline)
@@ -323,6 +335,28 @@ void discretized_logistic_mixture(const Tensor& x, const Tensor& params, const T
   in_use->discretized_logistic_mixture(x, params, grad, log_prob, gradient, levels, compat, threads);
 }
 
+void gaussian_kl_forward(const Tensor& mean, const Tensor& log_scale, const Tensor& seed, int64_t offset, const Tensor& z,
+                         const Tensor& kl, int threads) {
+  py::gil_scoped_release release;
+  advise_huge_pages(z);
+  in_use->gaussian_kl_forward(mean, log_scale, seed, offset, z, kl, threads);
+}
+
+void gaussian_kl_backward(const Tensor& mean, const Tensor& log_scale, const Tensor& seed, int64_t offset, const Tensor& grad,
+                          const Tensor& grad_kl, const Tensor& dmean, const Tensor& dlog_scale, int threads) {
+  py::gil_scoped_release release;
+  advise_huge_pages(dmean);
+  advise_huge_pages(dlog_scale);
+  in_use->gaussian_kl_backward(mean, log_scale, seed, offset, grad, grad_kl, dmean, dlog_scale, threads);
+}
+
+void dequantize(const Tensor& v, const Tensor& seed, int64_t offset, int64_t levels, double alpha, const Tensor& x,
+                const Tensor& logabsdet, int threads) {
+  py::gil_scoped_release release;
+  advise_huge_pages(x);
+  in_use->dequantize(v, seed, offset, levels, alpha, x, logabsdet, threads);
+}
+
 }  // namespace flowkern
 
 PYBIND11_MODULE(_native, m) {
@@ -357,4 +391,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("plu_weight_backward", plu_weight_backward);
   m.def("autoregressive_inverse_forward", autoregressive_inverse_forward);
   m.def("discretized_logistic_mixture", discretized_logistic_mixture);
+  m.def("gaussian_kl_forward", gaussian_kl_forward);
+  m.def("gaussian_kl_backward", gaussian_kl_backward);
+  m.def("dequantize", dequantize);
 }

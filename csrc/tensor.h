@@ -5,7 +5,7 @@
 
 namespace flowkern {
 
-enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, int32 = 4, int64 = 5 };
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, int32 = 4, int64 = 5, uint8 = 6 };
 
 constexpr int max_dims = 5;
 

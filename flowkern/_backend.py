@@ -133,7 +133,15 @@ def choose(op: str, implementations: Mapping[str, Callable], tensors: Sequence[t
     return _requested
 
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int32: 4, torch.int64: 5}
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.uint8: 6,
+}
 
 
 def _describe(argument: Any) -> Any:

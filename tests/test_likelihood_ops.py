@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from comparison import assert_accurate
 
 import flowkern
-from flowkern import _backend, ops
+from flowkern import _backend, nn, ops
+from flowkern.ops import _dequantize as dequantization
 from flowkern.ops import _discretized_logistic_mixture as mixture
+from flowkern.ops import _gaussian_kl as gaussian
+from flowkern.ops import _philox
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
@@ -115,3 +118,359 @@ def test_mixture_in_float32_is_that_in_float64_everywhere(backend: str) -> None:
     assert gradient.isfinite().all()
     scale = exact_gradient.abs().flatten(1).max(1).values[:, None, None, None]
     assert ((gradient - exact_gradient).abs() <= 1e-3 * scale).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_compat_gives_the_published_values(backend: str) -> None:
+    x, params = image((4, 3, 6, 6), 5)
+    params[:, 5:].unflatten(1, (3, 3, 5))[:, :, 1] *= 2.5  # also under -7
+    with flowkern.backend(backend):
+        actual, gradient = values_and_gradient(ops.discretized_logistic_mixture, x, params, compat="pixelcnn++")
+    expected, expected_gradient = values_and_gradient(published, x, params)
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=0.0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-8)
+    assert not torch.allclose(actual, mixture.reference(x, params), rtol=1e-3)
+
+
+def test_mixture_of_any_dtype_and_strides() -> None:
+    x, params = image((2, 3, 6, 7), 2, dtype=torch.float32)
+    expected = values_and_gradient(ops.discretized_logistic_mixture, x, params)
+    for dtype in (torch.uint8, torch.int16, torch.float16):
+        assert torch.equal(values_and_gradient(ops.discretized_logistic_mixture, x.to(dtype), params)[0], expected[0])
+    last = params.to(memory_format=torch.channels_last)
+    wide = torch.zeros(2, 20, 6, 14)
+    wide[..., ::2] = params
+    for strided in (last, wide[..., ::2], params.transpose(2, 3).contiguous().transpose(2, 3)):
+        log_prob, gradient = values_and_gradient(ops.discretized_logistic_mixture, x, strided)
+        torch.testing.assert_close(log_prob, expected[0], rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(gradient, expected[1])
+    assert values_and_gradient(ops.discretized_logistic_mixture, x, last)[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("compat", [None, "pixelcnn++"])
+def test_mixture_gradients_and_double_gradients(channels: int, compat: str | None) -> None:
+    x, params = image((2, channels, 1, 2), 2, 4)
+    params[:, 2:].unflatten(1, (channels, -1, 2))[:, :, 1].abs_()  # finite differences need broad components
+
+    def function(p: torch.Tensor) -> torch.Tensor:
+        return ops.discretized_logistic_mixture(x, p, levels=4, compat=compat)
+
+    leaf = params.requires_grad_()
+    assert torch.autograd.gradcheck(function, leaf)
+    assert torch.autograd.gradgradcheck(function, leaf)
+    torch.testing.assert_close(torch.func.jacrev(function)(leaf), torch.autograd.functional.jacobian(function, leaf))
+
+
+def test_mixture_gradient_twice_and_never() -> None:
+    x, params = image((2, 3, 3, 3), 2, dtype=torch.float32)
+    leaf = params.requires_grad_()
+    log_prob = ops.discretized_logistic_mixture(x, leaf)
+    first = torch.autograd.grad(log_prob.sum(), leaf, retain_graph=True)[0]
+    kept = first.clone()
+    second = torch.autograd.grad(log_prob, leaf, torch.tensor([2.0, -1.0]))[0]
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(second, kept * torch.tensor([2.0, -1.0]).view(2, 1, 1, 1))
+    with torch.no_grad():
+        assert torch.equal(ops.discretized_logistic_mixture(x, leaf), log_prob)
+
+
+def test_mixture_keeps_nan_in_its_sample() -> None:
+    x, params = image((3, 3, 2, 2), 2, dtype=torch.float32)
+    params[1, 7, 0, 0] = float("nan")
+    for backend in ("torch", "auto"):
+        with flowkern.backend(backend):
+            log_prob, gradient = values_and_gradient(ops.discretized_logistic_mixture, x, params)
+        assert log_prob.isnan().tolist() == [False, True, False]
+        assert gradient[[0, 2]].isfinite().all()
+        assert gradient[1, :, 0, 0].isnan().any()
+
+
+@needs_native
+def test_mixture_outputs_are_written_whole_and_nothing_else(canaries: Any) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, components, kwargs in CASES.values():
+            x, params = image(shape, components, kwargs.get("levels", 256), dtype)
+            for p in (params, params.to(memory_format=torch.channels_last)):
+                for value in values_and_gradient(ops.discretized_logistic_mixture, x, p, **kwargs):
+                    assert not value.isnan().any()
+    canaries.assert_alive()
+
+
+@needs_native
+def test_same_bits_for_any_number_of_threads() -> None:
+    x, params = image((3, 3, 40, 40), 2, dtype=torch.float32)
+    mean, log_scale, v = torch.randn(2, 3, 40000), torch.randn(2, 3, 40000), torch.randint(256, (3, 40000))
+    before, seen = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            of_mixture = values_and_gradient(ops.discretized_logistic_mixture, x, params)
+            seen.append(
+                (*of_mixture, *kl_results(ops.gaussian_kl, mean[0], log_scale[0], seed=1), *ops.dequantize(v, seed=2, alpha=0.1))
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@needs_native
+def test_opcheck_and_compile() -> None:
+    x, params = image((2, 3, 3, 4), 2, dtype=torch.float32)
+    seed, mean, log_scale = torch.tensor([7]), torch.randn(2, 5), torch.randn(2, 5)
+    v = torch.randint(256, (2, 5), dtype=torch.uint8)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for overload, given in (
+        (mixture._forward.overload, (x.float(), params, 256, False)),
+        (mixture._backward.overload, (x.float(), params, torch.randn(2), 256, True)),
+        (gaussian._forward.overload, (mean, log_scale, seed, 0)),
+        (gaussian._backward.overload, (mean, log_scale, seed, 0, torch.randn(2, 5), torch.randn(2))),
+        (dequantization._forward.overload, (v, seed, 0, 256, 0.05, torch.float32)),
+    ):
+        torch.library.opcheck(overload, given, test_utils=tests)
+
+    def everything(params: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+        z, kl = ops.gaussian_kl(mean, log_scale, seed=seed)
+        w, logabsdet = ops.dequantize(v, seed=seed)
+        return ops.discretized_logistic_mixture(x, params) + z.square().sum(1) - kl + w.sum(1) + logabsdet
+
+    torch._dynamo.reset()
+    results = []
+    for function in (everything, torch.compile(everything, fullgraph=True, backend="aot_eager")):
+        leaves = [t.detach().requires_grad_() for t in (params, mean, log_scale)]
+        total = function(*leaves)
+        results.append((total, *torch.autograd.grad(total.sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_mixture_samples_follow_the_distribution() -> None:
+    """Frequencies of all levels of a pixel, and of the pairs of two channels that depend on each other."""
+    levels, n = 4, 40000
+    for channels in (1, 3):
+        _, params = image((1, channels, 1, 1), 2, levels, torch.float32)
+        params[:, 2:].unflatten(1, (channels, -1, 2))[:, :, 1].clamp_(min=-1.5)
+        drawn = ops.sample_discretized_logistic_mixture(params.expand(n, -1, 1, 1), channels=channels, levels=levels).flatten(1)
+        grid = torch.cartesian_prod(*[torch.arange(levels)] * channels).view(-1, channels)
+        expected = ops.discretized_logistic_mixture(
+            grid[..., None, None], params.expand(len(grid), -1, 1, 1), levels=levels
+        ).exp()
+        code = (drawn.long() * levels ** torch.arange(channels - 1, -1, -1)).sum(1)
+        seen = torch.bincount(code, minlength=len(grid)) / n
+        assert (seen - expected).abs().max() < 5 * (0.25 / n) ** 0.5
+    noise = torch.rand(2, 3, 2, 2), torch.rand(2, 3, 2, 2)
+    _, params = image((2, 3, 2, 2), 3, dtype=torch.float32)
+    a, b = (ops.sample_discretized_logistic_mixture(params, noise=noise, temperature=t) for t in (0.0, 1e-6))
+    assert a.dtype is torch.uint8
+    assert torch.equal(a, b)
+    assert ops.sample_discretized_logistic_mixture(params, levels=1024).dtype is torch.int32
+
+
+# Gaussian KL
+
+
+def kl_results(function: Any, mean: torch.Tensor, log_scale: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (mean, log_scale)]
+    z, kl = function(*leaves, **kwargs)
+    generator = torch.Generator().manual_seed(3)
+    grads = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in (z, kl)]
+    return z.detach(), kl.detach(), *torch.autograd.grad((z, kl), leaves, grads)
+
+
+def kl_reference(mean: torch.Tensor, log_scale: torch.Tensor, seed: int) -> Any:
+    return gaussian.reference(mean, log_scale, torch.tensor([seed]))
+
+
+KL_SHAPES = [(5, 6), (3, 64), (2, 100), (2, 3, 33, 35), (1, 1), (0, 4), (2, 0)]
+
+
+def check_gaussian_kl(dtype: torch.dtype) -> None:
+    for shape in KL_SHAPES:
+        mean, log_scale = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
+        exact = kl_results(kl_reference, mean.double(), log_scale.double(), seed=5)
+        plain = kl_results(kl_reference, mean, log_scale, seed=5)
+        for values in zip(kl_results(ops.gaussian_kl, mean, log_scale, seed=5), exact, plain, strict=True):
+            assert_accurate(*values, ulps=64 if dtype is torch.float64 else 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gaussian_kl_is_accurate_on_every_isa(dtype: torch.dtype, isa: str) -> None:
+    with flowkern.backend("cpp"):
+        check_gaussian_kl(dtype)
+
+
+def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]:
+    """Philox4x32-10 with Python's integers, as the paper has it."""
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b % 2**32, (a >> 32) ^ c3 ^ k1, a % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+def test_philox_is_that_of_its_authors() -> None:
+    """The known answers of the authors' library, and the reference's place for each number."""
+    assert philox((0, 0), (0, 0, 0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = 2**32 - 1
+    assert philox((ones, ones), (ones, ones, ones, ones)) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    seed, offset = -(2**62) + 12345, 2**40 + 7
+    actual = _philox.bits(torch.tensor([seed]), offset, 3, 130)
+    for b, g, w, i in ((0, 0, 0, 0), (1, 0, 3, 15), (2, 1, 2, 5), (2, 2, 0, 1)):
+        key = (seed % 2**32, (seed >> 32) % 2**32)
+        assert actual[b, 64 * g + 16 * w + i] == philox(key, (16 * g + i, b, offset % 2**32, offset >> 32))[w]
+
+
+@needs_native
+def test_kernels_use_the_same_integers(isa: str) -> None:
+    """Of 24 bits that ``dequantize`` keeps of each."""
+    v = torch.zeros(3, 1000, dtype=torch.uint8)
+    seed, offset = 2**62 + 99, 2**40 + 7
+    x, _ = ops.dequantize(v, seed=seed, offset=offset, levels=2, dtype=torch.float64)
+    bits = _philox.bits(torch.tensor([seed]), offset, 3, 1000)
+    assert torch.equal((x * 2**25).long(), bits >> 8)
+
+
+def test_noise_is_standard_normal() -> None:
+    n = 2**18
+    noise = ops.gaussian_kl(torch.zeros(4, n // 4), torch.zeros(4, n // 4), seed=1)[0].double().flatten()
+    error = n**-0.5
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(noise.pow(power).mean() - moment) < 5 * error * variance**0.5
+    edges = torch.linspace(-3, 3, 25, dtype=torch.float64)
+    for edge in edges:
+        assert abs((noise < edge).double().mean() - torch.special.ndtr(edge)) < 5 * 0.5 * error
+    for lag in (1, 16, 32, 64, n // 4):
+        assert abs((noise[:-lag] * noise[lag:]).mean()) < 5 * error
+
+
+def test_gaussian_kl_seeds() -> None:
+    mean, log_scale = torch.randn(3, 7), torch.randn(3, 7)
+    torch.manual_seed(4)
+    first = ops.gaussian_kl(mean, log_scale)[0]
+    with torch.random.fork_rng():
+        second = ops.gaussian_kl(mean, log_scale)[0]
+    third = ops.gaussian_kl(mean, log_scale)[0]
+    torch.manual_seed(4)
+    assert torch.equal(ops.gaussian_kl(mean, log_scale)[0], first)
+    assert torch.equal(second, third)
+    assert not torch.equal(first, second)
+    assert torch.equal(ops.gaussian_kl(mean, log_scale, seed=9)[0], ops.gaussian_kl(mean, log_scale, seed=torch.tensor(9))[0])
+    assert not torch.equal(ops.gaussian_kl(mean, log_scale, seed=9)[0], ops.gaussian_kl(mean, log_scale, seed=9, offset=1)[0])
+
+
+def test_gaussian_kl_gradients_and_strides() -> None:
+    h = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+
+    def function(h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ops.gaussian_kl(*h.chunk(2, 1), seed=3)
+
+    assert torch.autograd.gradcheck(function, h)
+    assert torch.autograd.gradgradcheck(function, h)
+    for index in range(2):  # one output alone, with an expanded gradient, transposed and mixed inputs
+        mean, log_scale = (torch.randn(4, 3, dtype=torch.float64).t().requires_grad_() for _ in range(2))
+        actual = torch.autograd.grad(ops.gaussian_kl(mean, log_scale, seed=3)[index].sum(), (mean, log_scale))
+        expected = torch.autograd.grad(kl_reference(mean, log_scale, 3)[index].sum(), (mean, log_scale))
+        torch.testing.assert_close(actual, expected)
+    z, kl = ops.gaussian_kl(torch.randn(2, 3).bfloat16(), torch.randn(2, 3), seed=1)
+    assert (z.dtype, kl.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_gaussian_kl_is_the_divergence() -> None:
+    mean, log_scale = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    posterior = torch.distributions.Normal(mean, log_scale.exp())
+    standard = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    expected = torch.distributions.kl_divergence(posterior, standard).sum(1)
+    torch.testing.assert_close(ops.gaussian_kl(mean, log_scale)[1], expected)
+
+
+# Dequantization
+
+
+def check_dequantize(dtype: torch.dtype) -> None:
+    for shape, levels in (((3, 5), 256), ((2, 3, 17, 19), 256), ((2, 2000), 32), ((2, 3), 65536), ((0, 3), 256), ((2, 0), 2)):
+        v = torch.randint(levels, shape, dtype=torch.uint8 if levels <= 256 else torch.int32)
+        for alpha in (None, 0.0, 0.05):
+            seed = torch.tensor([11])
+            # The noise is that of the dtype, whose rounding decides how near the ends values come.
+            w = dequantization._noisy(v, seed, 0, torch.float64 if dtype is torch.float64 else torch.float32).double()
+            if alpha is None:
+                exact, size = w / levels, torch.full((len(v),), -v[:1].numel() * torch.tensor(float(levels)).log().item())
+                size = size if v.numel() else torch.zeros(len(v))
+            else:
+                u = alpha + (1 - 2 * alpha) * w / levels
+                rest = alpha + (1 - 2 * alpha) * (levels - w) / levels
+                exact = u.log() - rest.log()
+                size = (
+                    (torch.log(torch.tensor((1 - 2 * alpha) / levels, dtype=torch.float64)) - u.log() - rest.log())
+                    .flatten(1)
+                    .sum(1)
+                )
+            x, logabsdet = ops.dequantize(v, levels=levels, alpha=alpha, seed=11, dtype=dtype)
+            assert x.dtype is dtype
+            assert_accurate(x, exact, ulps=64 if dtype is torch.float64 else 2)
+            assert_accurate(logabsdet, size, ulps=1e8 if dtype is torch.float64 and alpha is None else 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantize_is_accurate_on_every_isa(dtype: torch.dtype, isa: str) -> None:
+    with flowkern.backend("cpp"):
+        check_dequantize(dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_dequantize_stays_in_its_bin_and_off_the_ends(backend: str) -> None:
+    v = torch.arange(256, dtype=torch.uint8).expand(4, 1000, 256)
+    with flowkern.backend(backend):
+        x, logabsdet = ops.dequantize(v)
+        z, with_logit = ops.dequantize(v, alpha=0.0)
+    assert torch.equal((x * 256).floor(), v.float())
+    assert 0 < x.min()
+    assert x.max() < 1
+    assert z.isfinite().all()
+    assert with_logit.isfinite().all()
+    assert abs((x * 256 - v).mean() - 0.5) < 1e-3
+    assert not torch.equal(*(ops.dequantize(v)[0] for _ in range(2)))
+
+
+def test_dequantize_agrees_with_the_logit_layer() -> None:
+    v = torch.randint(256, (2, 3, 4, 5))
+    x, of_scale = ops.dequantize(v, seed=2, dtype=torch.float64)
+    z, logabsdet = ops.dequantize(v, seed=2, alpha=0.05, dtype=torch.float64)
+    expected, of_logit = nn.Logit(0.05)(x)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(logabsdet, of_scale + of_logit)
+    strided = v.to(torch.uint8).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert torch.equal(ops.dequantize(strided, seed=2, dtype=torch.float64)[0], x)
+
+
+def test_bad_input_is_named() -> None:
+    x, params = image((2, 3, 3, 4), 2, dtype=torch.float32)
+    for message, bad in {
+        "x: expected 1 or 3 channels, got 2": (x[:, :2], params, {}),
+        "params: expected a multiple of 10 channels for 3 of x, got 19": (x, params[:, 1:], {}),
+        r"params: expected the batch and pixels of x of shape \(2, 3, 3, 3\), got \(2, 20, 3, 4\)": (x[..., 1:], params, {}),
+        "levels: expected 2 to 2\\*\\*20, got 1": (x, params, {"levels": 1}),
+        "compat: expected None or 'pixelcnn\\+\\+', got 'other'": (x, params, {"compat": "other"}),
+        r"x: expected \(B, C, H, W\), got shape \(3, 3, 4\)": (x[0], params, {}),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ops.discretized_logistic_mixture(bad[0], bad[1], **bad[2])
+    with pytest.raises(TypeError, match=r"params: expected a floating dtype .* got torch.int64"):
+        ops.discretized_logistic_mixture(x, params.long())
+    with pytest.raises(TypeError, match=r"x: expected a tensor of integers, got torch.bool"):
+        ops.discretized_logistic_mixture(x > 1, params)
+    with pytest.raises(ValueError, match="temperature: expected at least 0, got -1"):
+        ops.sample_discretized_logistic_mixture(params, temperature=-1)
+    with pytest.raises(ValueError, match=r"noise: expected shape \(2, 2, 3, 4\) for the components"):
+        ops.sample_discretized_logistic_mixture(params, noise=(torch.rand(1), torch.rand(1)))
+    mean = torch.randn(2, 3)
+    with pytest.raises(ValueError, match=r"log_scale: expected shape \(2, 3\) as mean has, got \(3, 2\)"):
+        ops.gaussian_kl(mean, mean.t())
+    with pytest.raises(TypeError, match="seed: expected an int, an int64 tensor of one element, or None, got float"):
+        ops.gaussian_kl(mean, mean, seed=0.5)
+    with pytest.raises(TypeError, match="v: expected a tensor of integers, got torch.float32"):
+        ops.dequantize(mean)
+    with pytest.raises(ValueError, match=r"alpha: expected a number in \[0, 0.5\), got 0.5"):
+        ops.dequantize(x, alpha=0.5)

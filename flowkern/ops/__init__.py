@@ -4,9 +4,11 @@ from ._additive_coupling import additive_coupling as additive_coupling
 from ._affine_coupling import affine_coupling as affine_coupling
 from ._autoregressive_inverse import autoregressive_inverse as autoregressive_inverse
 from ._autoregressive_network import AutoregressiveNetwork as AutoregressiveNetwork
+from ._dequantize import dequantize as dequantize
 from ._discretized_logistic_mixture import discretized_logistic_mixture as discretized_logistic_mixture
 from ._discretized_logistic_mixture import sample_discretized_logistic_mixture as sample_discretized_logistic_mixture
 from ._ema_update import ema_update as ema_update
+from ._gaussian_kl import gaussian_kl as gaussian_kl
 from ._invertible_linear import invertible_linear as invertible_linear
 from ._masked_linear import DegreeMask as DegreeMask
 from ._masked_linear import masked_linear as masked_linear

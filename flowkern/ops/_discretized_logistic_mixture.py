@@ -1,9 +1,9 @@
 """The log-likelihood of pixels under a mixture of discretized logistics, with its gradient in the same pass.
 
-Source: Salimans, Karpathy, Chen and Kingma, "PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood and
-Other Modifications" (2017), eq. 1 to 3. A level x of L lies at 2 x / (L - 1) - 1 in units of the means, and its bin reaches 1 / (L - 1) to
-both sides; the first bin is open below, the last one above. With p and m the bin's upper and lower end, standardized, and r the
-posterior probability of a component at a pixel:
+Source: Salimans, Karpathy, Chen and Kingma, "PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood
+and Other Modifications" (2017), eq. 1 to 3. A level x of L lies at 2 x / (L - 1) - 1 in units of the means, and its bin
+reaches 1 / (L - 1) to both sides; the first bin is open below, the last one above. With p and m the bin's upper and lower
+end, standardized, and r the posterior probability of a component at a pixel:
 
 ==================== ========================================================================================
 p, m                 ((2 x + 1 - L) - (L - 1) mean +- 1) exp(-log_scale) / (L - 1)
@@ -279,13 +279,12 @@ def sample_discretized_logistic_mixture(
         raise ValueError(f"temperature: expected at least 0, got {temperature}")
     logits, means, log_scales, *coefficients = _parts(params.detach().to(accumulation_dtype(params)), channels)
     shapes = logits.shape, (params.shape[0], channels, *params.shape[2:])
-    if noise is None:
-        noise = tuple(torch.rand(shape, generator=generator, dtype=logits.dtype, device=params.device) for shape in shapes)  # type: ignore[assignment]
-    for what, u, shape in zip(("components", "levels"), noise, shapes, strict=True):
+    drawn_noise = noise or tuple(torch.rand(shape, generator=generator, device=params.device) for shape in shapes)
+    for what, u, shape in zip(("components", "levels"), drawn_noise, shapes, strict=True):
         if u.shape != shape:
             raise ValueError(f"noise: expected shape {tuple(shape)} for the {what}, got {tuple(u.shape)}")
-    tiny = torch.finfo(logits.dtype).tiny
-    of_component, of_level = (u.to(logits).clamp(tiny, 1.0 - torch.finfo(logits.dtype).eps / 2) for u in noise)
+    inside = torch.finfo(torch.float32).eps / 4  # torch.rand may return 0
+    of_component, of_level = (u.to(logits).clamp(inside, 1.0 - inside) for u in drawn_noise)
     chosen = (logits - temperature * torch.log(-torch.log(of_component))).argmax(1, keepdim=True).unsqueeze(1)
 
     def of_chosen(parts: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,161 @@
+"""A draw from a diagonal Gaussian and its KL divergence to a standard normal, in one pass.
+
+Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4 and appendix B. With s = exp(log_scale), the noise
+eps of ``_philox.normal``, and g, k the gradients of z and of kl:
+
+================ =====================================================
+z                mean + s eps
+kl               sum of (mean^2 + s^2 - 1) / 2 - log_scale
+gradient of mean g + k mean
+of log_scale     g s eps + k (s^2 - 1)
+================ =====================================================
+
+The backward makes eps again from its seed: nothing is stored but the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _backend
+from .._registry import define, reference_runs
+from . import _philox
+from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
+
+__all__ = ["gaussian_kl"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@outside_autocast
+def reference(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int = 0) -> Pair:
+    """The definition in plain torch."""
+    dtype = accumulation_dtype(mean, log_scale)
+    noise = _philox.normal(seed, offset, mean.shape[0], mean.shape[1:].numel(), dtype).view(mean.shape)
+    location, log_scale = mean.to(dtype), log_scale.to(dtype)
+    z = location + log_scale.exp() * noise
+    kl = 0.5 * (location.square() + torch.expm1(2.0 * log_scale)) - log_scale
+    return z.to(mean.dtype), kl.flatten(1).sum(1)
+
+
+def _outputs(mean: torch.Tensor, log_scale: torch.Tensor, *_: Any) -> Pair:
+    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
+    return mean.new_empty(mean.shape), mean.new_empty((mean.shape[0],), dtype=accumulation_dtype(mean, log_scale))
+
+
+def _gradients(mean: torch.Tensor, log_scale: torch.Tensor, *_: Any) -> Pair:
+    """What the backward returns, uninitialized: the fake, and what every kernel fills."""
+    return mean.new_empty(mean.shape), log_scale.new_empty(log_scale.shape)
+
+
+def _differentiate(
+    mean: torch.Tensor,
+    log_scale: torch.Tensor,
+    seed: torch.Tensor,
+    offset: int,
+    grad: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    return differentiate(lambda m, s: reference(m, s, seed, offset), (mean, log_scale), {}, (grad, grad_kl))
+
+
+def _torch_forward(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> Pair:
+    z, kl = reference(mean, log_scale, seed, offset)
+    return _outputs(mean, log_scale)[0].copy_(z), kl
+
+
+def _torch_backward(mean: torch.Tensor, log_scale: torch.Tensor, *rest: Any) -> Pair:
+    outputs = _gradients(mean, log_scale)
+    grads = _differentiate(mean.detach(), log_scale.detach(), *rest)
+    return outputs[0].copy_(grads[0]), outputs[1].copy_(grads[1])
+
+
+def _cpp_forward(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> Pair:
+    z, kl = _outputs(mean, log_scale)
+    _backend.call_native("gaussian_kl_forward", mean.flatten(1), log_scale.flatten(1), seed, offset, z.flatten(1), kl)
+    return z, kl
+
+
+def _cpp_backward(
+    mean: torch.Tensor,
+    log_scale: torch.Tensor,
+    seed: torch.Tensor,
+    offset: int,
+    grad: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+) -> Pair:
+    dmean, dlog_scale = _gradients(mean, log_scale)
+    grad = None if grad is None else grad.flatten(1)
+    inputs, outputs = (mean.flatten(1), log_scale.flatten(1)), (dmean.flatten(1), dlog_scale.flatten(1))
+    _backend.call_native("gaussian_kl_backward", *inputs, seed, offset, grad, grad_kl, *outputs)
+    return dmean, dlog_scale
+
+
+_INPUTS = "Tensor mean, Tensor log_scale, Tensor seed, int offset"
+
+_forward = define(
+    f"gaussian_kl({_INPUTS}) -> (Tensor, Tensor)",
+    fake=_outputs,
+    torch_=_torch_forward,
+    cpp=_cpp_forward,
+    triton="gaussian_kl.forward",
+)
+_backward = define(
+    f"gaussian_kl_backward({_INPUTS}, Tensor? grad, Tensor? grad_kl) -> (Tensor, Tensor)",
+    fake=_gradients,
+    torch_=_torch_backward,
+    cpp=_cpp_backward,
+    triton="gaussian_kl.backward",
+)
+
+
+class _GaussianKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> Pair:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mean, log_scale, seed)
+        ctx.offset = offset
+        return _forward(mean, log_scale, seed, offset)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, grad_kl: torch.Tensor | None) -> Any:
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return *(_differentiate if recorded else _backward)(*ctx.saved_tensors, ctx.offset, grad, grad_kl), None, None
+
+
+def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Seed = None, offset: int = 0) -> Pair:
+    """z drawn from N(mean, exp(log_scale)^2), and the KL divergence of that to N(0, I): the two halves of a VAE's posterior.
+
+    z = mean + exp(log_scale) eps, differentiable in both (the reparameterization trick);
+    kl = sum over a sample's elements of (mean^2 + exp(2 log_scale) - 1) / 2 - log_scale.
+
+    Args:
+        mean: (B, ...), at least two dimensions, any strides; float64, float32, bfloat16 or float16.
+        log_scale: as mean in shape; may differ in floating dtype.
+        seed: of the noise eps, which is made again in the backward: an int, or an int64 tensor of one element on the device of
+            mean. None takes one number from torch's generator, so that ``torch.manual_seed`` decides.
+        offset: a number of 64 bits that tells draws of one seed apart.
+
+    Returns:
+        (z, kl): z as mean in shape and dtype; kl (B,) in nats, float64 if an input is, else float32.
+
+    Raises:
+        TypeError: inputs that are not floating tensors, or a seed that is no integer.
+        ValueError: shapes that differ, or another device.
+
+    Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4 and appendix B.
+    """
+    check_floating("mean", mean)
+    check_floating("log_scale", log_scale)
+    check_same_device("log_scale", log_scale, mean)
+    if mean.ndim < 2:
+        raise ValueError(f"mean: expected (B, ...) of at least two dimensions, got shape {tuple(mean.shape)}")
+    if log_scale.shape != mean.shape:
+        raise ValueError(f"log_scale: expected shape {tuple(mean.shape)} as mean has, got {tuple(log_scale.shape)}")
+    inputs = mean, log_scale, _philox.as_seed(seed, mean.device), offset
+    if reference_runs(mean):
+        return reference(*inputs)
+    recording = torch.is_grad_enabled() and (mean.requires_grad or log_scale.requires_grad)
+    return (_GaussianKL.apply if recording else _forward)(*inputs)
