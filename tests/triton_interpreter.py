@@ -12,6 +12,7 @@ from typing import Any
 
 import mpmath
 import pytest
+import test_likelihood_ops as test_likelihood_everywhere
 import test_masked_linear as test_masked_linear_everywhere
 import test_plu_weight as test_plu_weight_everywhere
 import torch
@@ -250,6 +251,19 @@ def test_masked_linear(dtype: torch.dtype, kind: str, launches: list[_coupling.L
 
 def test_masked_linear_of_mixed_dtypes_and_strides(launches: list[_coupling.Launch]) -> None:
     test_masked_linear_everywhere.test_any_strides_dtypes_and_gradients("triton")
+    assert launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixture_of_logistics(dtype: torch.dtype, launches: list[_coupling.Launch], canaries: Any) -> None:
+    test_likelihood_everywhere.check_mixture(dtype)
+    canaries.assert_alive()
+    assert len(launches) == len([shape for shape, _, _ in test_likelihood_everywhere.CASES.values() if 0 not in shape])
+
+
+def test_mixture_of_logistics_everywhere(launches: list[_coupling.Launch]) -> None:
+    test_likelihood_everywhere.test_mixture_in_float32_is_that_in_float64_everywhere("triton")
+    test_likelihood_everywhere.test_mixture_of_any_dtype_and_strides()
     assert launches
 
 

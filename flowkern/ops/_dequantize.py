@@ -1,7 +1,8 @@
 """Integers to continuous values: uniform noise, scaling, the logit if wanted, and the log-determinant, in one pass.
 
 Source: Theis, van den Oord and Bethge, "A note on the evaluation of generative models" (2016), section 3.1; the logit: Dinh,
-Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017), section 4.1. With w = v + u and a = alpha + (1 - 2 alpha) w / levels:
+Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017), section 4.1. With w = v + u and
+a = alpha + (1 - 2 alpha) w / levels:
 
 ================= ============================================================================
 without alpha     x = w / levels, logabsdet = -D log(levels)
@@ -13,7 +14,6 @@ with alpha        x = log(a) - log(1 - a),
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 

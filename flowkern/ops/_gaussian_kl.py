@@ -1,7 +1,7 @@
 """A draw from a diagonal Gaussian and its KL divergence to a standard normal, in one pass.
 
-Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4 and appendix B. With s = exp(log_scale), the noise
-eps of ``_philox.normal``, and g, k the gradients of z and of kl:
+Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4 and appendix B. With s = exp(log_scale),
+the noise eps of ``_philox.normal``, and g, k the gradients of z and of kl:
 
 ================ =====================================================
 z                mean + s eps
@@ -121,8 +121,9 @@ class _GaussianKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_kl: torch.Tensor | None) -> Any:
+        mean, log_scale, seed = ctx.saved_tensors
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return *(_differentiate if recorded else _backward)(*ctx.saved_tensors, ctx.offset, grad, grad_kl), None, None
+        return *(_differentiate if recorded else _backward)(mean, log_scale, seed, ctx.offset, grad, grad_kl), None, None
 
 
 def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Seed = None, offset: int = 0) -> Pair:

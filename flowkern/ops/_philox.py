@@ -1,7 +1,8 @@
 """Random numbers from counters, which a kernel makes where it needs them, as often as it needs them: nothing is stored.
 
-Philox4x32-10 turns a key and a counter into four words of 32 bits. The key is the seed. Element 64 g + 16 w + i of sample b takes word w
-(0 to 3) of the counter (16 g + i, b, offset mod 2^32, offset div 2^32): 16 counters serve 64 neighbours, in vectors of 16.
+Philox4x32-10 turns a key and a counter into four words of 32 bits. The key is the seed. Element 64 g + 16 w + i of sample b
+takes word w (0 to 3) of the counter (16 g + i, b, offset mod 2^32, offset div 2^32): 16 counters serve 64 neighbours, in
+vectors of 16.
 The integers are the same on every backend, what is computed from them the same to rounding.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011), section 3.3 and figure 3.

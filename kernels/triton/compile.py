@@ -44,7 +44,7 @@ TARGETS = {
 #: Bytes of shared memory that one program may have.
 _SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 #: Kernels of functions that are no op of the table: they return no log-determinant.
-HELPERS = ("masked_linear", "plu_weight")
+HELPERS = ("discretized_logistic_mixture", "masked_linear", "plu_weight")
 _POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -52,6 +52,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 
 
