@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -73,13 +74,14 @@ CASES: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
 }
 
 
-def check_mixture(dtype: torch.dtype) -> None:
-    for shape, components, kwargs in CASES.values():
+def check_mixture(dtype: torch.dtype, names: Iterable[str] = tuple(CASES)) -> None:
+    for shape, components, kwargs in map(CASES.__getitem__, names):
         x, params = image(shape, components, kwargs.get("levels", 256), dtype)
         exact = values_and_gradient(mixture.reference, x, params.double(), **kwargs)
         plain = values_and_gradient(mixture.reference, x, params, **kwargs)
+        # A posterior is the exponential of log masses of up to some hundreds: what these are rounded by is its relative error.
         for values in zip(values_and_gradient(ops.discretized_logistic_mixture, x, params, **kwargs), exact, plain, strict=True):
-            assert_accurate(*values, ulps=64 if dtype is torch.float64 else 4)
+            assert_accurate(*values, ulps=64 if dtype is torch.float64 else 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -99,10 +101,7 @@ def test_mixture_sums_to_one_over_all_levels(backend: str) -> None:
     torch.testing.assert_close(log_prob.exp().sum(), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_mixture_in_float32_is_that_in_float64_everywhere(backend: str) -> None:
-    """One pixel at a time: to 1e-5, for scales from e^-20 to e^8, and levels and means that are near and far."""
-    n = 20000
+def check_everywhere(backend: str, n: int) -> None:
     x = torch.randint(256, (n, 3, 1, 1))
     x[: n // 8] = torch.tensor([0, 255])[torch.randint(2, (n // 8, 3, 1, 1))]
     params = torch.randn(n, 20, 1, 1)
@@ -118,6 +117,12 @@ def test_mixture_in_float32_is_that_in_float64_everywhere(backend: str) -> None:
     assert gradient.isfinite().all()
     scale = exact_gradient.abs().flatten(1).max(1).values[:, None, None, None]
     assert ((gradient - exact_gradient).abs() <= 1e-3 * scale).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_mixture_in_float32_is_that_in_float64_everywhere(backend: str) -> None:
+    """One pixel at a time: to 1e-5, for scales from e^-20 to e^8, and levels and means that are near and far."""
+    check_everywhere(backend, 20000)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -322,14 +327,19 @@ def test_philox_is_that_of_its_authors() -> None:
         assert actual[b, 64 * g + 16 * w + i] == philox(key, (16 * g + i, b, offset % 2**32, offset >> 32))[w]
 
 
-@needs_native
-def test_kernels_use_the_same_integers(isa: str) -> None:
-    """Of 24 bits that ``dequantize`` keeps of each."""
+def check_philox() -> None:
+    """Of each integer 24 bits, which ``dequantize`` keeps."""
     v = torch.zeros(3, 1000, dtype=torch.uint8)
     seed, offset = 2**62 + 99, 2**40 + 7
     x, _ = ops.dequantize(v, seed=seed, offset=offset, levels=2, dtype=torch.float64)
     bits = _philox.bits(torch.tensor([seed]), offset, 3, 1000)
     assert torch.equal((x * 2**25).long(), bits >> 8)
+
+
+@needs_native
+def test_kernels_use_the_same_integers(isa: str) -> None:
+    with flowkern.backend("cpp"):
+        check_philox()
 
 
 def test_noise_is_standard_normal() -> None:

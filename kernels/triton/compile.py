@@ -44,7 +44,7 @@ TARGETS = {
 #: Bytes of shared memory that one program may have.
 _SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 #: Kernels of functions that are no op of the table: they return no log-determinant.
-HELPERS = ("discretized_logistic_mixture", "masked_linear", "plu_weight")
+HELPERS = ("dequantize", "discretized_logistic_mixture", "gaussian_kl", "masked_linear", "plu_weight")
 _POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",

@@ -245,7 +245,9 @@ def _launch(
     return Launch(kernel, (x, params, grad, partial, gradient), plan), partial
 
 
-def _run(x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, gradient: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+def _run(
+    x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, gradient: torch.Tensor | None, *rest: Any
+) -> torch.Tensor:
     """log_prob; the gradient is written."""
     if not params.numel():
         return _output(x, params).zero_()

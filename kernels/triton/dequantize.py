@@ -1,0 +1,113 @@
+"""Uniform dequantization, the logit and the log-determinant. The formulas are at the top of flowkern/ops/_dequantize.py."""
+
+# mypy: allow-untyped-defs
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from flowkern.ops._dequantize import _accumulation, _outputs
+
+from ._coupling import Launch, Plan, example
+from ._philox import GROUP, elements, words
+from .lang import narrow
+
+__all__ = ["forward"]
+
+#: The kernel computes random numbers while it streams.
+STREAMING = False
+
+
+@triton.jit
+def spread(p_v, p_x, mask, bits, LEVELS: tl.constexpr, ALPHA: tl.constexpr, ACC: tl.constexpr):
+    # Writes x, and returns log(a) + log(1 - a).
+    BELOW_ONE: tl.constexpr = 1.0 - 2.0**-53 if ACC == tl.float64 else 1.0 - 2.0**-24
+    bin = tl.load(p_v, mask=mask, other=0).to(ACC)
+    w = bin + ((bits >> 8).to(ACC) * 5.960464477539063e-08 + 2.9802322387695312e-08)
+    w = tl.where(w < bin + 1.0, w, (bin + 1.0) * BELOW_ONE)
+    if ALPHA is None:
+        x, logarithms = w / LEVELS, tl.zeros_like(w)
+    else:
+        STEP: tl.constexpr = (1.0 - 2.0 * ALPHA) / LEVELS
+        low, high = tl.log(ALPHA + STEP * w), tl.log(ALPHA + STEP * (LEVELS - w))
+        x, logarithms = low - high, tl.where(mask, low + high, 0.0)
+    tl.store(p_x, narrow(x, p_x.dtype.element_ty), mask=mask)
+    return logarithms
+
+
+@triton.jit(do_not_specialize=["offset"])
+def kernel(
+    p_v, p_seed, p_x, p_partial,
+    N, n_tiles, offset, v_b, v_n,
+    LEVELS: tl.constexpr, ALPHA: tl.constexpr, GROUPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    i_b, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
+    c0, c1, c2, c3 = words(p_seed, offset, i_b, i_tile, GROUPS)
+    n = elements(i_tile, GROUPS)
+    p_v += i_b.to(tl.int64) * v_b
+    p_x += i_b.to(tl.int64) * N
+    total = spread(p_v + n * v_n, p_x + n, n < N, c0, LEVELS, ALPHA, ACC)
+    n += 16
+    total += spread(p_v + n * v_n, p_x + n, n < N, c1, LEVELS, ALPHA, ACC)
+    n += 16
+    total += spread(p_v + n * v_n, p_x + n, n < N, c2, LEVELS, ALPHA, ACC)
+    n += 16
+    total += spread(p_v + n * v_n, p_x + n, n < N, c3, LEVELS, ALPHA, ACC)
+    tl.store(p_partial + tl.program_id(0), tl.sum(total))
+
+
+def _launch(
+    v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, x: torch.Tensor
+) -> tuple[Launch, torch.Tensor]:
+    """The launch, and where each of its programs leaves the sum of its logarithms: (B, tiles)."""
+    batch, length = v.shape
+    groups = min(16, triton.next_power_of_2(triton.cdiv(length, GROUP)))
+    tiles = triton.cdiv(length, GROUP * groups)
+    accumulate = _accumulation(x.dtype)
+    keywords = {
+        "LEVELS": float(levels),
+        "ALPHA": alpha,
+        "GROUPS": groups,
+        "ACC": tl.float64 if accumulate is torch.float64 else tl.float32,
+        "num_warps": 2,
+        "enable_fp_fusion": True,
+    }
+    partial = v.new_empty((batch, tiles), dtype=accumulate)
+    plan = Plan(batch * tiles, tiles, (length, tiles, offset, *v.stride()), keywords)
+    return Launch(kernel, (v, seed, x, partial), plan), partial
+
+
+def forward(
+    v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, logabsdet): ``flowkern::dequantize``."""
+    x, logabsdet = _outputs(v, seed, offset, levels, alpha, dtype)
+    if not v.numel():
+        return x, logabsdet.zero_()
+    launch, partial = _launch(v.flatten(1), seed, offset, levels, alpha, x.flatten(1))
+    launch.run()
+    each = (0.0 if alpha is None else math.log1p(-2.0 * alpha)) - math.log(levels)
+    return x, v.shape[1:].numel() * each - partial.sum(1)
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+FACTORS: dict[str, Any] = {
+    "length": (3072, 37),
+    "form": ("vector", "strided"),
+    "integers": (torch.uint8, torch.int32),
+    "alpha": (0.05, None),
+    "dtypes": tuple(_DTYPES),
+}
+
+
+def compile_cases(
+    length: int, form: str, integers: torch.dtype, alpha: float | None, dtypes: str
+) -> Iterator[tuple[str, Launch]]:
+    """The launches (named) of one choice from FACTORS."""
+    v = example((64, length), integers, form)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    x, _ = _outputs(v, seed, 0, 256, alpha, _DTYPES[dtypes])
+    yield "forward", _launch(v, seed, 0, 256, alpha, x)[0]

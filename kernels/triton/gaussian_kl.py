@@ -1,0 +1,157 @@
+"""A draw from a Gaussian with its KL divergence, and the backward. The formulas are at the top of flowkern/ops/_gaussian_kl.py."""
+
+# mypy: allow-untyped-defs
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from flowkern.ops._checks import accumulation_dtype
+from flowkern.ops._gaussian_kl import _gradients, _outputs
+
+from ._coupling import DTYPES, Launch, Plan, example
+from ._philox import GROUP, elements, normal_noise
+from .lang import exp, narrow
+
+__all__ = ["backward", "forward"]
+
+#: The kernels compute random numbers while they stream.
+STREAMING = False
+
+
+@triton.jit
+def draw(p_mean, p_scale, p_z, mask, noise, ACC: tl.constexpr):
+    # Writes z, and returns the elements' KL divergences.
+    mean = tl.load(p_mean, mask=mask, other=0.0).to(ACC)
+    log_scale = tl.load(p_scale, mask=mask, other=0.0).to(ACC)
+    scale = exp(log_scale)
+    tl.store(p_z, narrow(mean + scale * noise, p_z.dtype.element_ty), mask=mask)
+    return 0.5 * (mean * mean + (scale * scale - 1.0)) - log_scale  # 0 where the mask is
+
+
+@triton.jit(do_not_specialize=["offset"])
+def forward_kernel(
+    p_mean, p_scale, p_seed, p_z, p_partial,
+    N, n_tiles, offset, m_b, m_n, s_b, s_n,
+    GROUPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    i_b, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
+    n0, n1, n2, n3 = normal_noise(p_seed, offset, i_b, i_tile, GROUPS, ACC)
+    n = elements(i_tile, GROUPS)
+    p_mean += i_b.to(tl.int64) * m_b
+    p_scale += i_b.to(tl.int64) * s_b
+    p_z += i_b.to(tl.int64) * N
+    kl = draw(p_mean + n * m_n, p_scale + n * s_n, p_z + n, n < N, n0, ACC)
+    n += 16
+    kl += draw(p_mean + n * m_n, p_scale + n * s_n, p_z + n, n < N, n1, ACC)
+    n += 16
+    kl += draw(p_mean + n * m_n, p_scale + n * s_n, p_z + n, n < N, n2, ACC)
+    n += 16
+    kl += draw(p_mean + n * m_n, p_scale + n * s_n, p_z + n, n < N, n3, ACC)
+    tl.store(p_partial + tl.program_id(0), tl.sum(kl))
+
+
+@triton.jit
+def differentiate(p_grad, grad_kl, p_mean, p_scale, p_dmean, p_dscale, mask, noise, ACC: tl.constexpr):
+    mean = tl.load(p_mean, mask=mask, other=0.0).to(ACC)
+    scale = exp(tl.load(p_scale, mask=mask, other=0.0).to(ACC))
+    grad = tl.zeros_like(mean) if p_grad is None else tl.load(p_grad, mask=mask, other=0.0).to(ACC)
+    tl.store(p_dmean, narrow(grad + grad_kl * mean, p_dmean.dtype.element_ty), mask=mask)
+    d_log_scale = grad * scale * noise + grad_kl * (scale * scale - 1.0)
+    tl.store(p_dscale, narrow(d_log_scale, p_dscale.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["offset"])
+def backward_kernel(
+    p_grad, p_grad_kl, p_mean, p_scale, p_seed, p_dmean, p_dscale,
+    N, n_tiles, offset, m_b, m_n, s_b, s_n, g_b, g_n, k_b,
+    GROUPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    i_b, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
+    n0, n1, n2, n3 = normal_noise(p_seed, offset, i_b, i_tile, GROUPS, ACC)
+    grad_kl = 0.0 if p_grad_kl is None else tl.load(p_grad_kl + i_b * k_b).to(ACC)
+    i_b = i_b.to(tl.int64)
+    for w in tl.static_range(0, 4):
+        n = elements(i_tile, GROUPS) + 16 * w
+        noise = n0 if w == 0 else n1 if w == 1 else n2 if w == 2 else n3
+        differentiate(
+            None if p_grad is None else p_grad + i_b * g_b + n * g_n, grad_kl, p_mean + i_b * m_b + n * m_n,
+            p_scale + i_b * s_b + n * s_n, p_dmean + i_b * N + n, p_dscale + i_b * N + n, n < N, noise, ACC,
+        )  # fmt: skip
+
+
+def _plan(mean: torch.Tensor, offset: int, double: bool, strides: tuple[int, ...]) -> Plan:
+    batch, length = mean.shape
+    groups = min(16, triton.next_power_of_2(triton.cdiv(length, GROUP)))
+    tiles = triton.cdiv(length, GROUP * groups)
+    keywords = {"GROUPS": groups, "ACC": tl.float64 if double else tl.float32, "num_warps": 2, "enable_fp_fusion": True}
+    return Plan(batch * tiles, tiles, (length, tiles, offset, *strides), keywords)
+
+
+def _double(mean: torch.Tensor, log_scale: torch.Tensor) -> bool:
+    return accumulation_dtype(mean, log_scale) is torch.float64
+
+
+def _forward_launch(
+    mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int, z: torch.Tensor
+) -> tuple[Launch, torch.Tensor]:
+    """The launch, and where each of its programs leaves its part of the divergences: (B, tiles)."""
+    how = _plan(mean, offset, _double(mean, log_scale), (*mean.stride(), *log_scale.stride()))
+    partial = mean.new_empty((mean.shape[0], how.tiles), dtype=accumulation_dtype(mean, log_scale))
+    return Launch(forward_kernel, (mean, log_scale, seed, z, partial), how), partial
+
+
+def _backward_launch(
+    mean: torch.Tensor,
+    log_scale: torch.Tensor,
+    seed: torch.Tensor,
+    offset: int,
+    grad: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    outputs: tuple[torch.Tensor, ...],
+) -> Launch:
+    strides = (*mean.stride(), *log_scale.stride(), *((0, 0) if grad is None else grad.stride()))
+    strides = (*strides, 0 if grad_kl is None else grad_kl.stride(0))
+    how = _plan(mean, offset, _double(mean, log_scale), strides)
+    return Launch(backward_kernel, (grad, grad_kl, mean, log_scale, seed, *outputs), how)
+
+
+def forward(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(z, kl): ``flowkern::gaussian_kl``."""
+    z, kl = _outputs(mean, log_scale)
+    if not z.numel():
+        return z, kl.zero_()
+    launch, partial = _forward_launch(mean.flatten(1), log_scale.flatten(1), seed, offset, z.flatten(1))
+    launch.run()
+    return z, partial.sum(1)
+
+
+def backward(
+    mean: torch.Tensor,
+    log_scale: torch.Tensor,
+    seed: torch.Tensor,
+    offset: int,
+    grad: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dmean, dlog_scale): ``flowkern::gaussian_kl_backward``."""
+    outputs = _gradients(mean, log_scale)
+    if mean.numel():
+        grad = None if grad is None else grad.flatten(1)
+        flat = tuple(out.flatten(1) for out in outputs)
+        _backward_launch(mean.flatten(1), log_scale.flatten(1), seed, offset, grad, grad_kl, flat).run()
+    return outputs
+
+
+FACTORS: dict[str, Any] = {"length": (65536, 4096, 37), "form": ("vector", "strided"), "dtypes": tuple(DTYPES)}
+
+
+def compile_cases(length: int, form: str, dtypes: str) -> Iterator[tuple[str, Launch]]:
+    """The launches (named) of one choice from FACTORS."""
+    mean, log_scale = (example((64, length), dtype, form) for dtype in DTYPES[dtypes])
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    z, kl = _outputs(mean, log_scale)
+    yield "forward", _forward_launch(mean, log_scale, seed, 0, z)[0]
+    yield "backward", _backward_launch(mean, log_scale, seed, 0, z, kl, _gradients(mean, log_scale))
