@@ -15,7 +15,7 @@ import torch
 
 from flowkern import OPS
 
-from . import autoregressive, glow
+from . import autoregressive, glow, likelihood
 from .measure import FUSED, Options, Row, measure
 from .report import HEADER, describe, line, write_csv
 from .timing import pages_here
@@ -30,7 +30,7 @@ eager, compile: the time of plain torch code, and of torch.compile of it, over t
 pages: on a CPU whether freed memory stays with the process, on a GPU where the inputs lie (each table says it).
 extra: the most memory the op holds at a time above its inputs and outputs.
 ``python -m bench glow`` measures 1x1 convolutions and a whole Glow beside the peers, ``python -m bench autoregressive`` the
-inverse of masked autoregressive layers (--help says how).
+inverse of masked autoregressive layers, ``python -m bench likelihood`` the likelihood kernels (--help says how).
 The exit code is 1 if a result was wrong (its row says FAILED); a missed target is no error.
 """
 
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return glow.main(argv[1:])
     if argv[:1] == ["autoregressive"]:
         return autoregressive.main(argv[1:])
+    if argv[:1] == ["likelihood"]:
+        return likelihood.main(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.op if name not in OPS]:

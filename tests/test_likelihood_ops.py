@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from comparison import assert_accurate
+from flowkern.bench import likelihood
+from flowkern.bench.likelihood import published
 
 import flowkern
 from flowkern import _backend, nn, ops
@@ -33,25 +36,6 @@ def image(shape: tuple[int, ...], components: int = 3, levels: int = 256, dtype:
     per_channel = params[:, components:].unflatten(1, (shape[1], -1, components))
     per_channel[:, :, 1] = 2.0 * per_channel[:, :, 1] - 2.0
     return x, params.to(dtype)
-
-
-def published(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    """The published code's algorithm, for 8 bits: x in [-1, 1], channels last; nats per sample."""
-    x, params = x.permute(0, 2, 3, 1).to(params) / 127.5 - 1.0, params.permute(0, 2, 3, 1)
-    components = params.shape[-1] // 10
-    logits, rest = params[..., :components], params[..., components:].unflatten(-1, (3, 3 * components))
-    means, log_scales, coefficients = rest.split(components, -1)
-    log_scales, coefficients = log_scales.clamp(min=-7.0), coefficients.tanh()
-    x = x.unsqueeze(-1).expand_as(means)
-    green = means[..., 1, :] + coefficients[..., 0, :] * x[..., 0, :]
-    blue = means[..., 2, :] + coefficients[..., 1, :] * x[..., 0, :] + coefficients[..., 2, :] * x[..., 1, :]
-    centered, inverse = x - torch.stack([means[..., 0, :], green, blue], -2), torch.exp(-log_scales)
-    plus, minus, middle = inverse * (centered + 1 / 255), inverse * (centered - 1 / 255), inverse * centered
-    delta = plus.sigmoid() - minus.sigmoid()
-    density = middle - log_scales - 2.0 * F.softplus(middle) - torch.tensor(127.5).log()
-    inside = torch.where(delta > 1e-5, delta.clamp(min=1e-12).log(), density)
-    log_probs = torch.where(x < -0.999, plus - F.softplus(plus), torch.where(x > 0.999, -F.softplus(minus), inside)).sum(-2)
-    return torch.logsumexp(log_probs + logits.log_softmax(-1), -1).flatten(1).sum(1)
 
 
 def values_and_gradient(function: Any, x: torch.Tensor, params: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -484,3 +468,12 @@ def test_bad_input_is_named() -> None:
         ops.dequantize(mean)
     with pytest.raises(ValueError, match=r"alpha: expected a number in \[0, 0.5\), got 0.5"):
         ops.dequantize(x, alpha=0.5)
+
+
+def test_the_bench_checks_what_it_times(tmp_path: Path) -> None:
+    assert likelihood.main(["--quick", "--csv", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert {row["case"].split("-")[0] for row in rows} == {"mixture", "kl", "dequantize"}
+    assert all(float(row["median_ms"]) > 0 and not row["failure"] for row in rows)
+    assert likelihood.differs((torch.ones(2),), (torch.tensor([1.0, 1.001]),)).startswith("off by")

@@ -24,7 +24,7 @@ STREAMING = False
 @triton.jit
 def spread(p_v, p_x, mask, bits, LEVELS: tl.constexpr, ALPHA: tl.constexpr, ACC: tl.constexpr):
     # Writes x, and returns log(a) + log(1 - a).
-    BELOW_ONE: tl.constexpr = 1.0 - 2.0**-53 if ACC == tl.float64 else 1.0 - 2.0**-24
+    BELOW_ONE: tl.constexpr = 1.0 - 2.0**-53 if tl.float64 == ACC else 1.0 - 2.0**-24
     bin = tl.load(p_v, mask=mask, other=0).to(ACC)
     w = bin + ((bits >> 8).to(ACC) * 5.960464477539063e-08 + 2.9802322387695312e-08)
     w = tl.where(w < bin + 1.0, w, (bin + 1.0) * BELOW_ONE)

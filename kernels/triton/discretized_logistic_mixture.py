@@ -1,4 +1,4 @@
-"""A mixture of discretized logistics with its gradient. The formulas are at the top of flowkern/ops/_discretized_logistic_mixture.py.
+"""A mixture of discretized logistics with its gradient; the formulas stand in flowkern/ops/_discretized_logistic_mixture.py.
 
 A program owns a tile of components times pixels of one sample: everything is loaded once, and stays in registers until the
 posterior of the components is known. A narrow component turns the rounding of its mean into whole nats, so the distance of

@@ -1,4 +1,4 @@
-"""A draw from a Gaussian with its KL divergence, and the backward. The formulas are at the top of flowkern/ops/_gaussian_kl.py."""
+"""A draw from a Gaussian with its KL divergence, and the backward; the formulas stand in flowkern/ops/_gaussian_kl.py."""
 
 # mypy: allow-untyped-defs
 from collections.abc import Iterator
