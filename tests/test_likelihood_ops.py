@@ -140,7 +140,7 @@ def test_mixture_of_any_dtype_and_strides() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("compat", [None, "pixelcnn++"])
 def test_mixture_gradients_and_double_gradients(channels: int, compat: str | None) -> None:
-    x, params = image((2, channels, 1, 2), 2, 4)
+    x, params = image((2, channels, 1, 1), 2, 4)
     params[:, 2:].unflatten(1, (channels, -1, 2))[:, :, 1].abs_()  # finite differences need broad components
 
     def function(p: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ def test_mixture_gradients_and_double_gradients(channels: int, compat: str | Non
 
     leaf = params.requires_grad_()
     assert torch.autograd.gradcheck(function, leaf)
-    assert torch.autograd.gradgradcheck(function, leaf)
+    assert torch.autograd.gradgradcheck(function, leaf, fast_mode=True)
     torch.testing.assert_close(torch.func.jacrev(function)(leaf), torch.autograd.functional.jacobian(function, leaf))
 
 
@@ -221,7 +221,7 @@ def test_opcheck_and_compile() -> None:
     x, params = image((2, 3, 3, 4), 2, dtype=torch.float32)
     seed, mean, log_scale = torch.tensor([7]), torch.randn(2, 5), torch.randn(2, 5)
     v = torch.randint(256, (2, 5), dtype=torch.uint8)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = ("test_schema", "test_faketensor")
     for overload, given in (
         (mixture._forward.overload, (x.float(), params, 256, False)),
         (mixture._backward.overload, (x.float(), params, torch.randn(2), 256, True)),
