@@ -16,6 +16,6 @@ from ._nearest_code import nearest_code as nearest_code
 from ._parametrization import LAYOUTS as LAYOUTS
 from ._parametrization import ScaleMap as ScaleMap
 from ._plu_weight import plu_weight as plu_weight
-from ._split import FeatureMask as FeatureMask
 from ._split import SPLITS as SPLITS
+from ._split import FeatureMask as FeatureMask
 from ._vector_quantize import vector_quantize as vector_quantize
