@@ -274,7 +274,7 @@ FACTORS: dict[str, Any] = {
     "components": (10, 5),
     "compat": (False, True),
     "form": ("vector", "channels-last"),
-    "dtypes": ("float32", "bfloat16", "float16", "float64"),
+    "dtypes": ("float32", "bfloat16", "float64"),
 }
 
 
