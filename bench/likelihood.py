@@ -58,17 +58,19 @@ def published(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(log_probs + logits.log_softmax(-1), -1).flatten(1).sum(1)
 
 
-def differs(results: Tensors, exact: Tensors) -> str:
-    """How far the results are from those in float64, if that is more than float32 explains."""
-    errors = [float((r.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)) for r, e in zip(results, exact, strict=True)]
-    return "" if max(errors) < 1e-4 else f"off by {max(errors):.1e} of the largest value"
+def differs(results: Tensors, exact: Tensors, granted: float = 1e-5) -> str:
+    """How far the results are from those in float64, by their norms, if that is more than granted."""
+    errors = [float((r.double() - e).norm() / e.norm().clamp(min=1e-30)) for r, e in zip(results, exact, strict=True)]
+    return "" if max(errors) < granted else f"off by {max(errors):.1e} of the norm"
 
 
 def compared(
     case: str, direction: str, calls: Mapping[str, Call], exact: Mapping[str, Tensors], seconds: float, against: str
 ) -> Iterator[dict[str, Any]]:
     """Rows of calls that each returned what it should, with the memory that each takes."""
-    failures = {name: differs(call(), exact[name]) for name, call in calls.items() if name in exact}
+    # The published algorithm subtracts nearly equal numbers, and jumps where a bin's mass passes 1e-5.
+    granted = {"published": 1e-2, f"{FLOWKERN}-compat": 1e-3}
+    failures = {name: differs(call(), exact[name], granted.get(name, 1e-5)) for name, call in calls.items()}
     good = {name: call for name, call in calls.items() if not failures.get(name)}
     memory = {name: peak_extra_bytes(call, torch.device("cpu")) / 2**20 for name, call in good.items()}
     for row in timed(case, direction, good, failures, against, seconds):

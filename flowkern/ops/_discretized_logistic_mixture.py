@@ -62,9 +62,14 @@ def _log_mass(level: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor, 
     return torch.where(level <= 0, below, torch.where(level >= levels - 1, above, inside))
 
 
+def _per_component(channels: int) -> int:
+    """Parameters of a component: its logit, and per channel a mean, a log-scale and, of colours, a coefficient."""
+    return 10 if channels == 3 else 3
+
+
 def _parts(params: torch.Tensor, channels: int) -> tuple[torch.Tensor, ...]:
     """(logits (B, K, H, W), then means, log-scales and, if there are three channels, coefficients (B, C, K, H, W))."""
-    components = params.shape[1] // (1 + 3 * channels if channels == 3 else 3)
+    components = params.shape[1] // _per_component(channels)
     per_channel = params[:, components:].unflatten(1, (channels, -1, components))
     return params[:, :components], *per_channel.unbind(2)
 
@@ -187,9 +192,9 @@ def _check(params: torch.Tensor, channels: int, levels: int) -> None:
         raise ValueError(f"params: expected (B, P, H, W), got shape {tuple(params.shape)}")
     if channels not in (1, 3):
         raise ValueError(f"x: expected 1 or 3 channels, got {channels}")
-    group = 10 if channels == 3 else 3
-    if params.shape[1] == 0 or params.shape[1] % group:
-        raise ValueError(f"params: expected a multiple of {group} channels for {channels} of x, got {params.shape[1]}")
+    rows = _per_component(channels)
+    if params.shape[1] == 0 or params.shape[1] % rows:
+        raise ValueError(f"params: expected a multiple of {rows} channels for {channels} of x, got {params.shape[1]}")
     if not 2 <= levels <= 2**20:
         raise ValueError(f"levels: expected 2 to 2**20, got {levels}")
 

@@ -42,9 +42,8 @@ def cos_sin_pi(a):
     z = x * x
     sine, cosine = tl.zeros_like(x) + 1.0, tl.zeros_like(x) + 1.0
     for i in tl.static_range(0, TERMS):
-        k: tl.constexpr = 2 * (TERMS - i)
-        sine = 1.0 - sine * z * (1.0 / (k * (k + 1)))
-        cosine = 1.0 - cosine * z * (1.0 / (k * (k - 1)))
+        sine = 1.0 - sine * z * (1.0 / (2 * (TERMS - i) * (2 * (TERMS - i) + 1)))
+        cosine = 1.0 - cosine * z * (1.0 / (2 * (TERMS - i) * (2 * (TERMS - i) - 1)))
     sine *= x
     odd = (quarter & 1) == 1
     first, second = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)

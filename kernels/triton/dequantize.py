@@ -72,7 +72,7 @@ def _launch(
         "ALPHA": alpha,
         "GROUPS": groups,
         "ACC": tl.float64 if accumulate is torch.float64 else tl.float32,
-        "num_warps": 2,
+        "num_warps": 4,
         "enable_fp_fusion": True,
     }
     partial = v.new_empty((batch, tiles), dtype=accumulate)
@@ -93,7 +93,7 @@ def forward(
     return x, v.shape[1:].numel() * each - partial.sum(1)
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 FACTORS: dict[str, Any] = {
     "length": (3072, 37),
     "form": ("vector", "strided"),
