@@ -158,6 +158,9 @@ def scales(dtype: torch.dtype) -> Iterator[Case]:
         yield "in one entry", torch.cat([drawn(40, depth, 0, 0), drawn(40, 1, 25, 25)], 1), drawn(60, depth + 1, 0, 0)
         if dtype is torch.float64:
             yield "overflow", drawn(40, depth, 150, 300), drawn(40, depth, 150, 300)
+            for exponent in (-155, -158, -160, -170):  # squares are subnormal, or zeros
+                close = drawn(1, depth, exponent, exponent) * (1 + 1e-2 * torch.randn(90, depth))
+                yield f"underflow {exponent}", close[:40], close[40:]
             yield "underflow", drawn(40, depth, -310, -150), drawn(40, depth, -310, -150)
 
 

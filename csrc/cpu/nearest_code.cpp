@@ -307,8 +307,8 @@ struct Codes {
   Screen screen;
   int64_t groups;
   Buffer<float> shift, whole, lost;  // by code, by tile, by tile
-  Buffer<uint64_t> hash;
-  Buffer<uint8_t> twin;
+  Buffer<uint64_t> hash;             // by code, as is
+  Buffer<uint8_t> twin;              // whether it equals an earlier one
 
   Codes(const Matrix& m, bool pairs)
       : matrix(m), screen(m.depth(), pairs), groups(blocks_of(m.count(), group_codes)), shift(groups * group_codes),

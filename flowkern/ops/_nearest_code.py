@@ -158,7 +158,8 @@ class _Screen:
         spread, size = rows.median(1).values.sqrt().tolist()
         away = float(centre.double().square().sum().sqrt()) > spread
         exponent = math.frexp(spread if away else size)[1]
-        exponent = 0 if abs(exponent) < 30 else max(-100, min(100, exponent))
+        # float64 is not scaled: where the definition underflows, the screen shall too.
+        exponent = 0 if abs(exponent) < 30 or self.dtype is torch.float64 else max(-100, min(100, exponent))
         return (centre if away else 0 * centre) if away or exponent else None, 2.0**-exponent
 
     def prepare(self, x: torch.Tensor, cosine: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -299,6 +300,8 @@ def nearest_code(
     number of threads, and of codes at equal distance the lowest index. Near ties, duplicates and huge values are no
     exception. The distance in float64 has one order of operations: the squares, with zeros up to the next power of 2, are
     summed by adding halves, s[:h] + s[h:], until one is left.
+
+    Rows that are as far from many codes as from the nearest, to rounding, take longer: each such distance is computed in float64.
 
     A code that is not finite is at infinite distance: index 0 if all are. A row of x with a NaN has index 0 and distance
     NaN, a row with an infinity and no NaN index 0 and distance infinity. Not differentiable: neither result records gradients.
