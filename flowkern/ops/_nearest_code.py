@@ -35,9 +35,9 @@ METRICS = ("euclidean", "cosine")
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# The torch code screens so many scores at a time, which stay in the cache, keeps the best of each tile of codes, and
+# The torch code screens so many scores at a time, which stay in the last cache, keeps the best of each tile of codes, and
 # computes the definition of so many entries at a time.
-_SCORES, _FEWEST_ROWS, _TILE, _ENTRIES = 1 << 21, 64, 64, 1 << 22
+_SCORES, _FEWEST_ROWS, _TILE, _ENTRIES = 1 << 22, 64, 64, 1 << 22
 _SAMPLED = 15
 # The definition's own rounding of a distance, far below this by |x|^2 + |c|^2.
 _OWN = 2.0**-45
