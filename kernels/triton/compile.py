@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mine = [build for name, _, build in builds if (name, build.target) == (op, target)]
         registers = max(build.registers for build in mine)
         wrong = sum(bool(build.problems) for build in mine)
-        print(f"{op:<24}{target:<8}{len(mine):>5} builds, up to {registers} registers, {wrong} with problems")
+        print(f"{op:<30}{target:<8}{len(mine):>5} builds, up to {registers} registers, {wrong} with problems")
     failed = [(name, build) for _, name, build in builds if build.problems]
     for name, build in failed:
         print(f"{name} for {build.target}: {'; '.join(build.problems)}")

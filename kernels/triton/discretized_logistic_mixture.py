@@ -6,6 +6,7 @@ the mean from the bin is a sum of two float32, whose parts are exact products.
 """
 
 # mypy: allow-untyped-defs
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,34 @@ __all__ = ["backward", "forward"]
 
 #: A tile has some rows of pixels of many channels, and is bound by its arithmetic.
 STREAMING = False
+
+
+# Two functions whose series in float64 have more constants than an AMD GPU has scalar registers: there Kahan's quotients do.
+
+
+@triton.jit
+def one_minus_exp(x, e):
+    # 1 - exp(-x) for x >= 0 and e = exp(-x).
+    if x.dtype == tl.float64:
+        near = (e >= 0.5) & (e < 1.0)
+        quotient = (1.0 - e) * x / -tl.log(tl.where(near, e, 0.5))
+        result = tl.where(near, quotient, tl.where(e == 1.0, x, 1.0 - e))
+    else:
+        result = -expm1(-x)
+    return result
+
+
+@triton.jit
+def log1p_any(x):
+    # log(1 + x) for x >= 0.
+    if x.dtype == tl.float64:
+        u = 1.0 + x
+        exact = u - 1.0
+        result = tl.where(exact == 0.0, x, tl.log(u) * (x / tl.where(exact == 0.0, 1.0, exact)))
+    else:
+        small = x < 1.0
+        result = tl.where(small, log1p(tl.where(small, x, 1.0)), tl.log(1.0 + x))
+    return result
 
 
 @triton.jit
@@ -94,7 +123,7 @@ def subtract(high, low, a, a_low, b):
 
 
 @triton.jit
-def bin_mass(level, high, low, log_scale, LAST: tl.constexpr, COMPAT: tl.constexpr):
+def bin_mass(level, high, low, log_scale, LAST: tl.constexpr, LOG_BIN: tl.constexpr, COMPAT: tl.constexpr):
     # The log mass of a bin, and its derivatives with respect to mean and log_scale; high + low: the bin's centre in half bins.
     s = tl.where(log_scale < -7.0, -7.0, log_scale) if COMPAT else log_scale
     precision = exp(-s)
@@ -107,13 +136,12 @@ def bin_mass(level, high, low, log_scale, LAST: tl.constexpr, COMPAT: tl.constex
     first, last = level <= 0.0, level >= LAST
     ep = tl.where(last, 0.0, exp(-tl.abs(p)))
     em = tl.where(first, 0.0, exp(-tl.abs(m)))
-    ed = tl.where(first | last, 0.0, exp(-delta))
-    mass = tl.where(first | last, 1.0, -expm1(-delta))
+    e = exp(-delta)
+    ed = tl.where(first | last, 0.0, e)
+    mass = tl.where(first | last, 1.0, one_minus_exp(delta, e))
     p_sum, m_sum = 1.0 + ep, 1.0 + em
     excess = (ep + em + ep * em + ed) / mass
-    small = excess < 1.0
-    logarithm = tl.where(small, log1p(tl.where(small, excess, 1.0)), tl.log(1.0 + excess))
-    f = tl.where(last | (p > 0.0), 0.0, p) - tl.where(first | (m < 0.0), 0.0, m) - logarithm
+    f = tl.where(last | (p > 0.0), 0.0, p) - tl.where(first | (m < 0.0), 0.0, m) - log1p_any(excess)
     above = tl.where((p < 0.0) & (level < LAST), 1.0, ep) / p_sum
     below = tl.where((m > 0.0) & (level > 0.0), 1.0, em) / m_sum
     d_mean = precision * (below - above)
@@ -123,7 +151,7 @@ def bin_mass(level, high, low, log_scale, LAST: tl.constexpr, COMPAT: tl.constex
         ec = exp(-tl.abs(c))
         slope = tl.where(c < 0.0, ec - 1.0, 1.0 - ec) / (1.0 + ec)
         density = (level > 0.0) & (level < LAST) & (f <= -11.512925464970229)
-        f = tl.where(density, tl.log(delta) - tl.abs(c) - 2.0 * log1p(ec), f)
+        f = tl.where(density, LOG_BIN - s - tl.abs(c) - 2.0 * tl.log(1.0 + ec), f)
         d_mean = tl.where(density, precision * slope, d_mean)
         d_log_scale = tl.where(density, c * slope - 1.0, d_log_scale)
         d_log_scale = tl.where(log_scale < -7.0, 0.0, d_log_scale)
@@ -134,7 +162,7 @@ def bin_mass(level, high, low, log_scale, LAST: tl.constexpr, COMPAT: tl.constex
 def kernel(
     p_x, p_params, p_grad, p_partial, p_gradient,
     P, K, n_tiles, x_b, x_c, x_p, u_b, u_r, u_p, g_b, d_b, d_r, d_p,
-    CHANNELS: tl.constexpr, LAST: tl.constexpr, COMPAT: tl.constexpr, GRADIENT: tl.constexpr,
+    CHANNELS: tl.constexpr, LAST: tl.constexpr, LOG_BIN: tl.constexpr, COMPAT: tl.constexpr, GRADIENT: tl.constexpr,
     COMPONENTS: tl.constexpr, PIXELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_b = (tl.program_id(0) // n_tiles).to(tl.int64)
@@ -145,50 +173,60 @@ def kernel(
     step = K * u_r  # from one part of the parameters to the next
     p_level = p_x + i_b * x_b + o * x_p
 
+    # Rows one after the other, each found from the last: offsets of all of them would fill the scalar registers.
     logit = tl.load(p_u, mask=m, other=0.0).to(ACC)
     logit = tl.where(k < K, logit, float("-inf"))
     level0 = tl.load(p_level, mask=o < P, other=0.0).to(ACC)
-    mean0 = tl.load(p_u + step, mask=m, other=0.0).to(ACC)
-    scale0 = tl.load(p_u + 2 * step, mask=m, other=0.0).to(ACC)
+    p_u += step
+    mean0 = tl.load(p_u, mask=m, other=0.0).to(ACC)
+    p_u += step
+    scale0 = tl.load(p_u, mask=m, other=0.0).to(ACC)
     last = tl.zeros_like(mean0) + LAST
     none = tl.zeros_like(mean0)
     n0 = 2.0 * level0 - LAST + none
     high, low = subtract(n0, none, mean0, none, last)
-    f0, dm0, ds0 = bin_mass(level0, high, low, scale0, LAST, COMPAT)
+    f0, dm0, ds0 = bin_mass(level0, high, low, scale0, LAST, LOG_BIN, COMPAT)
     log_mass = f0
     if CHANNELS == 3:
-        level1 = tl.load(p_level + x_c, mask=o < P, other=0.0).to(ACC)
-        mean1 = tl.load(p_u + 4 * step, mask=m, other=0.0).to(ACC)
-        scale1 = tl.load(p_u + 5 * step, mask=m, other=0.0).to(ACC)
-        t0, t0_low = two_tanh(tl.load(p_u + 3 * step, mask=m, other=0.0).to(ACC))
+        p_level += x_c
+        level1 = tl.load(p_level, mask=o < P, other=0.0).to(ACC)
         n1 = 2.0 * level1 - LAST + none
-        high, low = subtract(n1, none, mean1, none, last)
+        p_u += step
+        t0, t0_low = two_tanh(tl.load(p_u, mask=m, other=0.0).to(ACC))
+        p_u += step
+        high, low = subtract(n1, none, tl.load(p_u, mask=m, other=0.0).to(ACC), none, last)
         high, low = subtract(high, low, t0, t0_low, n0)
-        f1, dm1, ds1 = bin_mass(level1, high, low, scale1, LAST, COMPAT)
+        p_u += step
+        f1, dm1, ds1 = bin_mass(level1, high, low, tl.load(p_u, mask=m, other=0.0).to(ACC), LAST, LOG_BIN, COMPAT)
 
-        level2 = tl.load(p_level + 2 * x_c, mask=o < P, other=0.0).to(ACC)
-        mean2 = tl.load(p_u + 7 * step, mask=m, other=0.0).to(ACC)
-        scale2 = tl.load(p_u + 8 * step, mask=m, other=0.0).to(ACC)
-        t1, t1_low = two_tanh(tl.load(p_u + 6 * step, mask=m, other=0.0).to(ACC))
-        t2, t2_low = two_tanh(tl.load(p_u + 9 * step, mask=m, other=0.0).to(ACC))
+        level2 = tl.load(p_level + x_c, mask=o < P, other=0.0).to(ACC)
+        p_u += step
+        t1, t1_low = two_tanh(tl.load(p_u, mask=m, other=0.0).to(ACC))
+        p_u += step
+        mean2 = tl.load(p_u, mask=m, other=0.0).to(ACC)
+        p_u += step
+        scale2 = tl.load(p_u, mask=m, other=0.0).to(ACC)
+        p_u += step
+        t2, t2_low = two_tanh(tl.load(p_u, mask=m, other=0.0).to(ACC))
         high, low = subtract(2.0 * level2 - LAST + none, none, mean2, none, last)
         high, low = subtract(high, low, t1, t1_low, n0)
         high, low = subtract(high, low, t2, t2_low, n1)
-        f2, dm2, ds2 = bin_mass(level2, high, low, scale2, LAST, COMPAT)
+        f2, dm2, ds2 = bin_mass(level2, high, low, scale2, LAST, LOG_BIN, COMPAT)
         log_mass += f1 + f2
 
-    # Where nearly all of the mass is there, what is missing says how much to more digits.
     top_logit = tl.max(logit, 0)[None, :]
     top = tl.max(logit + log_mass, 0)[None, :]
     prior = exp(logit - top_logit)
     joint = exp(logit + log_mass - top)
     sum_prior = tl.sum(prior, 0)[None, :]
     sum_joint = tl.sum(joint, 0)[None, :]
-    missing = tl.sum(-expm1(log_mass) * prior, 0)[None, :] / sum_prior
-    nearly = missing < 0.25
-    q = tl.where(nearly, missing, 0.0)
-    rest = -log1p(q / (1.0 - q))
-    value = tl.where(nearly, rest, top - top_logit + tl.log(sum_joint / sum_prior))
+    value = top - top_logit + tl.log(sum_joint / sum_prior)
+    if tl.float32 == ACC:
+        # Where nearly all of the mass is there, what is missing says how much to more digits.
+        missing = tl.sum(-expm1(log_mass) * prior, 0)[None, :] / sum_prior
+        nearly = missing < 0.25
+        q = tl.where(nearly, missing, 0.0)
+        value = tl.where(nearly, -log1p(q / (1.0 - q)), value)
     tl.store(p_partial + tl.program_id(0), tl.sum(tl.where(o < P, value, 0.0)))
 
     if GRADIENT:
@@ -199,17 +237,26 @@ def kernel(
         posterior = joint / sum_joint
         weight = posterior * grad
         tl.store(p_d, narrow((posterior - prior / sum_prior) * grad, DTYPE), mask=m)
-        tl.store(p_d + d_step, narrow(weight * dm0, DTYPE), mask=m)
-        tl.store(p_d + 2 * d_step, narrow(weight * ds0, DTYPE), mask=m)
+        p_d += d_step
+        tl.store(p_d, narrow(weight * dm0, DTYPE), mask=m)
+        p_d += d_step
+        tl.store(p_d, narrow(weight * ds0, DTYPE), mask=m)
         if CHANNELS == 3:
             unit: tl.constexpr = 1.0 / LAST
-            tl.store(p_d + 3 * d_step, narrow(weight * dm1 * (1.0 - t0 * t0) * (n0 * unit), DTYPE), mask=m)
-            tl.store(p_d + 4 * d_step, narrow(weight * dm1, DTYPE), mask=m)
-            tl.store(p_d + 5 * d_step, narrow(weight * ds1, DTYPE), mask=m)
-            tl.store(p_d + 6 * d_step, narrow(weight * dm2 * (1.0 - t1 * t1) * (n0 * unit), DTYPE), mask=m)
-            tl.store(p_d + 7 * d_step, narrow(weight * dm2, DTYPE), mask=m)
-            tl.store(p_d + 8 * d_step, narrow(weight * ds2, DTYPE), mask=m)
-            tl.store(p_d + 9 * d_step, narrow(weight * dm2 * (1.0 - t2 * t2) * (n1 * unit), DTYPE), mask=m)
+            p_d += d_step
+            tl.store(p_d, narrow(weight * dm1 * (1.0 - t0 * t0) * (n0 * unit), DTYPE), mask=m)
+            p_d += d_step
+            tl.store(p_d, narrow(weight * dm1, DTYPE), mask=m)
+            p_d += d_step
+            tl.store(p_d, narrow(weight * ds1, DTYPE), mask=m)
+            p_d += d_step
+            tl.store(p_d, narrow(weight * dm2 * (1.0 - t1 * t1) * (n0 * unit), DTYPE), mask=m)
+            p_d += d_step
+            tl.store(p_d, narrow(weight * dm2, DTYPE), mask=m)
+            p_d += d_step
+            tl.store(p_d, narrow(weight * ds2, DTYPE), mask=m)
+            p_d += d_step
+            tl.store(p_d, narrow(weight * dm2 * (1.0 - t2 * t2) * (n1 * unit), DTYPE), mask=m)
 
 
 def _launch(
@@ -224,21 +271,22 @@ def _launch(
     batch, channels, pixels = x.shape
     components = params.shape[1] // _per_component(channels)
     block = max(2, triton.next_power_of_2(components))
-    width = max(16, 512 // block)
-    tiles = triton.cdiv(pixels, width)
     double = params.dtype is torch.float64
+    width = max(16, (256 if double else 512) // block)
+    tiles = triton.cdiv(pixels, width)
     strides = (*x.stride(), *params.stride(), 0 if grad is None else grad.stride(0))
     integers = (pixels, components, tiles, *strides, *((0, 0, 0) if gradient is None else gradient.stride()))
     partial = x.new_empty((batch, tiles), dtype=torch.float64 if double else torch.float32)
     keywords = {
         "CHANNELS": channels,
         "LAST": float(levels - 1),
+        "LOG_BIN": math.log(2.0 / (levels - 1)),
         "COMPAT": compat,
         "GRADIENT": gradient is not None,
         "COMPONENTS": block,
         "PIXELS": width,
         "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 4,
+        "num_warps": 8,
         "enable_fp_fusion": True,
     }
     plan = Plan(batch * tiles, tiles, integers, keywords)
