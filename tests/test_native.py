@@ -34,8 +34,22 @@ for isa in _backend.native.isas():
                 y, logabsdet = op.function(*args, **sample.kwargs)
                 (y.sum() + logabsdet.sum()).backward()
         for sample in autoregressive_inverse._samples("cpu", dtype):
-            x, logabsdet = ops.autoregressive_inverse(*sample.args, **sample.kwargs)
-            assert x.isfinite().all() and logabsdet.isfinite().all()
+            z, *rest = sample.args
+            for z in (z, z.repeat(5, 1)[:9]):  # few samples, and enough for a tile
+                if sample.kwargs and len(z) != len(sample.args[0]):
+                    continue
+                x, logabsdet = ops.autoregressive_inverse(z.detach().requires_grad_(), *rest, **sample.kwargs)
+                (x.sum() + logabsdet.sum()).backward()
+                assert x.isfinite().all() and logabsdet.isfinite().all()
+        for batch, depth in ((300, 33), (3, 5), (0, 4)):
+            ops.nearest_code(torch.randn(batch, depth).to(dtype), torch.randn(70, depth).to(dtype))
+        for channels, count in ((3, 20), (1, 6)):
+            params = torch.randn(2, count, 3, 5).to(dtype).requires_grad_()
+            ops.discretized_logistic_mixture(torch.randint(256, (2, channels, 3, 5)), params).sum().backward()
+        mean, log_scale = (torch.randn(3, 37).to(dtype).requires_grad_() for _ in range(2))
+        z, kl = ops.gaussian_kl(mean, log_scale)
+        (z.sum() + kl.sum()).backward()
+        ops.dequantize(torch.randint(17, (3, 1, 5, 7), dtype=torch.uint8), levels=17, alpha=0.05)
 print("every sample ran on", *_backend.native.isas())
 """
 
