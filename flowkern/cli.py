@@ -71,13 +71,15 @@ def _parser() -> argparse.ArgumentParser:
 def _train_parser(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model", argument_default=argparse.SUPPRESS)
     train.set_defaults(run=_train)
-    train.add_argument("model", help="nice, realnvp, glow, made, maf, iaf, pixelcnn, vqvae, vqvae2, or prior of a vqvae")
+    names = "nice, realnvp, glow, maf, iaf, dequantized, made, pixelcnn, vae, pixelvae, vqvae, vqvae2, or prior of a vqvae"
+    train.add_argument("model", help=names)
     train.add_argument("checkpoint", nargs="?", default=None, type=Path, help="for prior: of a trained vqvae or vqvae2")
     train.add_argument("--data", metavar="SOURCE", help=f"{_SOURCES}; for prior by default what the vqvae was trained on")
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder of the run")
     train.add_argument("--preset", help="named settings: default, or recipe (realnvp on digits as published)")
     train.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the model, e.g. --set hidden=128")
     train.add_argument("--memory", help="of the model: store, reversible or auto (short for --set memory=...)")
+    train.add_argument("--prior", help="of a vae: standard, mixture, vamp, realnvp or maf (short for --set prior=...)")
     plan = train.add_argument_group("what decides the result (defaults come from the preset)")
     plan.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
     plan.add_argument("--conditional", action="store_true", help="give the model the labels")
@@ -129,8 +131,7 @@ def _train(arguments: argparse.Namespace) -> None:
     for name in ("run", "debug"):
         del given[name]
     config = dict(map(_setting, given.pop("set", [])))
-    if "memory" in given:
-        config["memory"] = given.pop("memory")
+    config |= {name: given.pop(name) for name in ("memory", "prior") if name in given}
     if config:
         given["config"] = config
     options = {name: given.pop(name) for name in _OPTIONS if name in given}
