@@ -214,6 +214,7 @@ def test_errors() -> None:
 CONFIGS = {
     "categorical": {"levels": 3},
     "bernoulli": {"levels": 2, "likelihood": "bernoulli", "prior": "mixture", "components": 3},
+    "logistic": {"levels": 100, "components": 2},
     "gaussian": {"prior": "vamp", "components": 3},
     "mixture": {"likelihood": "mixture", "components": 2, "prior": "realnvp", "posterior": "planar", "flow_layers": 2},
     "conditional": {"levels": 3, "context": 2, "prior": "maf", "posterior": "iaf", "flow_hidden": [8], "dropout": 0.1},

@@ -30,9 +30,10 @@ class VAE(nn.VAE, DiscreteModel):
         shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
         levels: how many values an element can have, for discrete likelihoods; None for continuous data.
         latent: L. With ``upper``, that of the lower of two layers: p(x | z_1) p(z_1 | z_2) p(z_2) with ``upper`` latents z_2.
-        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` (learned variance) or ``"mixture"`` of so many
-            ``components`` Gaussians; None for categorical where there are ``levels``, else gaussian. The continuous ones take
-            images as dequantized.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"logistic"`` (a mixture of ``components`` discretized logistics),
+            ``"gaussian"`` (learned variance) or ``"mixture"`` of so many ``components`` Gaussians; None for gaussian where there
+            are no ``levels``, else categorical, or logistic for more than 64 of them. The continuous ones take images as
+            dequantized.
         hidden, activation, dropout: of the networks; those of flows in the prior and the posterior are ``flow_hidden`` wide.
         prior: ``"standard"`` normal, ``"mixture"`` of ``components`` Gaussians, ``"vamp"`` with ``components`` pseudo-inputs,
             ``"realnvp"`` of ``flow_layers`` couplings, or ``"maf"`` of ``flow_layers`` layers (Chen et al. 2017).
@@ -64,7 +65,7 @@ class VAE(nn.VAE, DiscreteModel):
         context: int | None = None,
     ):
         sizes, _ = model_shape(shape, flatten=True)
-        likelihood = likelihood or ("gaussian" if levels is None else "categorical")
+        likelihood = likelihood or ("gaussian" if levels is None else "categorical" if levels <= 64 else "logistic")
         output = named_likelihood(likelihood, components, levels or 2)
         if output.discrete and levels is None:
             raise ValueError(f"likelihood: {likelihood!r} is for discrete values; expected levels")

@@ -30,6 +30,7 @@ from ._invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
 from ._invertible_linear import InvertibleLinear as InvertibleLinear
 from ._likelihood import Bernoulli as Bernoulli
 from ._likelihood import Categorical as Categorical
+from ._likelihood import DiscretizedLogisticMixture as DiscretizedLogisticMixture
 from ._likelihood import Gaussian as Gaussian
 from ._likelihood import GaussianMixture as GaussianMixture
 from ._likelihood import Likelihood as Likelihood

@@ -83,7 +83,7 @@ class MADEDensity(nn.Module):
         shown = self.distribution.encode(x if x.is_floating_point() else x.to(next(self.network.parameters()).dtype))
         dtype = accumulation_dtype(shown)
         params = self.network(shown, context)
-        return self.distribution.log_prob(x.to(dtype), params.to(dtype)).sum(1)
+        return self.distribution.total(x.to(dtype), params.to(dtype))
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, D), context (B, C) or None -> (B,) in nats, float64 if x is, else float32.

@@ -161,7 +161,7 @@ class VAE(nn.Module):
         params = self.decode(z.flatten(0, 1), rows)
         params = params.to(accumulation_dtype(params)).view(*z.shape[:2], *params.shape[1:])
         x = x.flatten(1).to(params.dtype)
-        return self.likelihood.log_prob(x.expand(len(z), *x.shape), params).sum(-1)
+        return self.likelihood.total(x.expand(len(z), *x.shape), params)
 
     def evidence(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> Evidence:
         """The terms of the importance weights of so many samples z."""
