@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = []
     try:
         for size in QUICK if arguments.quick else SIZES:
-            for value in measured(*size, seconds=0.2 if arguments.quick else 20.0):
+            for value in measured(*size, seconds=0.2 if arguments.quick else 6.0):
                 found.append(Row(**{**missing, **common, **value}))
                 print(line(found[-1]), flush=True)
     finally:
