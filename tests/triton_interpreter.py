@@ -267,16 +267,16 @@ def test_mixture_of_logistics(dtype: torch.dtype, launches: list[_coupling.Launc
 
 
 def test_mixture_of_logistics_everywhere(launches: list[_coupling.Launch]) -> None:
-    test_likelihood_everywhere.check_everywhere("triton", 24)
+    test_likelihood_everywhere.check_everywhere("triton", 10)
     assert launches
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gaussian_kl_and_dequantize(dtype: torch.dtype, launches: list[_coupling.Launch], canaries: Any) -> None:
-    test_likelihood_everywhere.check_gaussian_kl(dtype)
-    test_likelihood_everywhere.check_dequantize(dtype)
+    test_likelihood_everywhere.check_gaussian_kl(dtype, [(2, 100), (1, 1030), (0, 4)])
+    test_likelihood_everywhere.check_dequantize(dtype, [((1, 3, 5, 7), 256), ((2, 0), 2)])
     canaries.assert_alive()
-    assert len(launches) == 2 * 5 + 3 * 4
+    assert len(launches) == 2 * 2 + 3
 
 
 def test_the_integers_of_philox(launches: list[_coupling.Launch]) -> None:
