@@ -95,6 +95,17 @@ def test_kl_in_closed_form_is_that_of_samples(x: torch.Tensor) -> None:
     assert ((difference.mean(0) - vae.posterior.kl(h).sum(1)).abs() <= 5 * error).all()
 
 
+def test_draw_and_kl_in_one_pass_are_those_apart(x: torch.Tensor) -> None:
+    vae = linear()
+    h = vae.encode(x).repeat(20_000, 1)
+    z, rate = vae.posterior.sample_and_kl(h)
+    torch.testing.assert_close(rate, vae.posterior.kl(h).sum(1))
+    mean, log_scale = vae.posterior.parameters_of(h)
+    eps = ((z - mean) / log_scale.exp()).detach()
+    assert eps.mean(0).abs().max() < 5 / math.sqrt(len(eps))
+    assert (eps.square().mean(0) - 1.0).abs().max() < 5 * math.sqrt(2.0 / len(eps))
+
+
 def _gradients(vae: nn.VAE, x: torch.Tensor, objective: nn.Objective, draws: int) -> torch.Tensor:
     """(draws, P): gradients of the encoder and the decoder, each from samples of its own."""
     parameters = [*vae.encoder.parameters(), *vae.decoder.parameters()]

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from .. import ops
 from ..ops._checks import accumulation_dtype
 from ._bijection import Bijection
 
@@ -73,6 +74,10 @@ class GaussianPosterior(Posterior):
 
     def mean(self, h: torch.Tensor) -> torch.Tensor:
         return self.parameters_of(h)[0]
+
+    def sample_and_kl(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(z (B, L), KL(q || N(0, I)) (B,)) in one pass: ``ops.gaussian_kl``."""
+        return ops.gaussian_kl(*self.parameters_of(h))
 
     def kl(self, h: torch.Tensor) -> torch.Tensor:
         mean, log_scale = self.parameters_of(h)

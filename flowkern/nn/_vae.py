@@ -13,7 +13,7 @@ from ..ops._checks import accumulation_dtype
 from ._base import Base, StandardNormal, as_base
 from ._flow import _rows
 from ._likelihood import Likelihood
-from ._posterior import Posterior
+from ._posterior import GaussianPosterior, Posterior
 
 __all__ = ["VAE", "Objective", "VampPrior"]
 
@@ -62,7 +62,7 @@ class Objective:
         """That of rates (B,), or (B, L) by dimension: (B,)."""
         if self.free_bits:
             rate = rate.mean(0, keepdim=True).clamp_min(self.free_bits).expand_as(rate)
-        rate = rate.flatten(1).sum(1) if rate.ndim > 1 else rate
+        rate = _per_sample(rate)
         if self.min_rate:
             rate = rate.mean().clamp_min(self.min_rate).expand_as(rate)
         if self.capacity is not None:
@@ -175,11 +175,17 @@ class VAE(nn.Module):
     def elbo(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> torch.Tensor:
         """(B,) in nats, averaged over so many samples of z; the KL in closed form where there is one."""
         reconstruction, rate = self._terms(x, context, samples)
-        return reconstruction - (rate.sum(1) if rate.ndim > 1 else rate)
+        return reconstruction - _per_sample(rate)
 
-    def _terms(self, x: torch.Tensor, context: torch.Tensor | None, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(E_q[log p(x|z)] (B,), KL(q || p) (B, L) in closed form or (B,) from the samples)."""
+    def _terms(
+        self, x: torch.Tensor, context: torch.Tensor | None, samples: int, by_dimension: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(E_q[log p(x|z)] (B,), KL(q || p)): in closed form (B,) or (B, L), or (B,) from the samples."""
         h = self.encode(x, context)
+        gaussian = isinstance(self.prior, StandardNormal) and isinstance(self.posterior, GaussianPosterior)
+        if gaussian and samples == 1 and not by_dimension:
+            z, rate = self.posterior.sample_and_kl(h)  # type: ignore[operator]
+            return self.log_likelihood(x, z[None], context)[0], rate
         z, log_q = self.posterior.sample_and_log_prob(h, samples)
         closed = self.posterior.kl(h) if isinstance(self.prior, StandardNormal) else None
         if closed is not None:
@@ -190,7 +196,7 @@ class VAE(nn.Module):
     def loss(self, x: torch.Tensor, objective: Objective, context: torch.Tensor | None = None, step: int = 0) -> torch.Tensor:
         """(B,) in nats: what ``objective`` says, at so many steps of training."""
         if objective.kind == "elbo":
-            reconstruction, rate = self._terms(x, context, objective.samples)
+            reconstruction, rate = self._terms(x, context, objective.samples, bool(objective.free_bits))
             return objective.penalty(rate, step) - reconstruction
         if objective.kind == "iwae":
             return -_log_mean_exp(self.evidence(x, context, objective.samples).log_weight)
@@ -257,6 +263,11 @@ class VAE(nn.Module):
 
 def _call(network: nn.Module, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
     return network(x) if context is None else network(x, context)
+
+
+def _per_sample(rate: torch.Tensor) -> torch.Tensor:
+    """(B,) of rates (B,) or (B, L)."""
+    return rate.sum(1) if rate.ndim > 1 else rate
 
 
 def _log_mean_exp(log_weight: torch.Tensor) -> torch.Tensor:
