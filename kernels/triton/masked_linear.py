@@ -111,9 +111,11 @@ def weight_kernel(
 
 def _operands(double: bool, *dtypes: torch.dtype) -> Any:
     """The dtype in which blocks are multiplied: tensor cores take both in one half precision, and their products are exact."""
+    if double:
+        return tl.float64
     if all(dtype is dtypes[0] for dtype in dtypes) and not interpreting():  # the interpreter multiplies bfloat16's bits
-        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtypes[0], tl.float64 if double else tl.float32)
-    return tl.float64 if double else tl.float32
+        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtypes[0], tl.float32)
+    return tl.float32
 
 
 def _plan(batch: int, units: int, double: bool, operands: Any, integers: tuple[int, ...]) -> Plan:
