@@ -430,7 +430,7 @@ def _measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def line(row: Row) -> str:
     """A row for people."""
-    head = f"{row.case:<36}{row.direction:<18}{row.variant:<26}"
+    head = f"{row.case:<36}{row.direction:<26}{row.variant:<26}"
     if row.median_ms is None:
         return f"{head}FAILED: {row.failure}"
     quartiles = f"{row.median_ms:9.3f} ms  {row.q1:9.3f} .. {row.q3:9.3f}"
