@@ -111,6 +111,9 @@ _DIGITS: dict[str, Any] = {"config": models.PRESETS["realnvp", "digits"], "lr": 
 # Tomczak, "Deep Generative Modeling" (2022), on digits.
 _RECIPE: dict[str, Any] = {"epochs": 1000, "batch_size": 64, "lr": 1e-3, "optimizer": "adamax", "patience": 20}
 
+# A short average: codebooks are buffers, which are not averaged, and the encoder must not lag far behind them.
+_CODES: dict[str, Any] = {"lr": 2e-3, "ema": 0.99}
+
 #: (model, data, preset) -> fields of ``Plan``. A "default" of model and data is laid over the one of ("*", "*").
 PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("*", "*", "default"): {"warmup": 100, "clip": 100.0, "ema": 0.999, "patience": 20},
@@ -134,22 +137,10 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
         "epochs": 60,
         "patience": 8,
     },
-    ("vqvae", "digits", "default"): {"config": models.PRESETS["vqvae", "digits"], "lr": 2e-3, "ema": 0.99, "epochs": 100},
-    ("vqvae2", "digits", "default"): {"config": models.PRESETS["vqvae2", "digits"], "lr": 2e-3, "ema": 0.99, "epochs": 100},
-    ("vqvae", "photos", "default"): {
-        "config": models.PRESETS["vqvae", "photos"],
-        "batch_size": 32,
-        "lr": 2e-3,
-        "ema": 0.99,
-        "epochs": 20,
-    },
-    ("vqvae2", "photos", "default"): {
-        "config": models.PRESETS["vqvae2", "photos"],
-        "batch_size": 32,
-        "lr": 2e-3,
-        "ema": 0.99,
-        "epochs": 20,
-    },
+    ("vqvae", "digits", "default"): _CODES | {"config": models.PRESETS["vqvae", "digits"], "epochs": 100},
+    ("vqvae2", "digits", "default"): _CODES | {"config": models.PRESETS["vqvae2", "digits"], "epochs": 100},
+    ("vqvae", "photos", "default"): _CODES | {"config": models.PRESETS["vqvae", "photos"], "batch_size": 32, "epochs": 20},
+    ("vqvae2", "photos", "default"): _CODES | {"config": models.PRESETS["vqvae2", "photos"], "batch_size": 32, "epochs": 20},
     # Some minutes on two cores: enough for colour and texture. A short average, for there are few steps.
     ("glow", "photos", "default"): {
         "config": models.PRESETS["glow", "photos"],
