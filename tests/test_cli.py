@@ -106,7 +106,7 @@ def test_train_prints_where_things_are(tmp_path, capsys):
         assert (tmp_path / name).exists()
     assert printed.splitlines()[-1].startswith("test NLL: ")
     assert "nats" in printed
-    assert "bits/dim (447 samples, 1 noise draw)" in printed
+    assert "bits/dim (447 samples, 1 draw)" in printed
 
 
 @needs_extra

@@ -55,3 +55,46 @@ def test_densities(name: str) -> None:
     cold = likelihood.sample(params.expand(50, *params.shape), temperature=1e-6)
     centres = params[..., :1] if name == "gaussian" else params.chunk(3, -1)[1]
     assert ((cold[..., None] - centres).abs().amin(-1) < 1e-4).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("name", [*DISCRETE, *CONTINUOUS])
+def test_images_are_their_elements(name: str, channels: int) -> None:
+    """Where channels do not depend on one another: with coefficients of zero."""
+    likelihood, levels = DISCRETE.get(name) or (CONTINUOUS[name], 2)
+    params = parameters(likelihood, 2, channels, 2, 3)
+    maps = params.movedim(-1, 2).flatten(1, 2)
+    if name == "logistic" and channels == 3:
+        params[..., :3] = params[:, :1, ..., :3]  # one weight of a component for all channels
+        logits, means, log_scales = params.movedim(-1, 2).unflatten(2, (3, -1)).unbind(2)
+        per_channel = torch.stack([means, log_scales, torch.zeros_like(means)], 2)
+        maps = torch.cat([logits[:, 0], per_channel.flatten(1, 3)], 1)
+    assert maps.shape[1] == likelihood.maps(channels)
+    x = torch.randint(levels, (2, channels, 2, 3)).double()
+    log_prob = likelihood.image_log_prob(x, maps)
+    assert log_prob.shape == (2,)
+    if name != "logistic" or channels < 3:  # a mixture of products is not the product of mixtures
+        torch.testing.assert_close(log_prob, likelihood.log_prob(x, params).flatten(1).sum(1))
+    torch.testing.assert_close(likelihood.image_mean(maps), likelihood.mean(params))
+    drawn = likelihood.image_sample(maps.repeat(3000, 1, 1, 1))
+    assert drawn.shape == (6000, channels, 2, 3)
+    drawn = drawn.view(3000, 2, channels, 2, 3)
+    expected = likelihood.sample(params.expand(3000, *params.shape))
+    error = ((drawn.var(0) + expected.var(0)) / 3000).sqrt()
+    assert ((drawn.mean(0) - expected.mean(0)).abs() <= 5 * error + 1e-9).all()
+
+
+def test_colours_depend_on_one_another() -> None:
+    """The probabilities of all colours of a pixel sum to one, and the mean is that of narrow components' draws."""
+    likelihood = nn.DiscretizedLogisticMixture(2, 3)
+    maps = torch.randn(1, 20, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    every = torch.cartesian_prod(*[torch.arange(3)] * 3).view(27, 3, 1, 1)
+    torch.testing.assert_close(
+        likelihood.image_log_prob(every, maps.expand(27, -1, -1, -1)).logsumexp(0), torch.tensor(0.0, dtype=torch.float64)
+    )
+    fine = nn.DiscretizedLogisticMixture(2, 4001)
+    maps[:, 2:] *= 0.2
+    maps[:, [4, 5, 10, 11, 16, 17]] = -4.0
+    drawn = fine.image_sample(maps.expand(20_000, -1, -1, -1))
+    error = drawn.std(0) / 20_000**0.5
+    assert ((drawn.mean(0) - fine.image_mean(maps)[0]).abs() <= 5 * error).all()

@@ -230,6 +230,8 @@ CONFIGS = {
     "mixture": {"likelihood": "mixture", "components": 2, "prior": "realnvp", "posterior": "planar", "flow_layers": 2},
     "conditional": {"levels": 3, "context": 2, "prior": "maf", "posterior": "iaf", "flow_hidden": [8], "dropout": 0.1},
     "radial": {"levels": 3, "posterior": "radial", "flow_layers": 1},
+    "flows": {"levels": 3, "prior": "iaf", "posterior": "realnvp", "flow_layers": 2, "flow_hidden": [8]},
+    "additive": {"levels": 3, "prior": "nice", "posterior": "maf", "flow_layers": 2, "flow_hidden": [8]},
     "hierarchical": {"levels": 3, "upper": 2},
     "warm-up": {"levels": 3, "objective": {"warmup": 10, "free_bits": 0.1}},
 }
@@ -267,6 +269,43 @@ def test_models_of_images(name: str, tmp_path) -> None:
     assert bound.mean() > elbo.mean()
 
 
+@pytest.mark.parametrize("likelihood", ["categorical", "logistic", "gaussian"])
+def test_convolutional_models(likelihood: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    settings = {"likelihood": likelihood, "components": 2, "prior": "vamp", "network": "conv", "hidden": [4, 6], "context": None}
+    model = models.VAE((3, 8, 4), levels=5, latent=3, **settings)
+    x = torch.rand(6, 3, 8, 4)
+    model.objective(x).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    models.save(model, tmp_path / "vae.ckpt")
+    again = models.load(tmp_path / "vae.ckpt")
+    values = []
+    for m in (model.eval(), again):
+        torch.manual_seed(1)
+        values.append(m.log_prob(x))
+    assert torch.equal(*values)
+    assert model.sample(2).shape == model.reconstruct(x)[:2].shape == model.render(model.embed(x))[:2].shape == (2, 3, 8, 4)
+    # A sample's terms are its own, for each of several draws.
+    z = torch.randn(4, 6, 3)
+    v = model.values(x) if model.discrete else x
+    every = model.log_likelihood(v, z)
+    assert every.shape == (4, 6)
+    torch.testing.assert_close(every[2:3, 1:2], model.log_likelihood(v[1:2], z[2:3, 1:2]))
+
+
+def test_convolutional_networks_see_the_context() -> None:
+    torch.manual_seed(0)
+    model = models.VAE((1, 4, 4), levels=3, latent=2, network="conv", hidden=[4], context=2).eval()
+    v, context = torch.randint(3, (5, 1, 4, 4)), torch.eye(2)[torch.tensor([0, 1, 1, 0, 1])]
+    other = 1.0 - context
+    assert not torch.allclose(model.encode(v, context), model.encode(v, other))
+    z = torch.randn(5, 2)
+    assert not torch.allclose(model.decode(z, context), model.decode(z, other))
+    assert model.sample(5, context).shape == (5, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"context: expected shape \(5, 2\), got none"):
+        model.elbo(v)
+
+
 def test_discrete_bound_is_below_the_probability_of_all_values() -> None:
     """sum_v exp(E[log w]) <= 1, and by importance sampling about 1."""
     torch.manual_seed(0)
@@ -284,6 +323,12 @@ def test_errors_of_models() -> None:
         models.VAE(3, prior="flat")
     with pytest.raises(ValueError, match="posterior: unknown name 'flat'"):
         models.VAE(3, posterior="flat")
+    with pytest.raises(ValueError, match="network: unknown name 'transformer'"):
+        models.VAE((1, 4, 4), network="transformer")
+    with pytest.raises(ValueError, match="network: 'conv' is for images"):
+        models.VAE(3, network="conv")
+    with pytest.raises(ValueError, match="hidden: expected widths, for each of which 4 x 6 pixels can be halved once, got 2"):
+        models.VAE((1, 4, 6), network="conv", hidden=[4, 4])
     with pytest.raises(ValueError, match="upper: two layers have a standard prior"):
         models.VAE(3, upper=2, prior="mixture")
     with pytest.raises(ValueError, match="'vamp' has no context"):

@@ -32,41 +32,6 @@ def images(n: int, shape: tuple[int, ...] = (1, 4, 4), levels: int = 4) -> torch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pixels given the codes
-
-
-@pytest.mark.parametrize("levels", [2, 5, 256])
-def test_discretized_logistic_sums_to_one(levels: int) -> None:
-    likelihood = _vqvae.DiscretizedLogistic(levels)
-    params = 3.0 * torch.randn(18, 2, dtype=torch.float64)
-    v = torch.arange(levels)[:, None].expand(-1, 18)
-    log_prob = likelihood.log_prob(v, params.expand(levels, -1, -1))
-    torch.testing.assert_close(log_prob.exp().sum(0), torch.ones(18, dtype=torch.float64))
-
-
-def test_discretized_logistic_is_finite_in_float32_where_the_plain_difference_is_not() -> None:
-    likelihood = _vqvae.DiscretizedLogistic(256)
-    v = torch.tensor([0, 1, 128, 254, 255])
-    for mean, raw in ((-1.0, -30.0), (1.0, -30.0), (0.0, 10.0), (5.0, 0.0)):
-        params = torch.tensor([mean, raw]).expand(5, -1)
-        log_prob, exact = (likelihood.log_prob(v, p) for p in (params, params.double()))
-        assert log_prob.isfinite().all()
-        torch.testing.assert_close(log_prob.double(), exact, rtol=1e-4, atol=1e-4)
-
-
-def test_discretized_logistic_is_centred_at_its_mean_and_sampled_as_it_says() -> None:
-    likelihood = _vqvae.DiscretizedLogistic(9)
-    params = torch.stack([torch.linspace(-1.3, 1.3, 41), torch.full((41,), -4.0)], 1).double()
-    log_prob = likelihood.log_prob(torch.arange(9)[:, None].expand(-1, 41), params.expand(9, -1, -1))
-    mean = likelihood.mean(params)
-    inside = (mean.frac() - 0.5).abs() > 1e-6  # on the border of two cells, both are the most probable
-    assert torch.equal(mean.round().long()[inside], log_prob.argmax(0)[inside])
-    wide = torch.tensor([[0.2, 0.5]]).double()
-    drawn = likelihood.sample(wide.expand(20000, -1)).long().bincount(minlength=9) / 20000
-    torch.testing.assert_close(drawn.double(), likelihood.log_prob(torch.arange(9), wide.expand(9, -1)).exp(), rtol=0, atol=0.015)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The models
 
 
@@ -88,9 +53,9 @@ def test_the_bound_is_below_the_probability(cls: Any, prior: Any, likelihood: st
         else:
             log_prior = model.prior.log_mass(codes)
         torch.testing.assert_close(log_prior.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
-        params = model._params(model.autoencoder.decode(codes))
+        maps = model.autoencoder.decode(codes)
         for sample, bound, own in zip(v, model.log_mass(v), torch.cat([c.flatten(1) for c in model.encode(x)], 1), strict=True):
-            pixels = model.likelihood.log_prob(sample.expand(len(every), -1, -1, -1), params).flatten(1).sum(1)
+            pixels = model.likelihood.image_log_prob(sample.expand(len(every), -1, -1, -1), maps)
             joint = pixels + log_prior
             assert bound <= joint.logsumexp(0)
             torch.testing.assert_close(bound, joint[(every == own).all(1)][0])
@@ -110,7 +75,7 @@ def test_codes_and_back(cls: Any) -> None:
     with torch.no_grad():
         params = model.autoencoder(2.0 * model.values(x).double() / 3.0 - 1.0)[0]
     torch.testing.assert_close(model.autoencoder.decode(codes), params)
-    torch.testing.assert_close(back * 4.0 - 0.5, model.likelihood.mean(model._params(params)))
+    torch.testing.assert_close(back * 4.0 - 0.5, model.likelihood.image_mean(params))
     torch.testing.assert_close(model.render(model.embed(x)), back)
 
 

@@ -11,18 +11,21 @@ import torch
 
 from .. import nn
 from ..nn._likelihood import likelihood as named_likelihood
-from ._autoregressive import MAF
-from ._model import DiscreteModel, model_shape
+from ._autoregressive import IAF, MAF
+from ._model import DiscreteModel, FlowModel, model_shape
+from ._nice import NICE
 from ._realnvp import RealNVP
 
 __all__ = ["VAE"]
 
-PRIORS = ("standard", "mixture", "vamp", "realnvp", "maf")
-POSTERIORS = ("gaussian", "planar", "radial", "iaf")
+FLOWS = ("nice", "realnvp", "maf", "iaf")
+PRIORS = ("standard", "mixture", "vamp", *FLOWS)
+POSTERIORS = ("gaussian", "planar", "radial", *FLOWS)
+NETWORKS = ("mlp", "conv")
 
 
 class VAE(nn.VAE, DiscreteModel):
-    """``nn.VAE`` with MLPs over samples of one shape, images taken as vectors, and what it is made of by name.
+    """``nn.VAE`` over samples of one shape, and what it is made of by name.
 
     ``log_prob`` is the ELBO, of one draw of the latents.
 
@@ -34,11 +37,15 @@ class VAE(nn.VAE, DiscreteModel):
             ``"gaussian"`` (learned variance) or ``"mixture"`` of so many ``components`` Gaussians; None for gaussian where there
             are no ``levels``, else categorical, or logistic for more than 64 of them. The continuous ones take images as
             dequantized.
-        hidden, activation, dropout: of the networks; those of flows in the prior and the posterior are ``flow_hidden`` wide.
+        network: ``"mlp"``, to which images are vectors, or ``"conv"``: ``nn.ConvEncoder`` and ``nn.ConvDecoder`` of images. With
+            the latter the channels of a pixel depend on one another under ``"logistic"``.
+        hidden, activation, dropout: of the networks; ``hidden`` are the widths of the MLP's layers, or of the convolutions that
+            halve height and width. Those of flows in the prior and the posterior are ``flow_hidden`` wide.
+        blocks: residual blocks of a convolutional network.
         prior: ``"standard"`` normal, ``"mixture"`` of ``components`` Gaussians, ``"vamp"`` with ``components`` pseudo-inputs,
-            ``"realnvp"`` of ``flow_layers`` couplings, or ``"maf"`` of ``flow_layers`` layers (Chen et al. 2017).
-        posterior: diagonal ``"gaussian"``, or followed by ``flow_layers`` ``"planar"``, ``"radial"`` or ``"iaf"`` layers, which
-            also see 2 L values from the encoder.
+            or a flow of ``flow_layers``: ``"realnvp"``, ``"nice"``, ``"maf"`` (Chen et al. 2017) or ``"iaf"``.
+        posterior: diagonal ``"gaussian"``, or followed by ``flow_layers`` layers, ``"planar"``, ``"radial"`` or those of a flow,
+            which also see 2 L values from the encoder.
         objective: the fields of ``nn.Objective``.
         context: K of a context (B, K), which both networks see: a class, one-hot, for a class-conditional VAE.
 
@@ -54,7 +61,9 @@ class VAE(nn.VAE, DiscreteModel):
         upper: int | None = None,
         likelihood: str | None = None,
         components: int = 16,
+        network: str = "mlp",
         hidden: Sequence[int] = (256, 256),
+        blocks: int = 1,
         activation: str = "leaky_relu",
         dropout: float = 0.0,
         prior: str = "standard",
@@ -75,21 +84,27 @@ class VAE(nn.VAE, DiscreteModel):
             raise ValueError("prior: 'vamp' has no context to show to the encoder with its pseudo-inputs")
         features = math.prod(sizes)
         widths, flow_widths = tuple(hidden), tuple(flow_hidden)
-        network: dict[str, Any] = {"activation": activation, "zero_init": False}
-
-        def mlp(inputs: int, outputs: int, context: int | None = None) -> nn.MLP:
-            return nn.MLP(inputs, outputs, widths, context=context, dropout=dropout, **network)
-
+        options: dict[str, Any] = {"activation": activation, "zero_init": False}
         if upper is None:
             approximate = _posterior(posterior, latent, flow_layers, flow_widths)
         else:
-            approximate = nn.HierarchicalPosterior(latent, upper, nn.MLP(latent, 2 * upper, widths, **network))
-        encoder = mlp(features, approximate.inputs, context)
-        decoder = mlp(latent, features * output.params, context)
+            approximate = nn.HierarchicalPosterior(latent, upper, nn.MLP(latent, 2 * upper, widths, **options))
+        encoder, decoder = _networks(
+            network,
+            sizes,
+            approximate.inputs,
+            latent,
+            output,
+            widths,
+            blocks,
+            context=context,
+            activation=activation,
+            dropout=dropout,
+        )
         if upper is None:
             known = _prior(prior, latent, components, flow_layers, flow_widths, encoder, approximate, features)
         else:
-            known = nn.HierarchicalPrior(latent, upper, nn.MLP(upper, 2 * latent, widths, **network))
+            known = nn.HierarchicalPrior(latent, upper, nn.MLP(upper, 2 * latent, widths, **options))
         super().__init__(encoder, decoder, output, known, approximate)
         self.shape, self.context, self.discrete, self.stochastic = sizes, context, output.discrete, True
         self.levels, self.latent = levels or 0, latent
@@ -102,7 +117,9 @@ class VAE(nn.VAE, DiscreteModel):
             "upper": upper,
             "likelihood": likelihood,
             "components": components,
+            "network": network,
             "hidden": [*hidden],
+            "blocks": blocks,
             "activation": activation,
             "dropout": dropout,
             "prior": prior,
@@ -154,7 +171,7 @@ class VAE(nn.VAE, DiscreteModel):
 
     def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """The likelihood's mean (B, *shape), as dequantized data."""
-        mean = self.likelihood.mean(self.decode(z, context)).view(-1, *self.shape)
+        mean = self.mean(z, context).view(-1, *self.shape)
         return (mean + 0.5) / self.levels if self.discrete else mean
 
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
@@ -168,18 +185,44 @@ class VAE(nn.VAE, DiscreteModel):
         return nn.VAE.sample(self, n, context, temperature).view(n, *self.shape)
 
 
+def _networks(
+    name: str,
+    shape: tuple[int, ...],
+    inputs: int,
+    latent: int,
+    likelihood: nn.Likelihood,
+    hidden: tuple[int, ...],
+    blocks: int,
+    **options: Any,
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(encoder to the posterior's ``inputs``, decoder to the likelihood's parameters)."""
+    if name not in NETWORKS:
+        raise ValueError(f"network: unknown name {name!r}; expected one of {', '.join(map(repr, NETWORKS))}")
+    if name == "conv":
+        if len(shape) != 3:
+            raise ValueError(f"network: 'conv' is for images (C, H, W), got shape {shape}")
+        encoder = nn.ConvEncoder(shape, inputs, hidden, blocks, **options)
+        return encoder, nn.ConvDecoder(latent, shape, likelihood.maps(shape[0]), hidden[::-1], blocks, **options)
+    features, options = math.prod(shape), options | {"zero_init": False}
+    return nn.MLP(features, inputs, hidden, **options), nn.MLP(latent, features * likelihood.params, hidden, **options)
+
+
+def _flow(name: str, features: int, layers: int, hidden: tuple[int, ...], context: int | None = None) -> FlowModel:
+    if name in ("maf", "iaf"):
+        return {"maf": MAF, "iaf": IAF}[name](features, layers=layers, hidden=hidden, context=context)
+    coupled: dict[str, type[NICE] | type[RealNVP]] = {"nice": NICE, "realnvp": RealNVP}
+    return coupled[name](features, couplings=layers, hidden=hidden[0], depth=len(hidden), context=context)
+
+
 def _posterior(name: str, latent: int, layers: int, hidden: tuple[int, ...]) -> nn.Posterior:
     if name not in POSTERIORS:
         raise ValueError(f"posterior: unknown name {name!r}; expected one of {', '.join(map(repr, POSTERIORS))}")
     if name == "gaussian":
         return nn.GaussianPosterior(latent)
     context = 2 * latent
-    if name == "iaf":
-        steps: list[nn.Bijection] = []
-        for _ in range(layers):
-            steps += [nn.InverseAutoregressive(latent, hidden, context=context), nn.Permutation.reverse(latent)]
-    else:
-        steps = [{"planar": nn.Planar, "radial": nn.Radial}[name](latent, context) for _ in range(layers)]
+    if name in FLOWS:
+        return nn.FlowPosterior(latent, _flow(name, latent, layers, hidden, context).bijection, context)
+    steps = [{"planar": nn.Planar, "radial": nn.Radial}[name](latent, context) for _ in range(layers)]
     return nn.FlowPosterior(latent, nn.Compose(*steps), context)
 
 
@@ -201,6 +244,4 @@ def _prior(
         return nn.Mixture(latent, components)
     if name == "vamp":
         return nn.VampPrior(encoder, posterior, 0.5 * torch.randn(components, features))
-    if name == "maf":
-        return MAF(latent, layers=layers, hidden=hidden)
-    return RealNVP(latent, couplings=layers, hidden=hidden[0], depth=len(hidden))
+    return _flow(name, latent, layers, hidden)

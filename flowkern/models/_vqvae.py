@@ -7,107 +7,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .. import nn
+from ..nn._autoencoder import downsampling, upsampling
 from ..nn._base import as_shape
+from ..nn._likelihood import likelihood as named_likelihood
 from ..ops._checks import accumulation_dtype
 from ._model import DiscreteModel
 from ._pixelcnn import PixelCNN
 
-__all__ = ["LIKELIHOODS", "VQVAE", "VQVAE2", "CodePrior"]
+__all__ = ["VQVAE", "VQVAE2", "CodePrior"]
 
 #: One map (B, h, w) of codes for each latent, the coarsest first.
 Codes = tuple[torch.Tensor, ...]
 
+#: Of a pixel given the codes.
+LIKELIHOODS = ("logistic", "categorical")
+
 #: The share of the mean use of a code under which a code is given up and begins anew.
 _REVIVE_BELOW = 0.1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Distributions of pixels
-
-
-class DiscretizedLogistic(nn.Likelihood):
-    """The mass of a logistic distribution in each level's cell; the first and the last cell are open. ``params`` (mean, raw).
-
-    With a = (x + d - m) / s and b = (x - d - m) / s at the borders of the cell, log(sigmoid(a) - sigmoid(b)) is
-    log sigmoid(a) + log sigmoid(-b) + log(1 - exp(-2 d / s)), without cancellation. x and m lie between -1 and 1, and
-    log s = softplus(raw + 5) - 7: from e^-7, a tenth of a cell of 8 bits, upwards, and about e^-2 at raw = 0.
-    Source: Salimans et al., "PixelCNN++" (2017), section 2.1.
-    """
-
-    params = 2
-    discrete = True
-
-    def __init__(self, levels: int):
-        self.levels = levels
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return 2.0 * x / (self.levels - 1) - 1.0
-
-    def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        mean, raw = params.unbind(-1)
-        inverse_scale = (7.0 - F.softplus(raw + 5.0)).exp()
-        half = 1.0 / (self.levels - 1)
-        distance = self.encode(x.to(mean.dtype)) - mean
-        above = F.logsigmoid((distance + half) * inverse_scale)
-        below = F.logsigmoid((half - distance) * inverse_scale)
-        inner = (-torch.expm1(-2.0 * half * inverse_scale)).log()
-        return torch.where(x == 0, above, torch.where(x == self.levels - 1, below, above + below + inner))
-
-    def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        mean, raw = params.unbind(-1)
-        uniform = torch.rand_like(mean).clamp(1e-6, 1.0 - 1e-6)
-        x = mean + temperature * (F.softplus(raw + 5.0) - 7.0).exp() * uniform.logit()
-        return self._level(x).round().clamp(0, self.levels - 1)
-
-    def mean(self, params: torch.Tensor) -> torch.Tensor:
-        """That of the logistic distribution, within the levels."""
-        return self._level(params[..., 0]).clamp(0, self.levels - 1)
-
-    def _level(self, x: torch.Tensor) -> torch.Tensor:
-        return (x + 1.0) * (0.5 * (self.levels - 1))
-
-
-LIKELIHOODS: dict[str, Any] = {"categorical": nn.Categorical, "logistic": DiscretizedLogistic}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoder and decoder
-
-
-class _Block(torch.nn.Module):
-    """h + conv_1x1(relu(conv_3x3(relu(h))))."""
-
-    def __init__(self, channels: int, dropout: float):
-        super().__init__()
-        self.first = torch.nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = torch.nn.Conv2d(channels, channels, 1)
-        self.dropout = torch.nn.Dropout(dropout)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return h + self.second(self.dropout(self.first(h.relu()).relu()))
-
-
-def _blocks(channels: int, blocks: int, dropout: float) -> list[torch.nn.Module]:
-    return [*(_Block(channels, dropout) for _ in range(blocks)), torch.nn.ReLU()]
-
-
-def _down(inputs: int, hidden: int, steps: int, blocks: int, dropout: float) -> torch.nn.Sequential:
-    """Convolutions of stride 2, then residual blocks: (B, inputs, H, W) -> (B, hidden, H / 2^steps, W / 2^steps)."""
-    layers: list[torch.nn.Module] = []
-    for i in range(steps):
-        layers += [torch.nn.Conv2d(hidden if i else inputs, hidden, 4, 2, 1), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers, torch.nn.Conv2d(hidden, hidden, 3, padding=1), *_blocks(hidden, blocks, dropout))
-
-
-def _up(inputs: int, hidden: int, outputs: int, steps: int, blocks: int, dropout: float) -> torch.nn.Sequential:
-    """Residual blocks, then transposed convolutions: (B, inputs, h, w) -> (B, outputs, h 2^steps, w 2^steps)."""
-    layers = [torch.nn.Conv2d(inputs, hidden, 3, padding=1), *_blocks(hidden, blocks, dropout)]
-    for _ in range(steps):
-        layers += [torch.nn.ConvTranspose2d(hidden, hidden, 4, 2, 1), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers, torch.nn.Conv2d(hidden, outputs, 1))
 
 
 class _Autoencoder(torch.nn.Module):
@@ -119,7 +37,7 @@ class _Autoencoder(torch.nn.Module):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        params: int,
+        maps: int,
         quantizer: Mapping[str, Any],
         *,
         hidden: int,
@@ -131,18 +49,18 @@ class _Autoencoder(torch.nn.Module):
         channels, height, width = shape
         dim = quantizer["dim"]
         self.sizes = [(height >> downsample, width >> downsample)]
-        self.encoder = _down(channels, hidden, downsample, blocks, dropout)
+        self.encoder = downsampling(channels, (hidden,) * downsample, blocks, dropout=dropout)
         self.project = torch.nn.Conv2d(hidden, dim, 1)
         self.quantizer = nn.VectorQuantizer(**quantizer)
-        self.decoder = _up(dim, hidden, channels * params, downsample, blocks, dropout)
+        self.decoder = upsampling(dim, (hidden,) * downsample, maps, blocks, dropout=dropout)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
-        """x (B, C, H, W) from -1 to 1 -> (parameters (B, C params, H, W), codes, loss of the quantizers)."""
+        """x (B, C, H, W) from -1 to 1 -> (parameters (B, maps, H, W), codes, loss of the quantizers)."""
         quantized, codes, loss = self.quantizer(self.project(self.encoder(x)))
         return self.decoder(quantized), (codes,), loss
 
     def decode(self, codes: Codes) -> torch.Tensor:
-        """codes -> parameters (B, C params, H, W)."""
+        """codes -> parameters (B, maps, H, W)."""
         return self.decoder(self.quantizer.decode(codes[0]))
 
     def quantizers(self) -> list[nn.VectorQuantizer]:
@@ -156,7 +74,7 @@ class _Autoencoder2(torch.nn.Module):
     def __init__(
         self,
         shape: tuple[int, int, int],
-        params: int,
+        maps: int,
         quantizer: Mapping[str, Any],
         *,
         hidden: int,
@@ -169,14 +87,14 @@ class _Autoencoder2(torch.nn.Module):
         channels, height, width = shape
         dim = quantizer["dim"]
         self.sizes = [(height >> n, width >> n) for n in (downsample + top_downsample, downsample)]
-        self.bottom_encoder = _down(channels, hidden, downsample, blocks, dropout)
-        self.top_encoder = _down(hidden, hidden, top_downsample, blocks, dropout)
+        self.bottom_encoder = downsampling(channels, (hidden,) * downsample, blocks, dropout=dropout)
+        self.top_encoder = downsampling(hidden, (hidden,) * top_downsample, blocks, dropout=dropout)
         self.top_project = torch.nn.Conv2d(hidden, dim, 1)
         self.top_quantizer = nn.VectorQuantizer(**quantizer)
-        self.top_decoder = _up(dim, hidden, hidden, top_downsample, blocks, dropout)
+        self.top_decoder = upsampling(dim, (hidden,) * top_downsample, hidden, blocks, dropout=dropout)
         self.bottom_project = torch.nn.Conv2d(2 * hidden, dim, 1)
         self.bottom_quantizer = nn.VectorQuantizer(**quantizer)
-        self.decoder = _up(hidden + dim, hidden, channels * params, downsample, blocks, dropout)
+        self.decoder = upsampling(hidden + dim, (hidden,) * downsample, maps, blocks, dropout=dropout)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
         features = self.bottom_encoder(x)
@@ -274,10 +192,10 @@ class _CodeModel(DiscreteModel):
             raise ValueError("context: only the prior over the codes takes one, and there is none (prior=None)")
         self.config = {"shape": [*self.shape], **settings, **network}
         self.levels, self.codes, self.context = levels, codes, context
-        self.likelihood = LIKELIHOODS[likelihood](levels)
+        self.likelihood = named_likelihood(likelihood, settings["components"], levels)
         quantizer = {name: settings[name] for name in ("dim", "codes", "decay", "commitment")}
         quantizer |= {"channels_first": True, "revive_below": None if settings["decay"] is None else _REVIVE_BELOW}
-        self.autoencoder = make((channels, height, width), self.likelihood.params, quantizer, **network)
+        self.autoencoder = make((channels, height, width), self.likelihood.maps(channels), quantizer, **network)
         self.prior = None
         if prior is not None:
             self.autoencoder.requires_grad_(False)
@@ -304,7 +222,7 @@ class _CodeModel(DiscreteModel):
 
     def decode(self, *codes: torch.Tensor) -> torch.Tensor:
         """The likelihood's mean for maps of codes (B, h, w), as dequantized data (B, C, H, W)."""
-        return (self.likelihood.mean(self._params(self.autoencoder.decode(codes))) + 0.5) / self.levels
+        return (self.likelihood.image_mean(_accumulated(self.autoencoder.decode(codes))) + 0.5) / self.levels
 
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
@@ -346,8 +264,8 @@ class _CodeModel(DiscreteModel):
             return -self.log_prob(x, context)
         self.check_shape(x)
         v, dims = self.values(x), math.prod(self.shape)
-        params, codes, loss = self._encoded(v)
-        return dims * (loss - math.log(self.levels)) - self._bound(v, params, codes, context)
+        maps, codes, loss = self._encoded(v)
+        return dims * (loss - math.log(self.levels)) - self._bound(v, maps, codes, context)
 
     @torch.no_grad()
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
@@ -358,7 +276,7 @@ class _CodeModel(DiscreteModel):
         else:
             device = next(self.parameters()).device
             codes = tuple(torch.randint(self.codes, (n, *size), device=device) for size in self.autoencoder.sizes)
-        return self.likelihood.mean(self._params(self.autoencoder.decode(codes))).round().long()
+        return self.likelihood.image_mean(_accumulated(self.autoencoder.decode(codes))).round().long()
 
     def load_autoencoder(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Take the autoencoder, codebooks included, from the state of a model that has the same. Raises RuntimeError if not."""
@@ -369,13 +287,8 @@ class _CodeModel(DiscreteModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prior is None):
             return self.autoencoder(self.likelihood.encode(v.to(next(self.parameters()).dtype)))
 
-    def _params(self, flat: torch.Tensor) -> torch.Tensor:
-        """(B, C params, H, W) -> (B, C, H, W, params), in float32 at least."""
-        params = flat.unflatten(1, (self.shape[0], self.likelihood.params)).movedim(2, -1)
-        return params.to(accumulation_dtype(params))
-
-    def _bound(self, v: torch.Tensor, params: torch.Tensor, codes: Codes, context: torch.Tensor | None) -> torch.Tensor:
-        pixels = self.likelihood.log_prob(v, self._params(params)).flatten(1).sum(1)
+    def _bound(self, v: torch.Tensor, maps: torch.Tensor, codes: Codes, context: torch.Tensor | None) -> torch.Tensor:
+        pixels = self.likelihood.image_log_prob(v, _accumulated(maps))
         if self.prior is not None:
             return pixels + self.prior.log_mass(codes, context)
         return pixels - sum(map(math.prod, self.autoencoder.sizes)) * math.log(self.codes)
@@ -383,6 +296,10 @@ class _CodeModel(DiscreteModel):
     def _check_context(self, context: torch.Tensor | None) -> None:
         if context is not None and self.prior is None:
             raise ValueError(f"context: got shape {tuple(context.shape)}, but only the prior takes one, and there is none")
+
+
+def _accumulated(maps: torch.Tensor) -> torch.Tensor:
+    return maps.to(accumulation_dtype(maps))
 
 
 class VQVAE(_CodeModel):
@@ -396,8 +313,8 @@ class VQVAE(_CodeModel):
         levels: how many values an element can have.
         hidden, blocks, dropout: channels of the encoder and the decoder, their residual blocks, and the dropout in these.
         dim, codes, decay, commitment: of ``nn.VectorQuantizer``.
-        likelihood: of a pixel's channel given the codes: ``"logistic"`` (discretized; the decoder gives means and log-scales) or
-            ``"categorical"`` (the decoder gives a logit for each level).
+        likelihood: of a pixel given the codes: ``"logistic"``, a mixture of ``components`` discretized logistics, in which three
+            channels depend on one another, or ``"categorical"``, a logit for each level of each channel.
         prior: settings of the prior, a ``PixelCNN`` over the map of codes (hidden, layers, kernel, dropout), or None.
         context: K of a context (B, K) of the prior, or None.
 
@@ -419,11 +336,13 @@ class VQVAE(_CodeModel):
         decay: float | None = 0.99,
         commitment: float = 0.25,
         likelihood: str = "logistic",
+        components: int = 5,
         prior: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
         settings: dict[str, Any] = {"levels": levels, "dim": dim, "codes": codes, "decay": decay, "commitment": commitment}
-        settings |= {"likelihood": likelihood, "prior": None if prior is None else dict(prior), "context": context}
+        settings |= {"likelihood": likelihood, "components": components}
+        settings |= {"prior": None if prior is None else dict(prior), "context": context}
         network = {"hidden": hidden, "blocks": blocks, "downsample": downsample, "dropout": dropout}
         super().__init__(_Autoencoder, shape, downsample, settings, network)
 
@@ -456,12 +375,14 @@ class VQVAE2(_CodeModel):
         decay: float | None = 0.99,
         commitment: float = 0.25,
         likelihood: str = "logistic",
+        components: int = 5,
         prior: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
         if top_downsample < 1:
             raise ValueError(f"top_downsample: expected at least 1, got {top_downsample}")
         settings: dict[str, Any] = {"levels": levels, "dim": dim, "codes": codes, "decay": decay, "commitment": commitment}
-        settings |= {"likelihood": likelihood, "prior": None if prior is None else dict(prior), "context": context}
+        settings |= {"likelihood": likelihood, "components": components}
+        settings |= {"prior": None if prior is None else dict(prior), "context": context}
         network = {"hidden": hidden, "blocks": blocks, "downsample": downsample, "top_downsample": top_downsample}
         super().__init__(_Autoencoder2, shape, downsample + top_downsample, settings, network | {"dropout": dropout})

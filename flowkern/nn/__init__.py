@@ -1,6 +1,8 @@
 """Layers of normalizing flows: bijections, base distributions, conditioner networks, and ``Flow`` that joins them."""
 
 from ._actnorm import ActNorm as ActNorm
+from ._autoencoder import ConvDecoder as ConvDecoder
+from ._autoencoder import ConvEncoder as ConvEncoder
 from ._autoregressive import InverseAutoregressive as InverseAutoregressive
 from ._autoregressive import MaskedAutoregressive as MaskedAutoregressive
 from ._base import Base as Base

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..ops import ScaleMap
+from ..ops._discretized_logistic_mixture import _parts
 
 __all__ = [
     "LIKELIHOODS",
@@ -29,6 +30,10 @@ class Likelihood:
 
     ``log_prob`` is in nats, of shape (..., D). ``temperature`` multiplies standard deviations and divides logits of values.
     ``discrete`` says whether x are integers from 0 to ``levels`` - 1 (in any dtype).
+
+    Images x (B, C, H, W) may have their parameters as ``maps(C)`` maps (B, maps, H, W) instead, as convolutions put them out:
+    ``image_log_prob``, ``image_sample`` and ``image_mean`` take those. They are the elements' own, channel by channel, unless
+    the class says that channels depend on one another.
     """
 
     params = 1
@@ -50,6 +55,26 @@ class Likelihood:
 
     def mean(self, params: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no mean")
+
+    def maps(self, channels: int) -> int:
+        """How many maps there are for images of so many channels."""
+        return channels * self.params
+
+    def image_log_prob(self, x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W), maps (B, maps(C), H, W) -> (B,), in nats."""
+        return self.log_prob(x, self._elements(maps)).flatten(1).sum(1)
+
+    def image_sample(self, maps: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """(B, C, H, W)."""
+        return self.sample(self._elements(maps), temperature)
+
+    def image_mean(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W)."""
+        return self.mean(self._elements(maps))
+
+    def _elements(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, C K, H, W) -> (B, C, H, W, K)."""
+        return maps.unflatten(1, (-1, self.params)).movedim(2, -1)
 
 
 def _normal(x: torch.Tensor, mean: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
@@ -143,13 +168,15 @@ class Categorical(Likelihood):
 class DiscretizedLogisticMixture(Likelihood):
     """The mass of C logistics in the cells of ``levels`` values, ``params``: C logits, C means (from -1 to 1) and C log-scales.
 
-    Source: Salimans et al., "PixelCNN++" (2017), section 2.1; without the dependence of a pixel's channels on one another.
+    Of images with three channels and their parameters as 10 C maps, a pixel's channels depend on one another.
+    Source: Salimans et al., "PixelCNN++" (2017), section 2.1; the layout of the maps is that of
+    ``ops.discretized_logistic_mixture``.
     """
 
     discrete = True
 
     def __init__(self, components: int, levels: int):
-        self.params, self.levels = 3 * components, levels
+        self.params, self.levels, self.components = 3 * components, levels, components
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return 2.0 * x / (self.levels - 1) - 1.0
@@ -158,18 +185,52 @@ class DiscretizedLogisticMixture(Likelihood):
         return self.total(x[..., None], params[..., None, :])
 
     def total(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        rows = ops.discretized_logistic_mixture(x.reshape(-1, 1, 1, x.shape[-1]), _as_maps(params), levels=self.levels)
-        return rows.view(x.shape[:-1])
+        return self._of_pixels(x.reshape(-1, 1, 1, x.shape[-1]), _as_maps(params)).view(x.shape[:-1])
 
     def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        maps = _as_maps(params)
-        drawn = ops.sample_discretized_logistic_mixture(maps, channels=1, levels=self.levels, temperature=temperature)
-        return drawn.view(params.shape[:-1]).to(params.dtype)
+        return self._drawn_pixels(_as_maps(params), 1, temperature).view(params.shape[:-1])
 
     def mean(self, params: torch.Tensor) -> torch.Tensor:
         logits, mean, _ = params.chunk(3, -1)
-        centre = (logits.softmax(-1) * mean).sum(-1).clamp(-1.0, 1.0)
-        return 0.5 * (centre + 1.0) * (self.levels - 1)
+        return self._level((logits.softmax(-1) * mean).sum(-1))
+
+    def maps(self, channels: int) -> int:
+        return 10 * self.components if channels == 3 else channels * self.params
+
+    def image_log_prob(self, x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        if maps.shape[1] == self.maps(3):
+            return self._of_pixels(x, maps)
+        return self._of_pixels(x.flatten(0, 1)[:, None], self._channels(maps)).view(x.shape[:2]).sum(1)
+
+    def image_sample(self, maps: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        if maps.shape[1] == self.maps(3):
+            return self._drawn_pixels(maps, 3, temperature)
+        return self._drawn_pixels(self._channels(maps), 1, temperature).view(len(maps), -1, *maps.shape[2:])
+
+    def image_mean(self, maps: torch.Tensor) -> torch.Tensor:
+        if maps.shape[1] != self.maps(3):
+            return super().image_mean(maps)
+        logits, mean, _, raw = _parts(maps, 3)
+        t = raw.tanh()
+        red = mean[:, 0]
+        green = mean[:, 1] + t[:, 0] * red
+        blue = mean[:, 2] + t[:, 1] * red + t[:, 2] * green
+        return self._level((torch.stack([red, green, blue], 1) * logits.softmax(1)[:, None]).sum(2))
+
+    def _of_pixels(self, x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        return ops.discretized_logistic_mixture(x, maps, levels=self.levels)
+
+    def _drawn_pixels(self, maps: torch.Tensor, channels: int, temperature: float) -> torch.Tensor:
+        drawn = ops.sample_discretized_logistic_mixture(maps, channels=channels, levels=self.levels, temperature=temperature)
+        return drawn.to(maps.dtype)
+
+    def _channels(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, C 3 K, H, W) -> (B C, 3 K, H, W)."""
+        return maps.unflatten(1, (-1, self.params)).flatten(0, 1)
+
+    def _level(self, position: torch.Tensor) -> torch.Tensor:
+        """-1 to 1 as a level, which need not be whole."""
+        return 0.5 * (position.clamp(-1.0, 1.0) + 1.0) * (self.levels - 1)
 
 
 def _as_maps(params: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,7 @@ class VAE(nn.Module):
 
     Args:
         encoder: (B, D) -> (B, ``posterior.inputs``), of what ``likelihood.encode`` shows of x.
-        decoder: (B, L) -> (B, D * ``likelihood.params``).
+        decoder: (B, L) -> (B, D * ``likelihood.params``), or for images maps (B, ``likelihood.maps(C)``, H, W).
         likelihood: p(x|z), of independent elements.
         prior: p(z): a base of ``flowkern.nn``, a ``Flow`` over (B, L), or a ``torch.distributions.Distribution``.
         posterior: q(z|x), of L ``features``.
@@ -151,17 +151,19 @@ class VAE(nn.Module):
         return _call(self.encoder, self.likelihood.encode(x.flatten(1).to(dtype)), context)
 
     def decode(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """The likelihood's parameters (B, D, K) for z (B, L)."""
+        """The likelihood's parameters for z (B, L): (B, D, K), or maps (B, P, H, W) where the decoder has such."""
         params = _call(self.decoder, z.to(next(self.decoder.parameters()).dtype), context)
-        return params.unflatten(1, (-1, self.likelihood.params))
+        return params if params.ndim == 4 else params.unflatten(1, (-1, self.likelihood.params))
 
     def log_likelihood(self, x: torch.Tensor, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """log p(x | z) of x (B, ...) and z (K, B, L): (K, B) in nats."""
         rows = None if context is None else context.repeat(len(z), 1)
         params = self.decode(z.flatten(0, 1), rows)
-        params = params.to(accumulation_dtype(params)).view(*z.shape[:2], *params.shape[1:])
-        x = x.flatten(1).to(params.dtype)
-        return self.likelihood.total(x.expand(len(z), *x.shape), params)
+        params = params.to(accumulation_dtype(params))
+        every = x.to(params.dtype).expand(len(z), *x.shape).flatten(0, 1)
+        image = params.ndim == 4
+        total = self.likelihood.image_log_prob(every, params) if image else self.likelihood.total(every.flatten(1), params)
+        return total.view(z.shape[:2])
 
     def evidence(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> Evidence:
         """The terms of the importance weights of so many samples z."""
@@ -247,18 +249,24 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """The likelihood's mean (B, D) at the posterior's, of x (B, ...)."""
-        return self.likelihood.mean(self.decode(self.posterior.mean(self.encode(x, context)), context))
+        """The likelihood's mean (B, D), or (B, C, H, W), at the posterior's, of x (B, ...)."""
+        return self.mean(self.posterior.mean(self.encode(x, context)), context)
+
+    def mean(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """The likelihood's mean (B, D), or (B, C, H, W), for z (B, L)."""
+        params = self.decode(z, context)
+        return self.likelihood.image_mean(params) if params.ndim == 4 else self.likelihood.mean(params)
 
     @torch.no_grad()
     def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
-        """n samples (n, D) of x; ``context`` (n, K), or (1, K) for all. ``temperature`` is that of the prior.
+        """n samples of x, (n, D) or (n, C, H, W); ``context`` (n, K), or (1, K) for all. ``temperature`` is that of the prior.
 
         Raises ValueError for a context of a wrong shape.
         """
         context = _rows(context, n)
         z = self.prior.sample(n, temperature=temperature)
-        return self.likelihood.sample(self.decode(z, context))
+        params = self.decode(z, context)
+        return self.likelihood.image_sample(params) if params.ndim == 4 else self.likelihood.sample(params)
 
 
 def _call(network: nn.Module, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:

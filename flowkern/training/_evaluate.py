@@ -51,7 +51,7 @@ class Score:
     def __str__(self) -> str:
         return (
             f"{self.nats:.2f} +- {self.nats_error:.2f} nats, {self.bits_per_dim:.3f} +- {self.bits_per_dim_error:.3f} bits/dim "
-            f"({self.samples} samples, {self.draws} noise draw{'s' if self.draws > 1 else ''})"
+            f"({self.samples} samples, {self.draws} draw{'s' if self.draws > 1 else ''})"
         )
 
 
