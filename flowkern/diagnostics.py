@@ -52,9 +52,9 @@ def elbo_surgery(vae: VAE, x: torch.Tensor, context: torch.Tensor | None = None,
     h = vae.encode(x, context)
     totals = torch.zeros(3, dtype=torch.float64)
     for _ in range(draws):
-        evidence = vae.evidence(x, context)
-        z = evidence.z[0]
-        marginal = torch.cat([_aggregated(vae, part, h) for part in z.split(chunk)])
+        # The posteriors of h alone: an encoder with dropout would give others.
+        evidence = vae.evidence_of(x, *vae.posterior.sample_and_log_prob(h), context)
+        marginal = torch.cat([_aggregated(vae, part, h) for part in evidence.z[0].split(chunk)])
         terms = evidence.reconstruction[0], evidence.posterior[0] - marginal, marginal - evidence.prior[0]
         totals += torch.stack([term.double().mean() for term in terms]).cpu()
     reconstruction, information, marginal_kl = (totals / draws).tolist()
@@ -120,6 +120,8 @@ def traverse(z: torch.Tensor, dimension: int, low: float = -3.0, high: float = 3
 def interpolate(z0: torch.Tensor, z1: torch.Tensor, steps: int = 8, *, spherical: bool = False) -> torch.Tensor:
     """From z0 to z1 (B, ...), ends included: (B, steps, ...), on a straight line or, if ``spherical``, along a great circle.
 
+    Parallel and opposite latents, which no or many such circles join, are joined by a straight line in both cases.
+
     Source of the latter: White, "Sampling Generative Networks" (2016), section 2.1.
     """
     weight = torch.linspace(0.0, 1.0, steps, dtype=z0.dtype, device=z0.device).view(1, steps, *[1] * (z0.ndim - 1))
@@ -128,12 +130,12 @@ def interpolate(z0: torch.Tensor, z1: torch.Tensor, steps: int = 8, *, spherical
     a, b = z0.flatten(1), z1.flatten(1)
     cosine = torch.nn.functional.cosine_similarity(a, b).clamp(-1.0, 1.0)
     angle = cosine.acos().view(-1, 1, *[1] * (z0.ndim - 1))
-    straight = angle < 1e-4  # the limit; parallel latents have no circle
+    straight = (angle < 1e-4) | (angle > math.pi - 1e-2)
     sine = torch.where(straight, 1.0, angle.sin())
     curved = (((1 - weight) * angle).sin() * z0[:, None] + (weight * angle).sin() * z1[:, None]) / sine
     return torch.where(straight, torch.lerp(z0[:, None], z1[:, None], weight), curved)
 
 
 def analogy(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """What is to c as b is to a: c + (b - a), of latents of one shape; of groups of latents (B, L) give the means."""
+    """What is to c as b is to a: c + (b - a), of latents of one shape, or of the means of groups of latents."""
     return c + (b - a)

@@ -29,6 +29,20 @@ def test_uniform_noise() -> None:
     assert log_q.tolist() == [0.0] * 1000
 
 
+def test_noise_stays_in_the_cell() -> None:
+    v = torch.full((1000, 1000), 255, dtype=torch.int64)
+    u, _ = nn.UniformDequantization()(v)
+    assert (u > 0).all()
+    assert torch.equal((v + u).floor().long(), v)
+    assert abs(u.double().mean() - 0.5) < 5 * (1 / 12 / u.numel()) ** 0.5
+    without_parameters = nn.VariationalDequantization((1, 2, 2), 3, flow=nn.Permutation.reverse(1))
+    u, log_q = without_parameters(torch.zeros(20, 1, 2, 2, dtype=torch.int64))
+    logit = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(0.0, 1.0), [torch.distributions.transforms.SigmoidTransform()]
+    )
+    torch.testing.assert_close(log_q, logit.log_prob(u).flatten(1).sum(1), rtol=1e-4, atol=1e-4)
+
+
 def test_variational_noise_is_a_density_of_its_samples() -> None:
     """The mean of 1 / q over samples is the volume of the cell, 1; and samples fill it as q says."""
     layer = variational()
@@ -56,19 +70,20 @@ def test_noise_depends_on_the_values() -> None:
     assert not torch.equal(*noise)
 
 
-def model() -> models.DequantizedFlow:
+def model(**config) -> models.DequantizedFlow:
     torch.manual_seed(0)
     settings = {"hidden": 8, "depth": 1, "couplings": 2, "levels": 1}
-    flow = models.DequantizedFlow((1, 2, 2), levels=2, settings=settings, couplings=2, hidden=4)
+    flow = models.DequantizedFlow((1, 2, 2), levels=2, settings=settings, couplings=2, hidden=4, **config)
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.1 * torch.randn(p.shape))
     return flow
 
 
-def test_the_bound_is_below_the_probability() -> None:
+@pytest.mark.parametrize("dequantization", ["variational", "uniform"])
+def test_the_bound_is_below_the_probability(dequantization: str) -> None:
     """log mean_k of the bound's weights is log P(v), and P sums to one."""
-    flow = model()
+    flow = model(dequantization=dequantization)
     v = torch.tensor(list(itertools.product(range(2), repeat=4))).view(-1, 1, 2, 2)
     with torch.no_grad():
         weights = flow.log_mass(v.repeat(3000, 1, 1, 1)).view(3000, 16).double()
@@ -111,3 +126,12 @@ def test_errors() -> None:
         models.DequantizedFlow((1, 2, 2), flow="maf")
     with pytest.raises(ValueError, match="context: expected None, got 3"):
         models.DequantizedFlow((1, 2, 2), context=3)
+
+
+def test_errors_of_models() -> None:
+    with pytest.raises(ValueError, match="dequantization: unknown name 'none'"):
+        model(dequantization="none")
+    with pytest.raises(ValueError, match="expected integers from 0 to 1, got 4 of 8 others"):
+        model().log_mass(torch.tensor([[0, 1, 2, 3], [0, 1, -1, 7]]).view(2, 1, 2, 2))
+    half = model().bfloat16()
+    assert half.log_prob(torch.rand(3, 1, 2, 2)).isfinite().all()

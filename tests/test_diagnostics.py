@@ -32,6 +32,27 @@ def test_surgery_adds_up_to_the_elbo(config: dict, draws: int) -> None:
     assert "mutual information" in str(surgery)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_marginal_kl_is_that_of_the_aggregated_posterior(dropout: float) -> None:
+    """KL(q(z) || p(z)) with q(z) = mean_i q(z | x_i), by a sum over a grid; with dropout, of the posteriors of one encoding."""
+    vae, x = small(dropout=dropout).double(), data(10)
+    with torch.no_grad():
+        vae.encoder.layers[-1].weight.mul_(3.0)
+    torch.manual_seed(7)
+    h = vae.encode(x)
+    torch.manual_seed(7)
+    surgery = diagnostics.elbo_surgery(vae, x, draws=3000)
+    axis = torch.linspace(-8.0, 8.0, 321, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    mean, log_scale = vae.posterior.parameters_of(h.detach())
+    normal = torch.distributions.Normal(mean[:, None], log_scale.exp()[:, None])
+    log_q = normal.log_prob(grid).sum(-1).logsumexp(0) - math.log(10)
+    log_p = vae.prior.log_prob(grid)
+    marginal_kl = float((log_q.exp() * (log_q - log_p)).sum() * 0.05**2)
+    assert surgery.marginal_kl == pytest.approx(marginal_kl, abs=0.02)
+    assert surgery.mutual_information <= math.log(10) + 1e-6
+
+
 def test_surgery_of_extremes() -> None:
     """Posteriors that do not look at x carry no information; sharp and distinct ones carry log n."""
     vae, x = small(), torch.arange(40)[:, None].expand(-1, 3) % 4
@@ -74,6 +95,9 @@ def test_points() -> None:
     circle = diagnostics.interpolate(z[:1], z[1:] / 2, 3, spherical=True)
     torch.testing.assert_close(circle.norm(dim=-1), torch.ones(1, 3))
     torch.testing.assert_close(diagnostics.interpolate(z, z, 3, spherical=True), z[:, None].expand(-1, 3, -1))
+    for far in (-1.5, -1.5 + 1e-5):  # opposite latents are joined by a straight line
+        between = diagnostics.interpolate(z[:1], far * z[:1], 3, spherical=True)
+        torch.testing.assert_close(between[:, 1], z[:1] * (1.0 + far) / 2)
     assert diagnostics.analogy(z[0], z[1], z[0]).tolist() == [0.0, 2.0]
 
 

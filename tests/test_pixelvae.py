@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
 from flowkern import models
@@ -54,3 +55,18 @@ def test_rebuilt_from_a_file(tmp_path) -> None:
         torch.manual_seed(1)
         values.append(m.log_prob(x))
     assert torch.equal(*values)
+
+
+def test_reconstructions_and_errors() -> None:
+    model = small()
+    v = torch.randint(2, (5, 1, 2, 2))
+    again = model.reconstruct(v)
+    assert again.shape == v.shape
+    assert set(again.unique().tolist()) <= {0.0, 1.0}
+    with pytest.raises(NotImplementedError, match="the parameters of a pixel follow from the pixels before"):
+        model.decode(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="pixelcnn: levels follow from the other settings"):
+        models.PixelVAE((1, 2, 2), levels=2, pixelcnn={"levels": 3})
+    v[0, 0, 0, 0] = 2
+    with pytest.raises(ValueError, match="expected integers from 0 to 1, got 1 of 20 others"):
+        model.elbo(v)

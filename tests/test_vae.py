@@ -146,12 +146,37 @@ def test_values_of_the_objectives(kind: str, x: torch.Tensor) -> None:
 def test_penalties() -> None:
     rate = torch.tensor([[0.1, 2.0], [0.3, 4.0]])
     totals = torch.tensor([2.1, 4.3])
-    torch.testing.assert_close(nn.Objective().penalty(rate, 0), totals)
-    torch.testing.assert_close(nn.Objective(beta=4.0).penalty(rate, 0), 4.0 * totals)
-    torch.testing.assert_close(nn.Objective(beta=2.0, capacity=3.0).penalty(rate, 0), torch.tensor([1.8, 2.6]))
-    torch.testing.assert_close(nn.Objective(free_bits=0.5).penalty(rate, 0), torch.tensor([3.5, 3.5]))
-    torch.testing.assert_close(nn.Objective(min_rate=5.0).penalty(rate, 0), torch.tensor([5.0, 5.0]))
-    torch.testing.assert_close(nn.Objective(warmup=10).penalty(rate, 5), 0.5 * totals)
+    torch.testing.assert_close(nn.Objective().penalty(rate, 0, 2), totals)
+    torch.testing.assert_close(nn.Objective(beta=4.0).penalty(rate, 0, 2), 4.0 * totals)
+    torch.testing.assert_close(nn.Objective(beta=2.0, capacity=3.0).penalty(rate, 0, 2), torch.tensor([1.8, 2.6]))
+    torch.testing.assert_close(nn.Objective(free_bits=0.5).penalty(rate, 0, 2), torch.tensor([3.5, 3.5]))
+    torch.testing.assert_close(nn.Objective(min_rate=5.0).penalty(rate, 0, 2), torch.tensor([5.0, 5.0]))
+    torch.testing.assert_close(nn.Objective(warmup=10).penalty(rate, 5, 2), 0.5 * totals)
+    torch.testing.assert_close(nn.Objective(warmup=10).penalty(rate, None, 2), totals)
+    # Without parts, all dimensions together have what each of them would have.
+    torch.testing.assert_close(nn.Objective(free_bits=2.0).penalty(totals, 0, 2), torch.tensor([4.0, 4.0]))
+    torch.testing.assert_close(nn.Objective(free_bits=1.0).penalty(totals, 0, 2), totals.mean().expand(2))
+
+
+def test_warm_up_counts_what_trains_says() -> None:
+    torch.manual_seed(0)
+    model = models.VAE(4, levels=3, latent=2, hidden=[8], objective={"warmup": 10})
+    x = torch.rand(6, 4)
+
+    def loss(at: int) -> torch.Tensor:
+        model.steps = at
+        torch.manual_seed(1)
+        return model.objective(x)
+
+    torch.testing.assert_close(loss(5), (loss(0) + loss(10)) / 2)
+    torch.testing.assert_close(loss(10), -model_log_prob(model, x))
+    assert model.steps == 11  # counted where nobody says it
+    assert not [name for name in model.state_dict() if "steps" in name]
+
+
+def model_log_prob(model: models.VAE, x: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(1)
+    return model.log_prob(x)
 
 
 def test_flow_seen_as_a_vae_has_its_log_likelihood_as_elbo(x: torch.Tensor) -> None:
@@ -209,7 +234,70 @@ def test_priors_are_densities_and_train(name: str, x: torch.Tensor) -> None:
     assert vae.reconstruct(x).shape == (5, DATA)
 
 
+@pytest.mark.parametrize("likelihood", ["categorical", "logistic", "bernoulli"])
+def test_values_that_x_cannot_have(likelihood: str) -> None:
+    levels = 2 if likelihood == "bernoulli" else 5
+    model = models.VAE(4, levels=levels, latent=2, likelihood=likelihood)
+    for bad, count in ((levels, 1), (-1, 1), (float("nan"), 1)):
+        v = torch.zeros(3, 4)
+        v[1, 2] = bad
+        for call in (model.elbo, model.log_mass, model.evidence, model.importance_log_prob, model.reconstruct):
+            with pytest.raises(ValueError, match=f"from 0 to {levels - 1}, got {count} of 12 others, or NaN"):
+                call(v)
+    if likelihood != "bernoulli":
+        with pytest.raises(ValueError, match="expected integers"):
+            model.elbo(torch.full((3, 4), 0.5))
+
+
+def test_networks_of_other_widths() -> None:
+    with pytest.raises(ValueError, match=r"GaussianPosterior: expected \(B, 6\) from the encoder, got \(2, 8\)"):
+        nn.VAE(torch.nn.Linear(4, 8), torch.nn.Linear(3, 4), nn.Bernoulli(), nn.StandardNormal(3), nn.GaussianPosterior(3)).elbo(
+            torch.zeros(2, 4)
+        )
+    planar = nn.FlowPosterior(3, nn.Planar(3))
+    with pytest.raises(ValueError, match=r"FlowPosterior: expected \(B, 6\) from the encoder, got \(2, 9\)"):
+        planar.sample_and_log_prob(torch.zeros(2, 9))
+    two_layers = nn.HierarchicalPosterior(2, 3, torch.nn.Linear(2, 8))
+    with pytest.raises(ValueError, match=r"expected \(B, 6\) from the encoder, got \(2, 8\)"):
+        two_layers.sample_and_log_prob(torch.zeros(2, 4))
+    for outputs, expected in ((27, 9), (9, 3)):
+        decoder = torch.nn.Linear(3, outputs)
+        vae = nn.VAE(torch.nn.Linear(4, 6), decoder, nn.Categorical(3), nn.StandardNormal(3), nn.GaussianPosterior(3))
+        message = rf"decoder: expected parameters of shape \(4, 3\) for x of \(4,\), got \({expected}, 3\)"
+        with pytest.raises(ValueError, match=message):
+            vae.elbo(torch.zeros(2, 4))
+    flow = nn.Flow(nn.Permutation.reverse(4), nn.StandardNormal(4))
+    with pytest.raises(ValueError, match=r"prior: expected latents of shape \(3,\), as the posterior has, got \(4,\)"):
+        nn.VAE(torch.nn.Linear(4, 6), torch.nn.Linear(3, 4), nn.Bernoulli(), flow, nn.GaussianPosterior(3))
+
+
+def test_no_samples_and_networks_without_parameters() -> None:
+    for prior in ("standard", "mixture", "vamp", "maf"):
+        model = models.VAE(4, levels=3, latent=2, hidden=[8], flow_hidden=[8], prior=prior)
+        assert model.sample(0).shape == (0, 4)
+        assert model.elbo(torch.zeros(0, 4)).shape == (0,)
+    vae = nn.VAE(torch.nn.Identity(), torch.nn.Identity(), nn.Bernoulli(), nn.StandardNormal(2), nn.GaussianPosterior(2))
+
+    class Padded(torch.nn.Module):
+        def forward(self, z):
+            return torch.cat([z, z], 1)
+
+    vae.decoder = Padded()
+    assert vae.elbo(torch.ones(3, 4, dtype=torch.int64)).isfinite().all()
+    for prior in ("realnvp", "maf", "mixture"):
+        half = models.VAE(4, levels=3, latent=2, hidden=[8], flow_hidden=[8], prior=prior).bfloat16()
+        assert half.log_prob(torch.rand(3, 4)).isfinite().all()
+
+
 def test_errors() -> None:
+    with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
+        linear().elbo(torch.zeros(1, DATA), samples=0)
+    with pytest.raises(ValueError, match="capacity: expected at least 0, got nan"):
+        nn.Objective(capacity=math.nan)
+    with pytest.raises(ValueError, match=r"samples: expected a whole number, got 2\.5"):
+        nn.Objective(samples=2.5)
+    with pytest.raises(ValueError, match="temperature: expected at least 0, got -1"):
+        linear().sample(2, temperature=-1.0)
     with pytest.raises(ValueError, match="prior: expected latents of shape"):
         linear(prior=nn.StandardNormal(LATENT + 1))
     with pytest.raises(ValueError, match="kind: unknown objective 'vi'"):
@@ -284,7 +372,9 @@ def test_convolutional_models(likelihood: str, tmp_path) -> None:
         torch.manual_seed(1)
         values.append(m.log_prob(x))
     assert torch.equal(*values)
-    assert model.sample(2).shape == model.reconstruct(x)[:2].shape == model.render(model.embed(x))[:2].shape == (2, 3, 8, 4)
+    values_of = model.values(x) if model.discrete else x
+    assert model.sample(2).shape == model.reconstruct(values_of)[:2].shape == (2, 3, 8, 4)
+    assert model.render(model.embed(x)).shape == x.shape
     # A sample's terms are its own, for each of several draws.
     z = torch.randn(4, 6, 3)
     v = model.values(x) if model.discrete else x
@@ -323,6 +413,20 @@ def test_errors_of_models() -> None:
         models.VAE(3, prior="flat")
     with pytest.raises(ValueError, match="posterior: unknown name 'flat'"):
         models.VAE(3, posterior="flat")
+    with pytest.raises(ValueError, match="likelihood: 'bernoulli' is for 2 levels, got 17"):
+        models.VAE(3, levels=17, likelihood="bernoulli")
+    with pytest.raises(ValueError, match=r"objective: expected the fields of nn\.Objective, got 'iwae'"):
+        models.VAE(3, objective="iwae")
+    with pytest.raises(ValueError, match="latent, upper: expected at least 1, got -1"):
+        models.VAE(3, latent=-1)
+    with pytest.raises(ValueError, match="levels: expected at least 2, got 0"):
+        models.VAE(3, levels=0)
+    with pytest.raises(ValueError, match="flow_hidden: 'realnvp' needs at least one width"):
+        models.VAE(3, prior="realnvp", flow_hidden=[])
+    with pytest.raises(ValueError, match="latent: 'realnvp' couples one part"):
+        models.VAE(3, prior="realnvp", latent=1)
+    with pytest.raises(ValueError, match=r"z: expected shape \(B, 2\), got \(1, 5\)"):
+        models.VAE(3, latent=2).render(torch.zeros(1, 5))
     with pytest.raises(ValueError, match="network: unknown name 'transformer'"):
         models.VAE((1, 4, 4), network="transformer")
     with pytest.raises(ValueError, match="network: 'conv' is for images"):

@@ -15,11 +15,12 @@ from ._realnvp import RealNVP
 
 __all__ = ["DequantizedFlow"]
 
+DEQUANTIZATIONS = ("variational", "uniform")
 _FLOWS: dict[str, Callable[..., FlowModel]] = {"realnvp": RealNVP, "glow": Glow}
 
 
 class DequantizedFlow(DiscreteModel):
-    """A flow p and a ``nn.VariationalDequantization`` q: log P(v) >= log p((v + u) / levels) - D log levels - log q(u | v).
+    """A flow p and a dequantization q: log P(v) >= E_q[log p((v + u) / levels) - log q(u | v)] - D log levels.
 
     ``log_prob`` is that bound, of one draw of u.
 
@@ -27,7 +28,8 @@ class DequantizedFlow(DiscreteModel):
         shape: (C, H, W).
         levels: how many values an element can have.
         flow: ``"realnvp"`` or ``"glow"``; ``settings``, its keyword arguments besides the shape.
-        couplings, hidden: of the dequantization.
+        dequantization: ``"variational"``, or ``"uniform"`` for noise that is not learned.
+        couplings, hidden: of the variational one.
         context: must be None.
 
     Raises ValueError for settings that do not fit, and unknown names.
@@ -43,6 +45,7 @@ class DequantizedFlow(DiscreteModel):
         levels: int = 256,
         flow: str = "realnvp",
         settings: Mapping[str, Any] | None = None,
+        dequantization: str = "variational",
         couplings: int = 4,
         hidden: int = 32,
         context: int | None = None,
@@ -50,18 +53,27 @@ class DequantizedFlow(DiscreteModel):
         super().__init__()
         if flow not in _FLOWS:
             raise ValueError(f"flow: unknown name {flow!r}; expected one of {', '.join(map(repr, _FLOWS))}")
+        if dequantization not in DEQUANTIZATIONS:
+            expected = ", ".join(map(repr, DEQUANTIZATIONS))
+            raise ValueError(f"dequantization: unknown name {dequantization!r}; expected one of {expected}")
         if context is not None:
             raise ValueError(f"context: expected None, got {context}")
         self.flow = _FLOWS[flow](shape, **{"preprocess": {"logit": 0.005}, **(settings or {})})
         self.shape, self.levels, self.context = self.flow.shape, levels, None
-        self.dequantization = nn.VariationalDequantization(self.shape, levels, couplings=couplings, hidden=hidden)
-        given = {"flow": flow, "settings": dict(settings or {}), "couplings": couplings, "hidden": hidden, "context": None}
+        if dequantization == "uniform":
+            self.dequantization: torch.nn.Module = nn.UniformDequantization()
+        else:
+            self.dequantization = nn.VariationalDequantization(self.shape, levels, couplings=couplings, hidden=hidden)
+        given: dict[str, Any] = {"flow": flow, "settings": dict(settings or {}), "dequantization": dequantization}
+        given |= {"couplings": couplings, "hidden": hidden, "context": None}
         self.config = {"shape": [*self.shape], "levels": levels, **given}
 
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """A lower bound on log P(v): (B,) in nats."""
+        """A lower bound on log P(v): (B,) in nats. Raises ValueError for other shapes and values."""
+        self.check_values(v)
         u, log_q = self.dequantization(v)
-        log_p = self.flow.log_prob((v + u) / self.levels)
+        dtype = next(self.flow.parameters()).dtype
+        log_p = self.flow.log_prob(((v + u) / self.levels).to(dtype))
         return log_p - math.prod(self.shape) * math.log(self.levels) - log_q
 
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:

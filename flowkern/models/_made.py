@@ -57,6 +57,7 @@ class MADE(DiscreteModel):
         self.config = {"shape": [*self.shape], "levels": levels, **network, "context": context}
 
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        self.check_values(v)
         return self.density.log_prob(v.flatten(1), context)
 
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:

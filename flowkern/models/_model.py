@@ -11,6 +11,7 @@ import torch
 from .. import nn
 from ..nn._base import as_shape
 from ..nn._bijection import Bijection
+from ..nn._likelihood import check_values
 from ..ops._split import kept_channels
 
 __all__ = ["DiscreteModel", "FlowModel", "Model", "image_bijection", "preprocessing", "vector_bijection"]
@@ -34,6 +35,8 @@ class Model(torch.nn.Module):
     discrete = False
     #: Whether ``log_prob`` is a bound that random numbers enter.
     stochastic = False
+    #: Of training so far, for what warms up: who trains says so.
+    steps = 0
 
     @classmethod
     def config_for(cls, levels: int | None) -> dict[str, Any]:
@@ -96,6 +99,11 @@ class DiscreteModel(Model):
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """log P(v), (B,) in nats, of integers v (B, *shape)."""
         raise NotImplementedError(f"{type(self).__name__} has no log_mass")
+
+    def check_values(self, v: torch.Tensor) -> None:
+        """Raises ValueError for another shape than (B, *shape) and, on a CPU, for other values than integers in 0..levels-1."""
+        self.check_shape(v)
+        check_values(v, self.levels)
 
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
         """n samples of integers, (n, *shape)."""

@@ -94,9 +94,9 @@ class PixelCNN(DiscreteModel):
     ) -> torch.Tensor:
         """log P(v), (B,) in nats, of integers v (B, C, H, W), given context (B, K) and condition (B, S, H, W) where it has them.
 
-        Raises ValueError for other shapes.
+        Raises ValueError for other shapes and values.
         """
-        self.check_shape(v)
+        self.check_values(v)
         logits = self.logits(v, context, condition).to(accumulation_dtype(self.place))
         return -F.cross_entropy(logits, v, reduction="none").flatten(1).sum(1)
 

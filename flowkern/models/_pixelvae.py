@@ -68,6 +68,9 @@ class PixelVAE(VAE):
             objective=objective,
             context=context,
         )
+        fixed = sorted({"shape", "levels", "context", "condition"} & set(pixelcnn or {}))
+        if fixed:
+            raise ValueError(f"pixelcnn: {', '.join(fixed)} follow from the other settings")
         self.decoder = PixelCNN(shape, levels=levels, context=latent + (context or 0), **(pixelcnn or {}))
         for name in ("upper", "likelihood"):
             del self.config[name]
@@ -88,7 +91,12 @@ class PixelVAE(VAE):
         context = _rows(context, n)
         return self.decoder.draw(n, self._seen(self.prior.sample(n, temperature=temperature), context), temperature)
 
+    def decode(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError(
+            "PixelVAE: the parameters of a pixel follow from the pixels before too; see mean, log_likelihood"
+        )
+
     @torch.no_grad()
-    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """A sample of p(x | z), (B, *shape), as dequantized data: an autoregressive likelihood has no mean to show."""
-        return (self.decoder.draw(len(z), self._seen(z, context)).float() + 0.5) / self.levels
+    def mean(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """A sample of p(x | z), (B, *shape): an autoregressive likelihood has no mean to show."""
+        return self.decoder.draw(len(z), self._seen(z, context)).float()

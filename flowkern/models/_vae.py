@@ -11,6 +11,7 @@ import torch
 
 from .. import nn
 from ..nn._likelihood import likelihood as named_likelihood
+from ..nn._likelihood import start
 from ._autoregressive import IAF, MAF
 from ._model import DiscreteModel, FlowModel, model_shape
 from ._nice import NICE
@@ -74,10 +75,18 @@ class VAE(nn.VAE, DiscreteModel):
         context: int | None = None,
     ):
         sizes, _ = model_shape(shape, flatten=True)
+        if levels is not None and levels < 2:
+            raise ValueError(f"levels: expected at least 2, got {levels}")
         likelihood = likelihood or ("gaussian" if levels is None else "categorical" if levels <= 64 else "logistic")
         output = named_likelihood(likelihood, components, levels or 2)
         if output.discrete and levels is None:
             raise ValueError(f"likelihood: {likelihood!r} is for discrete values; expected levels")
+        if output.discrete and output.levels != levels:
+            raise ValueError(f"likelihood: {likelihood!r} is for {output.levels} levels, got {levels}")
+        if latent < 1 or (upper is not None and upper < 1):
+            raise ValueError(f"latent, upper: expected at least 1, got {latent} and {upper}")
+        if not isinstance(objective or {}, Mapping):
+            raise ValueError(f"objective: expected the fields of nn.Objective, got {objective!r}")
         if upper is not None and (prior, posterior) != ("standard", "gaussian"):
             raise ValueError(f"upper: two layers have a standard prior and a gaussian posterior, got {prior!r} and {posterior!r}")
         if prior == "vamp" and context is not None:
@@ -109,7 +118,6 @@ class VAE(nn.VAE, DiscreteModel):
         self.shape, self.context, self.discrete, self.stochastic = sizes, context, output.discrete, True
         self.levels, self.latent = levels or 0, latent
         self.training_objective = nn.Objective(**(objective or {}))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of training, for the warm-up of the rate
         self.config = {
             "shape": [*sizes],
             "levels": levels,
@@ -130,14 +138,23 @@ class VAE(nn.VAE, DiscreteModel):
             "context": context,
         }
 
-    steps: torch.Tensor
-
     @classmethod
     def config_for(cls, levels: int | None) -> dict[str, Any]:
         return {"levels": levels}
 
     def decode(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        if z.ndim != 2 or z.shape[1] != self.posterior.features:
+            raise ValueError(f"z: expected shape (B, {self.posterior.features}), got {tuple(z.shape)}")
         return super().decode(z[:, : self.latent], context)
+
+    def _data(self, x: torch.Tensor) -> torch.Tensor:
+        """What ``nn.VAE`` is about: the integers of dequantized x if they are discrete, else x."""
+        return self.values(x) if self.discrete else x
+
+    @property
+    def _log_volume(self) -> float:
+        """log of how many cells of integers the density of dequantized x counts as one: D log levels, or 0."""
+        return math.prod(self.shape) * math.log(self.levels) if self.discrete else 0.0
 
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """A lower bound on log P(v), the ELBO: (B,) in nats."""
@@ -153,21 +170,23 @@ class VAE(nn.VAE, DiscreteModel):
     def log_weight(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """log p(x|z) + log p(z) - log q(z|x) of one draw, of dequantized x if the data is discrete: (B,) in nats."""
         self.check_shape(x)
-        constant = math.prod(self.shape) * math.log(self.levels) if self.discrete else 0.0
-        return self.evidence(self.values(x) if self.discrete else x, context).log_weight[0] + constant
+        return self.evidence(self._data(x), context).log_weight[0] + self._log_volume
 
     def objective(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """What ``nn.VAE.loss`` says of the objective, for dequantized x if the data is discrete."""
+        """What ``nn.VAE.loss`` says of the objective after so many ``steps``, for dequantized x if the data is discrete.
+
+        Who trains sets ``steps``, as ``flowkern train`` does; else the calls are counted, while the rate warms up.
+        """
         self.check_shape(x)
-        constant = math.prod(self.shape) * math.log(self.levels) if self.discrete else 0.0
-        step = int(self.steps) if self.training_objective.warmup else 0
-        self.steps += 1
-        return self.loss(self.values(x) if self.discrete else x, self.training_objective, context, step) - constant
+        step = None
+        if self.training_objective.warmup:
+            step, self.steps = self.steps, self.steps + 1
+        return self.loss(self._data(x), self.training_objective, context, step) - self._log_volume
 
     def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """The posterior's point z (B, L) for dequantized x."""
         self.check_shape(x)
-        return self.posterior.mean(self.encode(self.values(x) if self.discrete else x, context))
+        return self.posterior.mean(self.encode(self._data(x), context))
 
     def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """The likelihood's mean (B, *shape), as dequantized data."""
@@ -202,14 +221,22 @@ def _networks(
         if len(shape) != 3:
             raise ValueError(f"network: 'conv' is for images (C, H, W), got shape {shape}")
         encoder = nn.ConvEncoder(shape, inputs, hidden, blocks, **options)
-        return encoder, nn.ConvDecoder(latent, shape, likelihood.maps(shape[0]), hidden[::-1], blocks, **options)
+        images = nn.ConvDecoder(latent, shape, likelihood.maps(shape[0]), hidden[::-1], blocks, **options)
+        start(images.network[-1], likelihood.bias(shape[0]))  # type: ignore[arg-type]
+        return encoder, images
     features, options = math.prod(shape), options | {"zero_init": False}
-    return nn.MLP(features, inputs, hidden, **options), nn.MLP(latent, features * likelihood.params, hidden, **options)
+    vectors = nn.MLP(latent, features * likelihood.params, hidden, **options)
+    start(vectors.layers[-1], likelihood.bias())  # type: ignore[arg-type]
+    return nn.MLP(features, inputs, hidden, **options), vectors
 
 
 def _flow(name: str, features: int, layers: int, hidden: tuple[int, ...], context: int | None = None) -> FlowModel:
+    if not hidden:
+        raise ValueError(f"flow_hidden: {name!r} needs at least one width, got none")
     if name in ("maf", "iaf"):
         return {"maf": MAF, "iaf": IAF}[name](features, layers=layers, hidden=hidden, context=context)
+    if features < 2:
+        raise ValueError(f"latent: {name!r} couples one part of the latents with the other, and there is {features}")
     coupled: dict[str, type[NICE] | type[RealNVP]] = {"nice": NICE, "realnvp": RealNVP}
     return coupled[name](features, couplings=layers, hidden=hidden[0], depth=len(hidden), context=context)
 

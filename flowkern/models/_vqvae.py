@@ -12,6 +12,7 @@ from .. import nn
 from ..nn._autoencoder import downsampling, upsampling
 from ..nn._base import as_shape
 from ..nn._likelihood import likelihood as named_likelihood
+from ..nn._likelihood import start
 from ..ops._checks import accumulation_dtype
 from ._model import DiscreteModel
 from ._pixelcnn import PixelCNN
@@ -196,6 +197,7 @@ class _CodeModel(DiscreteModel):
         quantizer = {name: settings[name] for name in ("dim", "codes", "decay", "commitment")}
         quantizer |= {"channels_first": True, "revive_below": None if settings["decay"] is None else _REVIVE_BELOW}
         self.autoencoder = make((channels, height, width), self.likelihood.maps(channels), quantizer, **network)
+        start(self.autoencoder.decoder[-1], self.likelihood.bias(channels))
         self.prior = None
         if prior is not None:
             self.autoencoder.requires_grad_(False)
@@ -251,6 +253,7 @@ class _CodeModel(DiscreteModel):
         It is the evidence lower bound for the posterior that puts all mass on these codes. Without a prior the codes are
         uniform: log P(codes) = -(number of codes) log(codebook size).
         """
+        self.check_values(v)
         self._check_context(context)
         return self._bound(v, *self._encoded(v)[:2], context)
 

@@ -58,10 +58,15 @@ class Base(nn.Module):
         return f"shape={self.shape}"
 
 
-def _normal_log_prob(eps: torch.Tensor, dims: int) -> torch.Tensor:
+def normal_log_prob(eps: torch.Tensor, dims: int) -> torch.Tensor:
     """log N(eps; 0, I), summed over the last ``dims`` dimensions."""
     log_density = -0.5 * eps.square() - 0.5 * math.log(2.0 * math.pi)
     return log_density.flatten(-dims).sum(-1) if dims else log_density
+
+
+def draw_components(logits: torch.Tensor, n: int) -> torch.Tensor:
+    """n indices drawn by their logits; n may be 0."""
+    return torch.multinomial(logits.softmax(0), n, replacement=True) if n else logits.new_empty(0, dtype=torch.int64)
 
 
 class StandardNormal(Base):
@@ -74,7 +79,7 @@ class StandardNormal(Base):
         self.register_buffer("like", torch.empty(0), persistent=False)
 
     def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        return _normal_log_prob(self.check(z), len(self.shape))
+        return normal_log_prob(self.check(z), len(self.shape))
 
     def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
         return temperature * torch.randn(n, *self.shape, dtype=self.like.dtype, device=self.like.device)
@@ -90,7 +95,7 @@ class DiagonalNormal(Base):
 
     def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         eps = (self.check(z) - self.loc) * (-self.log_scale).exp()
-        return _normal_log_prob(eps, len(self.shape)) - self.log_scale.to(eps.dtype).sum()
+        return normal_log_prob(eps, len(self.shape)) - self.log_scale.to(eps.dtype).sum()
 
     def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
         eps = torch.randn(n, *self.shape, dtype=self.loc.dtype, device=self.loc.device)
@@ -117,14 +122,14 @@ class Mixture(Base):
         eps = (self.check(z).unsqueeze(1) - self.loc) * (-self.log_scale).exp()
         log_volume = self.log_scale.to(eps.dtype).flatten(1).sum(1)
         weights = self.logits.to(eps.dtype).log_softmax(0)
-        return (_normal_log_prob(eps, len(self.shape)) - log_volume + weights).logsumexp(1)
+        return (normal_log_prob(eps, len(self.shape)) - log_volume + weights).logsumexp(1)
 
     def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
         raise NotImplementedError("Mixture: the draw of a component has no derivative; use sample")
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
-        component = torch.multinomial(self.logits.softmax(0), n, replacement=True)
+        component = draw_components(self.logits, n)
         eps = torch.randn(n, *self.shape, dtype=self.loc.dtype, device=self.loc.device)
         return self.loc[component] + temperature * self.log_scale[component].exp() * eps
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ..ops._checks import accumulation_dtype
+from ._base import normal_log_prob
 from ._bijection import Bijection, Pair
 from ._compose import Compose
 from ._conditioner import ConvNet
@@ -18,11 +18,14 @@ __all__ = ["UniformDequantization", "VariationalDequantization"]
 
 
 class UniformDequantization(nn.Module):
-    """u uniform on [0, 1): forward(v) -> (u, log q(u | v)), u of v's shape (B, ...), log q = 0 (B,) in nats."""
+    """u uniform on (0, 1): forward(v) -> (u, log q(u | v)), u of v's shape (B, ...), log q = 0 (B,) in nats.
+
+    u is an odd multiple of 2^-16: v + u is exact in float32, and so in v's cell, for up to 256 levels.
+    """
 
     def forward(self, v: torch.Tensor) -> Pair:
         dtype = accumulation_dtype(v) if v.is_floating_point() else torch.float32
-        u = torch.rand(v.shape, dtype=dtype, device=v.device)
+        u = (torch.randint(2**15, v.shape, dtype=dtype, device=v.device) + 0.5) / 2**15
         return u, u.new_zeros(len(v))
 
 
@@ -30,7 +33,7 @@ class VariationalDequantization(nn.Module):
     """u = sigmoid(g(e, v)) with e ~ N(0, I) and a flow g: forward(v) -> (u, log q(u | v)), (B, C, H, W) and (B,) in nats.
 
     log P(v) >= E_q[log p(v + u) - log q(u | v)]: the better q follows p(v + u), the smaller the gap (Ho et al. 2019, eq. 12).
-    With e and the couplings at zero, g = identity, u has the density of a logistic normal.
+    Where the couplings' networks are zero, as they start, u is logistic normal.
 
     Args:
         shape: (C, H, W) of v.
@@ -60,16 +63,15 @@ class VariationalDequantization(nn.Module):
         )
 
     def forward(self, v: torch.Tensor) -> Pair:
-        parameter = next(self.flow.parameters())
-        shown = (2.0 * v.to(parameter.dtype) / (self.levels - 1) - 1.0).flatten(1)
-        e = torch.randn(len(v), *self.shape, dtype=parameter.dtype, device=v.device)
+        dtype = next((p.dtype for p in self.flow.parameters()), torch.float32)
+        shown = (2.0 * v.to(dtype) / (self.levels - 1) - 1.0).flatten(1)
+        e = torch.randn(len(v), *self.shape, dtype=dtype, device=v.device)
         y, logabsdet = self.flow.inverse(e, shown)
         wide = y.to(accumulation_dtype(y))
         # Strictly below 1, so that floor(v + u) is v.
         u = wide.sigmoid().clamp_max(1.0 - 2.0**-16)
         slope = -(nn.functional.softplus(wide) + nn.functional.softplus(-wide)).flatten(1).sum(1)
-        log_normal = -0.5 * (e.to(wide.dtype).square() + math.log(2.0 * math.pi)).flatten(1).sum(1)
-        return u, log_normal - logabsdet - slope
+        return u, normal_log_prob(e.to(wide.dtype), 3) - logabsdet - slope
 
 
 class _SeesMap(nn.Module):

@@ -6,9 +6,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .. import ops
 from ..ops import ScaleMap
+from ..ops._checks import values_can_be_read
 from ..ops._discretized_logistic_mixture import _parts
 
 __all__ = [
@@ -21,6 +23,22 @@ __all__ = [
     "Likelihood",
     "likelihood",
 ]
+
+
+def check_values(x: torch.Tensor, levels: int, whole: bool = True) -> None:
+    """Raises ValueError, with the count, for values that are not from 0 to levels - 1, or not ``whole`` where they must be.
+
+    Only where looking costs nothing: on a CPU, outside compilers.
+    """
+    if not values_can_be_read(x):
+        return
+    valid = (x >= 0) & (x <= levels - 1)
+    if whole and x.is_floating_point():
+        valid &= x == x.round()
+    if not valid.all():
+        what = "integers" if whole else "values"
+        raise ValueError(f"x: expected {what} from 0 to {levels - 1}, got {int((~valid).sum())} of {x.numel()} others, or NaN")
+
 
 _SCALE = ScaleMap.soft_clip(1e-3)  # standard deviations between 1e-3 and 1e3
 
@@ -38,6 +56,14 @@ class Likelihood:
 
     params = 1
     discrete = False
+    levels = 0  # of a discrete one
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raises ValueError for values that have no probability, where they can be seen at no cost (on a CPU)."""
+
+    def bias(self, channels: int | None = None) -> torch.Tensor | None:
+        """What the last layer of a network may start from: parameters of an element, or of a pixel as maps; None for anything."""
+        return None
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """What a network is shown of x, about from -1 to 1."""
@@ -130,6 +156,9 @@ class Bernoulli(Likelihood):
     discrete = True
     levels = 2
 
+    def check(self, x: torch.Tensor) -> None:
+        check_values(x, 2, whole=False)
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
@@ -152,6 +181,9 @@ class Categorical(Likelihood):
     def __init__(self, levels: int):
         self.params = self.levels = levels
 
+    def check(self, x: torch.Tensor) -> None:
+        check_values(x, self.levels)
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return 2.0 * x / (self.levels - 1) - 1.0
 
@@ -168,7 +200,10 @@ class Categorical(Likelihood):
 class DiscretizedLogisticMixture(Likelihood):
     """The mass of C logistics in the cells of ``levels`` values, ``params``: C logits, C means (from -1 to 1) and C log-scales.
 
-    Of images with three channels and their parameters as 10 C maps, a pixel's channels depend on one another.
+    Of images with three channels and their parameters as 10 C maps, a pixel's channels depend on one another. ``mean`` is exact
+    up to the rounding to levels: that of a logistic held in [-1, 1] is -1 + s (softplus((m + 1) / s) - softplus((m - 1) / s)).
+    That of a channel which depends on others is taken at their means.
+
     Source: Salimans et al., "PixelCNN++" (2017), section 2.1; the layout of the maps is that of
     ``ops.discretized_logistic_mixture``.
     """
@@ -177,6 +212,18 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def __init__(self, components: int, levels: int):
         self.params, self.levels, self.components = 3 * components, levels, components
+
+    def check(self, x: torch.Tensor) -> None:
+        check_values(x, self.levels)
+
+    def bias(self, channels: int | None = None) -> torch.Tensor:
+        # Components apart and not too broad: where all begin alike they learn to be alike for long.
+        zeros = torch.zeros(self.components)
+        mean = torch.linspace(-0.8, 0.8, self.components) if self.components > 1 else zeros
+        part = torch.stack([mean, torch.full_like(zeros, -2.0)])
+        if channels == 3:
+            return torch.cat([zeros, torch.cat([part, zeros[None]]).repeat(3, 1).flatten()])
+        return torch.cat([zeros, part.flatten()]).repeat(channels or 1)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return 2.0 * x / (self.levels - 1) - 1.0
@@ -191,8 +238,8 @@ class DiscretizedLogisticMixture(Likelihood):
         return self._drawn_pixels(_as_maps(params), 1, temperature).view(params.shape[:-1])
 
     def mean(self, params: torch.Tensor) -> torch.Tensor:
-        logits, mean, _ = params.chunk(3, -1)
-        return self._level((logits.softmax(-1) * mean).sum(-1))
+        logits, mean, log_scale = params.chunk(3, -1)
+        return self._level((logits.softmax(-1) * _clamped_mean(mean, log_scale)).sum(-1))
 
     def maps(self, channels: int) -> int:
         return 10 * self.components if channels == 3 else channels * self.params
@@ -210,11 +257,11 @@ class DiscretizedLogisticMixture(Likelihood):
     def image_mean(self, maps: torch.Tensor) -> torch.Tensor:
         if maps.shape[1] != self.maps(3):
             return super().image_mean(maps)
-        logits, mean, _, raw = _parts(maps, 3)
+        logits, mean, log_scale, raw = _parts(maps, 3)
         t = raw.tanh()
-        red = mean[:, 0]
-        green = mean[:, 1] + t[:, 0] * red
-        blue = mean[:, 2] + t[:, 1] * red + t[:, 2] * green
+        red = _clamped_mean(mean[:, 0], log_scale[:, 0])
+        green = _clamped_mean(mean[:, 1] + t[:, 0] * red, log_scale[:, 1])
+        blue = _clamped_mean(mean[:, 2] + t[:, 1] * red + t[:, 2] * green, log_scale[:, 2])
         return self._level((torch.stack([red, green, blue], 1) * logits.softmax(1)[:, None]).sum(2))
 
     def _of_pixels(self, x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
@@ -230,12 +277,27 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def _level(self, position: torch.Tensor) -> torch.Tensor:
         """-1 to 1 as a level, which need not be whole."""
-        return 0.5 * (position.clamp(-1.0, 1.0) + 1.0) * (self.levels - 1)
+        return (0.5 * (position + 1.0) * (self.levels - 1)).clamp(0.0, self.levels - 1.0)
+
+
+def _clamped_mean(mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """That of a logistic variable held between -1 and 1."""
+    scale = log_scale.exp()
+    held = scale * (F.softplus((mean + 1.0) / scale) - F.softplus((mean - 1.0) / scale)) - 1.0
+    # Of broad ones the difference cancels, and the sigmoid that it integrates is as good as straight.
+    return torch.where(log_scale > 4.0, torch.tanh(0.5 * mean / scale), held)
 
 
 def _as_maps(params: torch.Tensor) -> torch.Tensor:
     """(..., D, K) as (N, K, 1, D)."""
     return params.reshape(-1, *params.shape[-2:]).movedim(-1, 1).unsqueeze(2)
+
+
+def start(layer: nn.Linear | nn.Conv2d, bias: torch.Tensor | None) -> None:
+    """Let the biases of a network's last layer be those of ``Likelihood.bias``, again and again if there are more."""
+    if bias is not None and layer.bias is not None:
+        with torch.no_grad():
+            layer.bias.copy_(bias.repeat(len(layer.bias) // len(bias)))
 
 
 LIKELIHOODS = ("gaussian", "mixture", "bernoulli", "categorical", "logistic")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
 from .. import ops
 from ..ops._checks import accumulation_dtype
+from ._base import normal_log_prob
 from ._bijection import Bijection
 
 __all__ = ["FlowPosterior", "GaussianPosterior", "Posterior"]
@@ -35,6 +34,12 @@ class Posterior(nn.Module):
     def forward(self, z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         return self.log_prob(z, h)
 
+    def check(self, h: torch.Tensor) -> torch.Tensor:
+        """h itself. Raises ValueError for another shape than (B, ``inputs``)."""
+        if h.ndim != 2 or h.shape[1] != self.inputs:
+            raise ValueError(f"{type(self).__name__}: expected (B, {self.inputs}) from the encoder, got {tuple(h.shape)}")
+        return h
+
     def mean(self, h: torch.Tensor) -> torch.Tensor:
         """A point (B, L) that stands for q(z | h)."""
         raise NotImplementedError(f"{type(self).__name__} has no mean")
@@ -58,19 +63,18 @@ class GaussianPosterior(Posterior):
 
     def parameters_of(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean, log_scale), each (B, L)."""
-        mean, log_scale = h.to(accumulation_dtype(h)).chunk(2, 1)
+        mean, log_scale = self.check(h).to(accumulation_dtype(h)).chunk(2, 1)
         return mean, log_scale.clamp(-10.0, 10.0)
 
     def sample_and_log_prob(self, h: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         mean, log_scale = self.parameters_of(h)
         eps = torch.randn(k, *mean.shape, dtype=mean.dtype, device=mean.device)
-        log_q = -0.5 * (eps.square() + math.log(2.0 * math.pi)).sum(-1) - log_scale.sum(-1)
-        return mean + log_scale.exp() * eps, log_q
+        return mean + log_scale.exp() * eps, normal_log_prob(eps, 1) - log_scale.sum(-1)
 
     def log_prob(self, z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         mean, log_scale = self.parameters_of(h)
         eps = (z - mean) * (-log_scale).exp()
-        return -0.5 * (eps.square() + math.log(2.0 * math.pi)).sum(-1) - log_scale.sum(-1)
+        return normal_log_prob(eps, 1) - log_scale.sum(-1)
 
     def mean(self, h: torch.Tensor) -> torch.Tensor:
         return self.parameters_of(h)[0]
@@ -99,17 +103,20 @@ class FlowPosterior(Posterior):
         super().__init__(features, 2 * features + (context or 0))
         self.base, self.bijection, self.context = GaussianPosterior(features), bijection, context
 
+    def _of_base(self, h: torch.Tensor) -> torch.Tensor:
+        return self.check(h)[:, : 2 * self.features]
+
     def _context(self, h: torch.Tensor, k: int) -> torch.Tensor | None:
         return None if self.context is None else h[:, -self.context :].repeat(k, 1)
 
     def sample_and_log_prob(self, h: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        z0, log_q = self.base.sample_and_log_prob(h[:, : 2 * self.features], k)
+        z0, log_q = self.base.sample_and_log_prob(self._of_base(h), k)
         z, logabsdet = self.bijection.inverse(z0.flatten(0, 1), self._context(h, k))
         return z.view_as(z0), log_q - logabsdet.view_as(log_q)
 
     def log_prob(self, z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         z0, logabsdet = self.bijection(z.flatten(0, 1), self._context(h, len(z)))
-        return self.base.log_prob(z0.view_as(z), h[:, : 2 * self.features]) + logabsdet.view(z.shape[:2])
+        return self.base.log_prob(z0.view_as(z), self._of_base(h)) + logabsdet.view(z.shape[:2])
 
     def mean(self, h: torch.Tensor) -> torch.Tensor:
-        return self.bijection.inverse(self.base.mean(h[:, : 2 * self.features]), self._context(h, 1))[0]
+        return self.bijection.inverse(self.base.mean(self._of_base(h)), self._context(h, 1))[0]

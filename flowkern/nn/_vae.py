@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..ops._checks import accumulation_dtype
-from ._base import Base, StandardNormal, as_base
-from ._flow import _rows
+from ._base import Base, StandardNormal, as_base, draw_components
+from ._flow import Flow, _rows
 from ._likelihood import Likelihood
 from ._posterior import GaussianPosterior, Posterior
 
@@ -35,9 +35,11 @@ class Objective:
     ==================== ============================================================================================
 
     The penalty is ``beta`` R (Higgins et al. 2017), or ``beta`` |R - ``capacity``| (Burgess et al. 2018), after R was raised to
-    at least ``min_rate`` over the batch, or each dimension's to ``free_bits`` nats (Kingma et al. 2016, appendix C.8), and times
-    min(1, step / ``warmup``). Raises ValueError for unknown names, values out of range, and a penalty other than R with a
-    kind other than ``elbo``.
+    at least ``min_rate`` over the batch, or each dimension's to ``free_bits`` nats (Kingma et al. 2016, appendix C.8; where R has
+    no closed form, and so no parts, the whole of it to L times that), and times min(1, step / ``warmup``). "Over the batch" is
+    over the samples that are in memory at once: a rank's, and of these the part that is accumulated.
+
+    Raises ValueError for unknown names, values out of range, and a penalty other than R with a kind other than ``elbo``.
     """
 
     kind: str = "elbo"
@@ -54,20 +56,26 @@ class Objective:
         for name, least in (("samples", 1), ("beta", 0), ("free_bits", 0), ("min_rate", 0), ("warmup", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.samples != int(self.samples):
+            raise ValueError(f"samples: expected a whole number, got {self.samples}")
+        if self.capacity is not None and not self.capacity >= 0:
+            raise ValueError(f"capacity: expected at least 0, got {self.capacity}")
         penalized = self.beta != 1.0 or self.capacity is not None or self.free_bits or self.min_rate or self.warmup
         if self.kind != "elbo" and penalized:
             raise ValueError(f"beta, capacity, free_bits, min_rate, warmup: they change the rate of 'elbo', not {self.kind!r}")
 
-    def penalty(self, rate: torch.Tensor, step: int) -> torch.Tensor:
-        """That of rates (B,), or (B, L) by dimension: (B,)."""
+    def penalty(self, rate: torch.Tensor, step: int | None, features: int) -> torch.Tensor:
+        """That of rates (B,), or (B, L) by dimension, of L ``features``, after so many steps (None: after the warm-up): (B,)."""
         if self.free_bits:
-            rate = rate.mean(0, keepdim=True).clamp_min(self.free_bits).expand_as(rate)
+            least = self.free_bits if rate.ndim > 1 else self.free_bits * features
+            rate = rate.mean(0, keepdim=True).clamp_min(least).expand_as(rate)
         rate = _per_sample(rate)
         if self.min_rate:
             rate = rate.mean().clamp_min(self.min_rate).expand_as(rate)
         if self.capacity is not None:
             rate = (rate - self.capacity).abs()
-        return self.beta * (min(1.0, step / self.warmup) if self.warmup else 1.0) * rate
+        warmth = 1.0 if step is None or not self.warmup else min(1.0, step / self.warmup)
+        return self.beta * warmth * rate
 
 
 class Evidence(NamedTuple):
@@ -87,7 +95,7 @@ class VampPrior(Base):
     """A mixture of posteriors at learned pseudo-inputs, joint over the dimensions: p(z) = sum_k pi_k q(z | encoder(u_k)).
 
     Args:
-        encoder, posterior: those of the VAE, which also owns them.
+        encoder, posterior: those of the VAE, which also owns them; who gives it others must give it another prior too.
         pseudo_inputs: (K, D), what the encoder is shown at the start; learned, as the weights pi are.
 
     Source: Tomczak and Welling, "VAE with a VampPrior" (2018), eq. 9.
@@ -116,7 +124,7 @@ class VampPrior(Base):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
-        h = self._components()[torch.multinomial(self.logits.softmax(0), n, replacement=True)]
+        h = self._components()[draw_components(self.logits, n)]
         mean = self._modules_of_vae[1].mean(h)
         return mean + temperature * (self._modules_of_vae[1].sample_and_log_prob(h)[0][0] - mean)
 
@@ -139,39 +147,59 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder, self.decoder, self.posterior = encoder, decoder, posterior
         self.likelihood, self.prior = likelihood, as_base(prior)
-        latent = getattr(self.prior, "shape", None)
+        latent = getattr(getattr(self.prior, "base", self.prior), "shape", None)  # that of a flow is its base's
         if latent is not None and tuple(latent) != (posterior.features,):
             raise ValueError(
                 f"prior: expected latents of shape ({posterior.features},), as the posterior has, got {tuple(latent)}"
             )
 
     def encode(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """What the posterior is given: (B, ``posterior.inputs``)."""
-        dtype = next(self.encoder.parameters()).dtype
-        return _call(self.encoder, self.likelihood.encode(x.flatten(1).to(dtype)), context)
+        """What the posterior is given: (B, ``posterior.inputs``).
+
+        Raises ValueError for values that x cannot have (see ``Likelihood.check``), and for an encoder of another width.
+        """
+        self.likelihood.check(x)
+        shown = self.likelihood.encode(x.flatten(1).to(_dtype(self.encoder, x)))
+        return self.posterior.check(_call(self.encoder, shown, context))
 
     def decode(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """The likelihood's parameters for z (B, L): (B, D, K), or maps (B, P, H, W) where the decoder has such."""
-        params = _call(self.decoder, z.to(next(self.decoder.parameters()).dtype), context)
+        params = _call(self.decoder, z.to(_dtype(self.decoder, z)), context)
         return params if params.ndim == 4 else params.unflatten(1, (-1, self.likelihood.params))
 
+    def _check_decoded(self, params: torch.Tensor, x: torch.Tensor) -> None:
+        """Raises ValueError for another number of parameters than x (B, ...) needs."""
+        if params.ndim == 4:
+            expected = (self.likelihood.maps(x.shape[1]), *x.shape[2:])
+        else:
+            expected = (math.prod(x.shape[1:]), self.likelihood.params)
+        if params.shape[1:] != expected:
+            got = tuple(params.shape[1:])
+            raise ValueError(f"decoder: expected parameters of shape {expected} for x of {tuple(x.shape[1:])}, got {got}")
+
     def log_likelihood(self, x: torch.Tensor, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """log p(x | z) of x (B, ...) and z (K, B, L): (K, B) in nats."""
+        """log p(x | z) of x (B, ...) and z (K, B, L): (K, B) in nats. Raises ValueError for a decoder of another width."""
         rows = None if context is None else context.repeat(len(z), 1)
         params = self.decode(z.flatten(0, 1), rows)
         params = params.to(accumulation_dtype(params))
+        self._check_decoded(params, x)
         every = x.to(params.dtype).expand(len(z), *x.shape).flatten(0, 1)
         image = params.ndim == 4
         total = self.likelihood.image_log_prob(every, params) if image else self.likelihood.total(every.flatten(1), params)
         return total.view(z.shape[:2])
 
     def evidence(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> Evidence:
-        """The terms of the importance weights of so many samples z."""
+        """The terms of the importance weights of so many samples z. Raises ValueError for fewer than one."""
+        _check_samples(samples)
         z, log_q = self.posterior.sample_and_log_prob(self.encode(x, context), samples)
-        return self._evidence(x, z, log_q, context)
+        return self.evidence_of(x, z, log_q, context)
 
-    def _evidence(self, x: torch.Tensor, z: torch.Tensor, log_q: torch.Tensor, context: torch.Tensor | None) -> Evidence:
-        log_p = self.prior.log_prob(z.flatten(0, 1)).view_as(log_q)
+    def evidence_of(self, x: torch.Tensor, z: torch.Tensor, log_q: torch.Tensor, context: torch.Tensor | None = None) -> Evidence:
+        """As ``evidence``, of samples z (K, B, L) that are at hand, with log q(z | x) (K, B)."""
+        flat = z.flatten(0, 1)
+        if isinstance(self.prior, Flow):  # whose networks are in the dtype of their parameters
+            flat = flat.to(_dtype(self.prior, z))
+        log_p = self.prior.log_prob(flat).view_as(log_q)
         return Evidence(self.log_likelihood(x, z, context), log_p, log_q, z)
 
     def elbo(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> torch.Tensor:
@@ -183,6 +211,7 @@ class VAE(nn.Module):
         self, x: torch.Tensor, context: torch.Tensor | None, samples: int, by_dimension: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(E_q[log p(x|z)] (B,), KL(q || p)): in closed form (B,) or (B, L), or (B,) from the samples."""
+        _check_samples(samples)
         h = self.encode(x, context)
         gaussian = isinstance(self.prior, StandardNormal) and isinstance(self.posterior, GaussianPosterior)
         if gaussian and samples == 1 and not by_dimension:
@@ -192,14 +221,16 @@ class VAE(nn.Module):
         closed = self.posterior.kl(h) if isinstance(self.prior, StandardNormal) else None
         if closed is not None:
             return self.log_likelihood(x, z, context).mean(0), closed
-        evidence = self._evidence(x, z, log_q, context)
+        evidence = self.evidence_of(x, z, log_q, context)
         return evidence.reconstruction.mean(0), (evidence.posterior - evidence.prior).mean(0)
 
-    def loss(self, x: torch.Tensor, objective: Objective, context: torch.Tensor | None = None, step: int = 0) -> torch.Tensor:
-        """(B,) in nats: what ``objective`` says, at so many steps of training."""
+    def loss(
+        self, x: torch.Tensor, objective: Objective, context: torch.Tensor | None = None, step: int | None = None
+    ) -> torch.Tensor:
+        """(B,) in nats: what ``objective`` says, after so many steps of training; None for after its warm-up."""
         if objective.kind == "elbo":
             reconstruction, rate = self._terms(x, context, objective.samples, bool(objective.free_bits))
-            return objective.penalty(rate, step) - reconstruction
+            return objective.penalty(rate, step, self.posterior.features) - reconstruction
         if objective.kind == "iwae":
             return -_log_mean_exp(self.evidence(x, context, objective.samples).log_weight)
         estimator = self._doubly_reparameterized if objective.kind == "dreg" else self._likelihood_ratio
@@ -211,7 +242,7 @@ class VAE(nn.Module):
         # The encoder is reached through z alone: log q is that of fixed parameters.
         fixed = {name: p.detach() for name, p in self.posterior.named_parameters()}
         log_q = torch.func.functional_call(self.posterior, fixed, (z, h.detach()))
-        evidence = self._evidence(x, z, log_q, context)
+        evidence = self.evidence_of(x, z, log_q, context)
         log_weight = evidence.log_weight
         normalized = log_weight.detach().softmax(0)
         if z.requires_grad:
@@ -224,7 +255,7 @@ class VAE(nn.Module):
         h = self.encode(x, context)
         with torch.no_grad():
             z, _ = self.posterior.sample_and_log_prob(h, samples)
-        evidence = self._evidence(x, z, self.posterior.log_prob(z, h), context)
+        evidence = self.evidence_of(x, z, self.posterior.log_prob(z, h), context)
         signal = evidence.log_weight.detach()
         if samples > 1:
             signal = signal - (signal.sum(0) - signal) / (samples - 1)
@@ -261,8 +292,10 @@ class VAE(nn.Module):
     def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
         """n samples of x, (n, D) or (n, C, H, W); ``context`` (n, K), or (1, K) for all. ``temperature`` is that of the prior.
 
-        Raises ValueError for a context of a wrong shape.
+        Raises ValueError for a context of a wrong shape and a negative temperature.
         """
+        if not temperature >= 0.0:
+            raise ValueError(f"temperature: expected at least 0, got {temperature}")
         context = _rows(context, n)
         z = self.prior.sample(n, temperature=temperature)
         params = self.decode(z, context)
@@ -271,6 +304,17 @@ class VAE(nn.Module):
 
 def _call(network: nn.Module, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
     return network(x) if context is None else network(x, context)
+
+
+def _dtype(network: nn.Module, x: torch.Tensor) -> torch.dtype:
+    """That of the network's parameters; of x, or float32 for integers, where it has none."""
+    default = x.dtype if x.is_floating_point() else torch.float32
+    return next((p.dtype for p in network.parameters()), default)
+
+
+def _check_samples(samples: int) -> None:
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
 
 
 def _per_sample(rate: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,11 @@ def outside_autocast(reference: Reference) -> Reference:
     return cast(Reference, run)
 
 
+def values_can_be_read(x: torch.Tensor) -> bool:
+    """Whether looking at the values of x waits for no device and breaks no graph: on a CPU, eager, outside ``torch.func``."""
+    return x.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
 def differentiate(
     reference: Callable[..., Any],
     inputs: Sequence[torch.Tensor],

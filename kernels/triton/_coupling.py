@@ -144,7 +144,7 @@ class Launch(NamedTuple):
         return self.plan.keywords
 
     def run(self) -> None:
-        with torch.cuda.device_of(self.tensors[0]):
+        with torch.cuda.device_of(next(t for t in self.tensors if t is not None)):
             self.kernel[(self.plan.programs,)](*self.arguments(), **self.plan.keywords)
 
 
