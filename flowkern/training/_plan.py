@@ -141,6 +141,7 @@ PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
     ("vqvae2", "digits", "default"): _CODES | {"config": models.PRESETS["vqvae2", "digits"], "epochs": 100},
     ("vqvae", "photos", "default"): _CODES | {"config": models.PRESETS["vqvae", "photos"], "batch_size": 32, "epochs": 20},
     ("vqvae2", "photos", "default"): _CODES | {"config": models.PRESETS["vqvae2", "photos"], "batch_size": 32, "epochs": 20},
+    ("vae", "photos", "default"): {"config": models.PRESETS["vae", "photos"], "batch_size": 32, "ema": 0.99, "epochs": 20},
     # Some minutes on two cores: enough for colour and texture. A short average, for there are few steps.
     ("glow", "photos", "default"): {
         "config": models.PRESETS["glow", "photos"],
