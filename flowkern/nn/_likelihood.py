@@ -164,7 +164,7 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         logit = params[..., 0]
-        return x * F.logsigmoid(logit) + (1.0 - x) * F.logsigmoid(-logit)
+        return -F.binary_cross_entropy_with_logits(logit, x.to(logit.dtype).expand_as(logit), reduction="none")
 
     def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         return (params[..., 0] / temperature).sigmoid().bernoulli()
