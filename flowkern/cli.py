@@ -21,7 +21,7 @@ _SOURCES = "digits, photos, folder:PATH, cifar10:PATH, mnist:PATH or npy:PATH"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0, 1 if it failed on the way, 2 if it could not be meant that way."""
+    """Run a command; the exit code: 0, 1 if it failed on the way, 2 if it could not be meant that way, 130 if interrupted."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["bench"]:
         from .bench.__main__ import main as bench
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except (RuntimeError, OSError) as error:
         return _fail(f"{error} (--debug shows where)", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
 
 
 def _fail(message: str, code: int) -> int:
@@ -251,6 +253,9 @@ def _eval_parser(commands: Any) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from . import data, models, training
 
+    for name in ("draws", "importance"):
+        if (given := getattr(arguments, name)) is not None and given < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {given}")
     model = models.load(arguments.checkpoint)
     values = data.load(arguments.data, size=arguments.size)
     estimate = training.importance_nlls if arguments.importance else training.sample_nlls
@@ -293,12 +298,17 @@ def _table_parser(commands: Any) -> None:
     table.add_argument("--max-minutes", type=float, metavar="M", help="of training for a single run")
 
 
-def _table(arguments: argparse.Namespace) -> None:
+def _table(arguments: argparse.Namespace) -> int:
     from .training import table
 
     _keep_pages()
     how = {"seeds": arguments.seeds, "rows": arguments.rows, "max_minutes": arguments.max_minutes}
-    print(table(arguments.data, arguments.out, **how))
+    try:
+        print(table(arguments.data, arguments.out, **how))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command continues from {arguments.out}", file=sys.stderr)
+        return 130
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

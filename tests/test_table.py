@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
+import signal
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +66,7 @@ def test_table_is_made_run_by_run(tmp_path, capsys, monkeypatch) -> None:
     result = json.loads((tmp_path / "vae" / "0" / "table.json").read_text())
     score = json.loads((tmp_path / "vae" / "0" / "result.json").read_text())["test"]["nats"]
     assert result["test"] == score
-    assert f"| VAE | 1 | {result['validation']:.2f} | {score:.2f} | {result['importance']:.2f} |" in first
+    assert f"| VAE * | 1 | {result['validation']:.2f} | {score:.2f} | {result['importance']:.2f} |" in first
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/0/*.ckpt")}
     time.sleep(0.01)
     assert cli.main([*command, "2"]) == 0
@@ -72,7 +77,158 @@ def test_table_is_made_run_by_run(tmp_path, capsys, monkeypatch) -> None:
     assert (tmp_path / "digits.png").stat().st_size > 0
 
 
+#: A row whose runs take a second at most.
+MADE = _table.Row("MADE", "made", "default", {"hidden": [16]})
+
+
+@pytest.fixture
+def one_row(monkeypatch) -> None:
+    monkeypatch.setattr(_table, "ROWS", {"made": MADE})
+    monkeypatch.setattr(_table, "IMPORTANCE_SAMPLES", 2)
+    plan = _table.Row.plan
+    monkeypatch.setattr(_table.Row, "plan", lambda row, data, seed: dataclasses.replace(plan(row, data, seed), epochs=2))
+
+
+def finished(out: Path, seed: int, **more: Any) -> None:
+    folder = out / "made" / str(seed)
+    folder.mkdir(parents=True)
+    (folder / "table.json").write_text(json.dumps({"validation": 90.0 + seed, "test": 91.0, "importance": 90.5, **more}))
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """The limit of a run's time counts steps."""
+    from lightning.pytorch.callbacks import Timer
+
+    def check(self: Timer, trainer: Any) -> None:
+        trainer.should_stop = trainer.should_stop or (self._duration is not None and trainer.global_step >= steps)
+
+    monkeypatch.setattr(Timer, "_check_time_remaining", check)
+
+
+@pytest.mark.parametrize("more", [None, 60.0])
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, one_row, more) -> None:
+    stored = tmp_path / "made" / "0" / "table.json"
+    with monkeypatch.context() as limit:
+        stop_after(limit, 3)
+        text = training.table("digits", tmp_path, seeds=1, max_minutes=1e-6)
+    assert json.loads(stored.read_text())["ended"] is False
+    assert "| MADE * | 1 |" in text
+    assert text.splitlines()[-1] == "(*) stopped by --max-minutes before the training had ended"
+    before = stored.stat().st_mtime_ns
+    assert training.table("digits", tmp_path, seeds=1, max_minutes=1e-6) == text
+    assert stored.stat().st_mtime_ns == before, "there was no time left, and yet it was done again"
+    assert models.read_checkpoint(stored.with_name("last.ckpt"))["global_step"] == 3
+    text = training.table("digits", tmp_path, seeds=1, max_minutes=more)
+    assert models.read_checkpoint(stored.with_name("last.ckpt"))["global_step"] > 3
+    content = json.loads(stored.read_text())
+    assert content["ended"] is True
+    assert training.Plan(**content["plan"]) == MADE.plan("digits", 0)
+    assert "*" not in text
+    before = stored.stat().st_mtime_ns
+    assert training.table("digits", tmp_path, seeds=1, max_minutes=1e-6) == text
+    assert stored.stat().st_mtime_ns == before
+
+
+def test_patience_ends_a_run_within_its_time(tmp_path, monkeypatch, one_row) -> None:
+    plan = MADE.plan("digits", 0)
+    plan = dataclasses.replace(plan, lr=1e-30, warmup=0, ema=0.0, patience=1, epochs=50)
+    monkeypatch.setattr(_table.Row, "plan", lambda *_: plan)
+    text = training.table("digits", tmp_path, seeds=1, max_minutes=5.0)
+    assert models.read_checkpoint(tmp_path / "made" / "0" / "last.ckpt")["epoch"] == 1
+    assert "*" not in text
+
+
+def test_a_run_without_a_validation_enters_no_table(tmp_path, monkeypatch, one_row) -> None:
+    """Killed in its first epoch, and then without time."""
+    from flowkern.training._task import FlowTask
+
+    class Killed(Exception):
+        pass
+
+    step = FlowTask.training_step
+
+    def fail(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            raise Killed
+        return step(self, batch, batch_idx)
+
+    out = tmp_path / "made" / "0"
+    monkeypatch.setattr(FlowTask, "training_step", fail)
+    with pytest.raises(Killed):
+        training.train(MADE.plan("digits", 0), out, checkpoint_steps=2)
+    monkeypatch.setattr(FlowTask, "training_step", step)
+    assert (out / "last.ckpt").exists()
+    assert not (out / "best.ckpt").exists()
+    text = training.table("digits", tmp_path, seeds=1, max_minutes=1e-9)
+    assert text == _table.markdown([])
+    assert not (out / "table.json").exists()
+    assert "| MADE | 1 |" in training.table("digits", tmp_path, seeds=1)
+
+
+def test_only_the_seeds_asked_for(tmp_path, one_row) -> None:
+    """Of results without a plan, as they were written once: these are taken as they are."""
+    for seed in range(5):
+        finished(tmp_path, seed)
+    assert "| MADE | 5 | 92.00 ± 1.58 |" in training.table("digits", tmp_path, seeds=5)
+    assert "| MADE | 1 | 90.00 |" in training.table("digits", tmp_path, seeds=1)
+
+
+def test_rows_of_another_plan(tmp_path, monkeypatch, one_row) -> None:
+    plan = MADE.plan("digits", 0)
+    finished(tmp_path / "same", 0, plan=dataclasses.asdict(plan), ended=True)
+    assert "| MADE | 1 | 90.00 |" in training.table("digits", tmp_path / "same", seeds=1)
+    finished(tmp_path / "other", 0, plan=dataclasses.asdict(dataclasses.replace(plan, lr=0.5)), ended=True)
+    message = rf"made/0 holds a run of another plan: the row has lr {plan.lr} \(the run has 0.5\)"
+    with pytest.raises(ValueError, match=message):
+        training.table("digits", tmp_path / "other", seeds=1)
+    # Cut off, and not a row yet.
+    stop_after(monkeypatch, 1)
+    training.train(dataclasses.replace(plan, lr=0.5), tmp_path / "cut" / "made" / "0", draws=1, max_minutes=1.0)
+    with pytest.raises(ValueError, match=message):
+        training.table("digits", tmp_path / "cut", seeds=1)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"validation": 1.0 "test"', '{"validation": 1.0, "test": 2.0}', "[1, 2]", '{"test": null}', "7"]
+)
+def test_damaged_results(tmp_path, capsys, one_row, text) -> None:
+    finished(tmp_path, 0)
+    path = tmp_path / "made" / "0" / "table.json"
+    path.write_text(text)
+    assert cli.main(["table", "digits", "--out", str(tmp_path), "--seeds", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{path}: not the result of a row" in error
+    assert "delete it, and it is made anew" in error
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_interrupt(tmp_path, monkeypatch, capsys, one_row, where) -> None:
+    from flowkern.training._task import FlowTask
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    name, owner = ("training_step", FlowTask) if where == "training" else ("importance_nlls", _table)
+    called = getattr(owner, name)
+
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return called(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, interrupt)
+    try:
+        assert cli.main(["table", "digits", "--out", str(tmp_path), "--seeds", "1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert f"interrupted; the same command continues from {tmp_path}" in capsys.readouterr().err
+    monkeypatch.setattr(owner, name, called)
+    assert "| MADE | 1 |" in training.table("digits", tmp_path, seeds=1)
+
+
 def test_errors(tmp_path, capsys) -> None:
+    for minutes in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=f"max_minutes: expected more than 0, got {minutes:g}"):
+            training.table("digits", tmp_path, max_minutes=minutes)
     with pytest.raises(ValueError, match="rows: unknown name 'vaes'; expected some of realnvp"):
         training.table("digits", tmp_path, rows=["vaes"])
     with pytest.raises(ValueError, match="seeds: expected at least 1, got 0"):

@@ -17,6 +17,7 @@ __all__ = [
     "Diverged",
     "Score",
     "context_of",
+    "data_dtype",
     "evaluate",
     "importance_nlls",
     "needed_draws",
@@ -78,6 +79,11 @@ def _dtype(model: torch.nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters()), torch.float32)
 
 
+def data_dtype(model: Model) -> torch.dtype:
+    """That of the samples for ``model``: float32 if it reads integers from them, which half precision would change."""
+    return torch.float32 if model.discrete else _dtype(model)
+
+
 def negative_log_likelihood(log_prob: torch.Tensor, dims: int, levels: int | None) -> torch.Tensor:
     """(B,) nats: D log(levels) - log p(x) of dequantized data, -log p(x) of continuous data (levels None)."""
     return dims * math.log(levels or 1) - log_prob
@@ -106,11 +112,12 @@ def sample_nlls(
     """The negative log-likelihood of each sample of a split, (N,) in nats and float64.
 
     For discrete data it is the bound -log P(v) <= E_u[-log p((v + u) / levels)] + D log(levels), the expectation
-    averaged over ``draws`` draws of u for each sample, always the same ones; so it is for the latents of a model whose
-    ``log_prob`` is stochastic. Continuous data and other discrete models need one draw.
+    averaged over ``draws`` draws of u for each sample, always the same ones. A model whose ``log_prob`` is stochastic is
+    averaged over as many draws of its own noise, which are the same ones for the same ``batch_size`` on the same kind of
+    ``device``. Continuous data and other discrete models need one draw.
 
-    Raises ValueError for data of another shape or number of classes than the model's, fewer than one draw, fewer than two
-    samples, and for a likelihood that is not a number, with the count.
+    Raises ValueError for data of another shape or number of classes than the model's, fewer than one draw or sample in a
+    batch, fewer than two samples, and for a likelihood that is not a number, with the count.
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for nll in _draws(model, data, part, draws, batch_size, device, model.log_prob):
@@ -148,8 +155,9 @@ def _draws(
         raise ValueError(f"the model is for samples of shape {model.shape}, and {data.name} has {data.shape}")
     if model.context not in (None, len(data.classes)):
         raise ValueError(f"the model is for {model.context} classes, and {data.name} has {len(data.classes)}")
-    if draws < 1:
-        raise ValueError(f"draws: expected at least 1, got {draws}")
+    for name, value in (("draws", draws), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     n = len(getattr(data, part))
     if n < 2:
         raise ValueError(f"{data.name}: a standard error needs at least 2 samples, the {part} split has {n}")
@@ -171,7 +179,7 @@ def _draws(
 
 
 def _nll(model: Model, log_prob: Callable[..., torch.Tensor], batch: Batch, levels: int | None, device: str) -> torch.Tensor:
-    x = batch.x.to(device, _dtype(model))
+    x = batch.x.to(device, data_dtype(model))
     labels = None if batch.labels is None else batch.labels.to(device)
     value = log_prob(x, context_of(model, labels))
     return negative_log_likelihood(value.cpu().double(), x[0].numel(), levels)

@@ -11,7 +11,7 @@ import torch
 from .. import diagnostics
 from ..data import Batch, Dataset, batch_of
 from ..models import VAE, VQVAE, VQVAE2, Model
-from ._evaluate import EVALUATION_SEED, context_of
+from ._evaluate import EVALUATION_SEED, context_of, data_dtype
 from ._pictures import is_image, save_grid, to_pixels
 
 __all__ = ["TEMPERATURES", "interpolate", "pairs", "reconstruct", "save_gallery"]
@@ -102,7 +102,10 @@ def _save_latents(model: Model, data: Dataset, save: Callable[[torch.Tensor, str
 
 @torch.no_grad()
 def _save_directions(model: VAE, data: Dataset, save: Callable[[torch.Tensor, str, str], None], device: str) -> None:
-    """A test image with one latent after the other moved, those that differ most between images first; and analogies."""
+    """A test image with one latent after the other moved, those that differ most between images first; and analogies.
+
+    Of two layers of latents only the lower one is moved, which alone the decoder sees.
+    """
     labels = np.zeros(len(data.test)) if data.test.labels is None else data.test.labels
     one, other = (_test_images(model, data, samples, device) for samples in pairs(labels, _SIDE).T)
     z, z_other = (model.embed(batch.x, context_of(model, batch.labels)) for batch in (one, other))
@@ -110,7 +113,7 @@ def _save_directions(model: VAE, data: Dataset, save: Callable[[torch.Tensor, st
     first = None if context is None else context[:1].repeat_interleave(_SIDE, 0)
     moved = [
         model.render(diagnostics.traverse(z[:1], dimension)[0], first)
-        for dimension in z.var(0).argsort(descending=True)[:_SIDE].tolist()
+        for dimension in z[:, : model.latent].var(0).argsort(descending=True)[:_SIDE].tolist()
     ]
     save(torch.cat(moved), "traversals.png", "an image with one latent in each row moved from -3 to 3")
     following = z.roll(-1, 0)
@@ -133,4 +136,4 @@ def _usage(model: VQVAE | VQVAE2, data: Dataset, device: str) -> str:
 def _test_images(model: Model, data: Dataset, samples: np.ndarray, device: str) -> Batch:
     batch = batch_of(data, "test", samples, seed=EVALUATION_SEED, epoch=0)
     labels = None if batch.labels is None else batch.labels.to(device)
-    return batch._replace(x=batch.x.to(device, next(model.parameters()).dtype), labels=labels)
+    return batch._replace(x=batch.x.to(device, data_dtype(model)), labels=labels)

@@ -12,7 +12,7 @@ from typing import Any
 from .. import models
 from ..data import Dataset
 
-__all__ = ["OPTIMIZERS", "PRESETS", "Plan", "make_plan", "make_prior_plan", "resumed_plan"]
+__all__ = ["OPTIMIZERS", "PRESETS", "Plan", "differences", "make_plan", "make_prior_plan", "resumed_plan"]
 
 OPTIMIZERS = ("adam", "adamw", "adamax")
 
@@ -100,6 +100,9 @@ class Plan:
             model = models.build(self.model, {**defaults, "shape": list(data.shape), "context": context, **self.config})
         except TypeError as error:
             raise ValueError(f"{self.model}: a setting has the wrong type: {error}") from error
+        except (LookupError, AttributeError, ArithmeticError, StopIteration) as error:
+            what = f"{type(error).__name__} {error}".strip()
+            raise ValueError(f"{self.model}: the settings do not make a model: {what}") from error
         if model.context not in (None, len(data.classes)):
             raise ValueError(f"{self.model}: the model is for {model.context} classes, and {data.name} has {len(data.classes)}")
         return model
@@ -238,6 +241,12 @@ def check_config(model: str, config: Mapping[str, Any], name: str | None = None,
             raise ValueError(f"{name or model} has no setting {key!r}; expected one of {', '.join(known)}")
 
 
+def differences(given: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    """The fields of ``given`` that a run's plan ``stored`` has otherwise, with both values; "" if there are none."""
+    changed = {name: value for name, value in given.items() if value != stored.get(name)}
+    return ", ".join(f"{name} {value!r} (the run has {stored.get(name)!r})" for name, value in changed.items())
+
+
 def resumed_plan(out: Path, given: Mapping[str, Any]) -> Plan:
     """The plan of the run in ``out``. ``given`` may repeat its fields; only ``epochs`` may differ, the others are fixed.
 
@@ -251,7 +260,6 @@ def resumed_plan(out: Path, given: Mapping[str, Any]) -> Plan:
         given = {**given, "config": {"prior": {**(stored["config"].get("prior") or {}), **given["config"]}}}
     fixed = {**{name: value for name, value in given.items() if name != "epochs"}, "config": given.get("config", {})}
     known = {**stored, "config": {key: stored["config"].get(key) for key in fixed["config"]}}
-    changed = [f"{name} {value!r} (the run has {known.get(name)!r})" for name, value in fixed.items() if value != known.get(name)]
-    if changed:
-        raise ValueError(f"{out} cannot resume with {', '.join(changed)}")
+    if changed := differences(fixed, known):
+        raise ValueError(f"{out} cannot resume with {changed}")
     return Plan(**(stored | ({"epochs": given["epochs"]} if "epochs" in given else {})))

@@ -28,7 +28,7 @@ from ._pictures import atomic, draw_curve, read_log
 from ._plan import Plan
 from ._task import AtomicCheckpointIO, Checkpoints, ExponentialAverage, FlowData, FlowTask, Progress
 
-__all__ = ["run"]
+__all__ = ["check_minutes", "has_ended", "run", "trained_minutes"]
 
 # Weights in half precision, which Lightning also offers, would round the data to fewer levels than it has.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -58,6 +58,7 @@ def run(
     for name, (value, least) in (least_values | {"checkpoint_steps": (checkpoint_steps or 1, 1)}).items():
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+    check_minutes(max_minutes)
     first_rank = not getattr(rank_zero_only, "rank", 0)
     last = out / "last.ckpt"
     if last.exists() and not resume and not overwrite and first_rank:
@@ -97,7 +98,16 @@ def run(
                 raise SystemExit(128 + signal.SIGTERM) from None
     if not trainer.is_global_zero:
         return None
+    if not (out / "best.ckpt").exists():
+        print(f"the time was over before the first validation: there is nothing to show yet, and --resume continues from {last}")
+        return None
     return _finish(plan, data, out, draws, str(trainer.strategy.root_device))
+
+
+def check_minutes(max_minutes: float | None) -> None:
+    """Raises ValueError unless it is a time, or None for no limit."""
+    if max_minutes is not None and not max_minutes > 0.0:
+        raise ValueError(f"max_minutes: expected more than 0, got {max_minutes:g}")
 
 
 def _take_autoencoder(model: models.Model, checkpoint: str, data: Dataset) -> None:
@@ -158,7 +168,7 @@ def _quiet() -> None:
 def _callbacks(plan: Plan, max_minutes: float | None, checkpoints: Checkpoints) -> list[Any]:
     callbacks: list[Any] = [Progress(sys.stdout.isatty())]
     # Always there: Lightning wants the callbacks that a checkpoint knows when it resumes from it.
-    callbacks.append(Timer(None if max_minutes is None else timedelta(minutes=max_minutes), verbose=False))
+    callbacks.append(Timer(_duration(max_minutes), verbose=False))
     if plan.patience:
         callbacks.append(EarlyStopping("val_nll", patience=plan.patience, check_finite=False))
     if plan.ema:
@@ -166,10 +176,25 @@ def _callbacks(plan: Plan, max_minutes: float | None, checkpoints: Checkpoints) 
     return [*callbacks, checkpoints]
 
 
+def _duration(minutes: float | None) -> timedelta | None:
+    return None if minutes is None or minutes > timedelta.max / timedelta(minutes=1) else timedelta(minutes=minutes)
+
+
 def _stopped(last: Path, plan: Plan) -> bool:
     """Whether the run that wrote this checkpoint had ended for want of patience."""
     states = models.read_checkpoint(last)["callbacks"]
     return any(key.startswith("EarlyStopping") and state["wait_count"] >= plan.patience for key, state in states.items())
+
+
+def has_ended(last: Path, plan: Plan) -> bool:
+    """Whether the run that wrote this checkpoint had ended by itself, after all its epochs or for want of patience."""
+    epochs = models.read_checkpoint(last)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return epochs >= plan.epochs or _stopped(last, plan)
+
+
+def trained_minutes(last: Path) -> float:
+    """How long the run that wrote this checkpoint had trained, as ``max_minutes`` counts it."""
+    return models.read_checkpoint(last)["callbacks"]["Timer"]["time_elapsed"]["train"] / 60.0
 
 
 def _finish(plan: Plan, data: Dataset, out: Path, draws: int, device: str) -> Score:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ def save_samples(
 
     ``label`` is the class, by name or number, that a conditional model draws; by default it goes through all of them.
 
-    Raises ValueError for a checkpoint that is not whole, fewer than one sample, an unknown label, a label for a model
-    that takes none, a suffix that names no image format, and a picture of samples that are no images.
+    Raises ValueError for a checkpoint that is not whole, fewer than one sample, a temperature below 0, an unknown label, a
+    label for a model that takes none, a suffix that names no image format, and a picture of samples that are no images.
     """
     if n < 1:
         raise ValueError(f"n: expected at least 1 sample, got {n}")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature:g}")
     content = models.read_checkpoint(checkpoint)
     described = content.get("data", {"levels": 256, "classes": []})
     model = models.load(checkpoint).to(device)

@@ -18,8 +18,8 @@ from .. import models
 from ..data import load
 from ._evaluate import importance_nlls
 from ._pictures import atomic
-from ._plan import make_plan
-from ._run import run
+from ._plan import Plan, differences, make_plan
+from ._run import check_minutes, has_ended, run, trained_minutes
 
 __all__ = ["ROWS", "Row", "Summary", "markdown", "table"]
 
@@ -34,6 +34,9 @@ class Row:
     model: str
     preset: str = "recipe"
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def plan(self, data: str, seed: int) -> Plan:
+        return make_plan(self.model, data, preset=self.preset, seed=seed, config=dict(self.config))
 
 
 def _vae(label: str, latent: int, **config: Any) -> Row:
@@ -62,30 +65,41 @@ ROWS: dict[str, Row] = {
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One row over its seeds, in nats per image: mean and standard deviation (None for a single seed)."""
+    """One row over its seeds, in nats per image: mean and standard deviation (None for a single seed).
+
+    ``ended``: whether the runs ended by themselves, not by a limit on their time.
+    """
 
     row: Row
     seeds: int
+    ended: bool
     validation: tuple[float, float | None]
     test: tuple[float, float | None]
     importance: tuple[float, float | None]
 
     @classmethod
-    def of(cls, row: Row, results: Sequence[Mapping[str, float]]) -> Summary:
+    def of(cls, row: Row, results: Sequence[Mapping[str, Any]]) -> Summary:
         def moments(name: str) -> tuple[float, float | None]:
             values = [result[name] for result in results]
             return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
-        return cls(row, len(results), moments("validation"), moments("test"), moments("importance"))
+        ended = all(_has_ended(result) for result in results)
+        return cls(row, len(results), ended, moments("validation"), moments("test"), moments("importance"))
+
+    @property
+    def label(self) -> str:
+        return self.row.label if self.ended else f"{self.row.label} *"
 
 
 def table(data: str, out: Path, *, seeds: int = 5, rows: Sequence[str] | None = None, max_minutes: float | None = None) -> str:
     """Train every row of ``ROWS`` (or those named) with seeds 0, 1, ..., and return the table in Markdown.
 
     ``out`` gets a folder for each run, ``digits.md`` (the name of the data) and a plot beside it. A run that is finished is not
-    done again, one that was cut off is resumed, and the table is written anew after each. ``max_minutes`` is for a single run.
+    done again, one that was cut off is resumed, and the table is written anew after each. ``max_minutes`` is for a single run:
+    what has come by then enters the table with a star, and a call with more time or without a limit goes on from there.
 
-    Raises ValueError for an unknown row and fewer than one seed.
+    Raises ValueError for an unknown row, fewer than one seed, a limit that is no time, and for what lies in ``out`` and is
+    damaged or of another plan.
     """
     names = list(ROWS) if rows is None else list(rows)
     for name in names:
@@ -93,6 +107,8 @@ def table(data: str, out: Path, *, seeds: int = 5, rows: Sequence[str] | None = 
             raise ValueError(f"rows: unknown name {name!r}; expected some of {', '.join(ROWS)}")
     if seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    check_minutes(max_minutes)
+    summaries(data, out, seeds)  # refuses what cannot be continued, before hours of training
     columns = [SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(names) * seeds)
@@ -101,32 +117,90 @@ def table(data: str, out: Path, *, seeds: int = 5, rows: Sequence[str] | None = 
                 bar.update(task, description=f"{name}, seed {seed}")
                 _result(ROWS[name], data, seed, out / name / str(seed), max_minutes)
                 bar.advance(task)
-                text = _write(data, out)
+                text = _write(data, out, seeds)
     return text
 
 
 def _result(row: Row, data: str, seed: int, out: Path, max_minutes: float | None) -> None:
-    """Train, unless it is done, and write ``table.json``: validation, test bound and importance estimate, in nats."""
-    if (out / "table.json").exists():
+    """Train, unless it is done, and write ``table.json``: validation, test bound and importance estimate, in nats.
+
+    Beside them the plan, and whether training had ended by itself. A run without any validation yet leaves no such file.
+    """
+    plan, last = row.plan(data, seed), out / "last.ckpt"
+    stored = _stored(out, plan)
+    if stored is not None and (_has_ended(stored) or not _has_time(last, max_minutes)):
         return
-    plan = make_plan(row.model, data, preset=row.preset, seed=seed, config=dict(row.config))
-    with contextlib.redirect_stdout(io.StringIO()):
-        score = run(plan, out, resume=True, max_minutes=max_minutes)
-    assert score is not None
+    if last.exists():
+        _check_plan(out, plan, models.read_checkpoint(last).get("plan"))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            score = run(plan, out, resume=True, max_minutes=max_minutes)
+    except SystemExit as end:
+        # Lightning ends the process when it is interrupted; the rows share one.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    if score is None:
+        return
     model = models.load(out / "best.ckpt")
     importance = importance_nlls(model, load(data), "test", draws=IMPORTANCE_SAMPLES, batch_size=512)
-    best = models.read_checkpoint(out / "last.ckpt")["callbacks"]
+    best = models.read_checkpoint(last)["callbacks"]
     validation = next(state["best"] for name, state in best.items() if "best" in state)
-    content = {"validation": float(validation), "test": score.nats, "importance": float(importance.mean())}
+    content = {
+        "validation": float(validation),
+        "test": score.nats,
+        "importance": float(importance.mean()),
+        "ended": has_ended(last, plan),
+        "plan": dataclasses.asdict(plan),
+    }
     with atomic(out / "table.json") as temporary:
         temporary.write_text(json.dumps(content) + "\n")
 
 
-def summaries(out: Path) -> list[Summary]:
-    """What is finished in ``out``, in the order of ``ROWS``."""
+def _stored(out: Path, plan: Plan) -> dict[str, Any] | None:
+    """What ``table.json`` in ``out`` holds, or None if there is none.
+
+    Raises ValueError for one that is damaged, and for one of another plan; older ones name none.
+    """
+    path = out / "table.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        for name in ("validation", "test", "importance"):
+            float(content[name])
+    except (ValueError, LookupError, TypeError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise ValueError(f"{path}: not the result of a row ({what}); delete it, and it is made anew") from error
+    if "plan" in content:
+        _check_plan(out, plan, content["plan"])
+    return content
+
+
+def _check_plan(out: Path, plan: Plan, stored: Any) -> None:
+    """Raises ValueError unless the run in ``out`` has this plan."""
+    wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
+    known = json.loads(json.dumps(stored)) if isinstance(stored, dict) else {}
+    if changed := differences(wanted, known):
+        raise ValueError(f"{out} holds a run of another plan: the row has {changed}; move it away, or name another folder")
+
+
+def _has_ended(result: Mapping[str, Any]) -> bool:
+    """Results of before this was written down are of runs that had."""
+    return bool(result.get("ended", True))
+
+
+def _has_time(last: Path, max_minutes: float | None) -> bool:
+    """Whether a run that was cut off may train on."""
+    return max_minutes is None or not last.exists() or trained_minutes(last) < max_minutes
+
+
+def summaries(data: str, out: Path, seeds: int) -> list[Summary]:
+    """What so many seeds have brought in ``out``, in the order of ``ROWS``. Raises ValueError as ``_stored`` does."""
     found = []
     for name, row in ROWS.items():
-        results = [json.loads(path.read_text()) for path in sorted((out / name).glob("*/table.json"))]
+        stored = [_stored(out / name / str(seed), row.plan(data, seed)) for seed in range(seeds)]
+        results = [result for result in stored if result is not None]
         if results:
             found.append(Summary.of(row, results))
     return found
@@ -141,14 +215,15 @@ def markdown(lines: Sequence[Summary]) -> str:
 
     head = ["| model | seeds | validation | test bound | importance estimate |", "|---|---|---|---|---|"]
     body = [
-        f"| {line.row.label} | {line.seeds} | {cell(line.validation)} | {cell(line.test)} | {cell(line.importance)} |"
+        f"| {line.label} | {line.seeds} | {cell(line.validation)} | {cell(line.test)} | {cell(line.importance)} |"
         for line in lines
     ]
-    return "\n".join(head + body)
+    note = [] if all(line.ended for line in lines) else ["", "(*) stopped by --max-minutes before the training had ended"]
+    return "\n".join(head + body + note)
 
 
-def _write(data: str, out: Path) -> str:
-    lines = summaries(out)
+def _write(data: str, out: Path, seeds: int) -> str:
+    lines = summaries(data, out, seeds)
     text = markdown(lines)
     name = data.partition(":")[0]
     with atomic(out / f"{name}.md") as temporary:
@@ -166,7 +241,7 @@ def _draw(lines: Sequence[Summary], path: Path, title: str) -> None:
     places = range(len(lines))
     axes.errorbar([s.test[0] for s in lines], places, xerr=[s.test[1] or 0.0 for s in lines], fmt="o", label="test bound")
     axes.plot([s.importance[0] for s in lines], places, "|", markersize=12, label=f"{IMPORTANCE_SAMPLES} importance samples")
-    axes.set_yticks(places, [s.row.label for s in lines])
+    axes.set_yticks(places, [s.label for s in lines])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.4)
     axes.set(xlabel="negative log-likelihood [nats per image]", title=title)

@@ -123,7 +123,11 @@ class FlowTask(LightningModule):
     def _nll(self, batch: Batch) -> torch.Tensor:
         """(B,) nats; in training what the model has in its place."""
         x, context = self._formatted(batch.x), context_of(self.model, batch.labels)
-        log_prob = -self.model.objective(x, context) if self.training else self.model(x, context)
+        try:
+            log_prob = -self.model.objective(x, context) if self.training else self.model(x, context)
+        except StopIteration as error:
+            # Lightning would take it for the end of the epoch.
+            raise RuntimeError(f"StopIteration in {type(self.model).__name__}: {error}") from error
         return negative_log_likelihood(log_prob, x.shape[1:].numel(), self.levels)
 
     def _log(self, part: str, nll: torch.Tensor, count: int) -> None:
@@ -140,6 +144,9 @@ class FlowTask(LightningModule):
         part = batch_idx % self.plan.accumulate
         key = np.random.SeedSequence([self.plan.seed, self.global_step, self.global_rank, part])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        # Warm-ups inside the model count steps, not parts.
+        if not isinstance(getattr(self.model, "steps", 0), torch.Tensor):
+            self.model.steps = self.global_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         nll = self._nll(batch)
@@ -312,7 +319,9 @@ class Checkpoints(Checkpoint):
         if not isinstance(exception, OSError):
             self.io.flush()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
-            print(f"\ninterrupted at step {trainer.global_step}; --resume continues from {self.folder / 'last.ckpt'}")
+            last = self.folder / "last.ckpt"
+            then = f"--resume continues from {last}" if last.exists() else "nothing was saved yet, and it starts anew"
+            print(f"\ninterrupted at step {trainer.global_step}; {then}")
 
 
 class Progress(Callback):
