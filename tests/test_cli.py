@@ -246,6 +246,74 @@ def test_commands_refuse_foreign_checkpoints(run, tmp_path, capsys):
 
 
 @needs_extra
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size=0"], "batch_size: expected at least 1, got 0"),
+        (["--batch-size=-3"], "batch_size: expected at least 1, got -3"),
+        (["--draws=0"], "--draws: expected at least 1, got 0"),
+        (["--importance=0"], "--importance: expected at least 1, got 0"),
+        (["--importance=-2"], "--importance: expected at least 1, got -2"),
+    ],
+)
+def test_eval_refuses(run, capsys, arguments, message):
+    assert message in refusal(capsys, "eval", run / "best.ckpt", "--data=digits", *arguments)
+
+
+@needs_extra
+@pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
+@pytest.mark.parametrize("name", ["realnvp", "made", "vae", "vqvae"])
+def test_temperatures_are_checked(tmp_path, capsys, name, temperature):
+    from flowkern import models
+
+    settings = {"couplings": 1, "hidden": 4} if name == "realnvp" else {"levels": 17}
+    models.save(models.build(name, {"shape": [1, 8, 8], **settings}), tmp_path / "m.ckpt")
+    line = refusal(capsys, "sample", tmp_path / "m.ckpt", "-o", tmp_path / "x.png", f"--temperature={temperature}")
+    assert f"temperature: expected a number of at least 0, got {temperature}" in line
+    assert not (tmp_path / "x.png").exists()
+
+
+@needs_extra
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_limits_on_time_are_checked(tmp_path, capsys, minutes):
+    for command in (["train", "realnvp", "--data=digits"], ["table", "digits"]):
+        line = refusal(capsys, *command, f"--out={tmp_path / 'run'}", f"--max-minutes={minutes}")
+        assert f"max_minutes: expected more than 0, got {minutes}" in line
+    assert not (tmp_path / "run").exists()
+
+
+@needs_extra
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["vae", "--set=objective=iwae"],
+        ["vae", "--prior=realnvp", "--set=flow_hidden=[]"],
+        ["vae", "--set=hidden=7"],
+        ["pixelvae", '--set=pixelcnn={"levels": 3}'],
+        ["realnvp", "--set=preprocess=7"],
+        ["realnvp", "--set=scale=x"],
+    ],
+)
+def test_settings_of_wrong_types(tmp_path, capsys, arguments):
+    line = refusal(capsys, "train", *arguments, "--data=digits", f"--out={tmp_path / 'run'}")
+    setting = arguments[-1].removeprefix("--set=").partition("=")[0]
+    assert arguments[0] in line or setting in line
+    assert not (tmp_path / "run").exists()
+
+
+@needs_extra
+def test_interrupt(run, capsys, monkeypatch):
+    from flowkern import training
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "sample_nlls", interrupt)
+    assert cli.main(["eval", f"{run / 'best.ckpt'}", "--data=digits"]) == 130
+    assert capsys.readouterr().err == "flowkern: error: interrupted\n"
+
+
+@needs_extra
 def test_failure_on_the_way(run, capsys, monkeypatch):
     from flowkern import training
 

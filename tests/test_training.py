@@ -333,8 +333,59 @@ def test_time_limit(tmp_path):
     assert (tmp_path / "result.json").exists()
 
 
+@pytest.mark.parametrize("minutes", [0, -1.0, math.nan])
+def test_time_limits_are_checked(tmp_path, minutes):
+    with pytest.raises(ValueError, match=f"max_minutes: expected more than 0, got {minutes:g}"):
+        training.train(small_plan(), tmp_path / "run", max_minutes=minutes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_time_limit_is_too_long(tmp_path):
+    training.train(small_plan(epochs=1), tmp_path, draws=1, max_minutes=math.inf)
+    assert last(tmp_path)["epoch"] == 0
+
+
 class Killed(Exception):
     pass
+
+
+def test_time_is_over_before_the_first_validation(tmp_path, monkeypatch, capsys):
+    """Nothing to evaluate yet, and nothing lost: with more time the run ends as if it had not been stopped."""
+    from flowkern.training._task import FlowTask
+
+    training_step = FlowTask.training_step
+
+    def fail(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            raise Killed
+        return training_step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowTask, "training_step", fail)
+        with pytest.raises(Killed):
+            training.train(small_plan(), tmp_path / "run", checkpoint_steps=2)
+    capsys.readouterr()
+    assert training.train(small_plan(), tmp_path / "run", resume=True, max_minutes=1e-9) is None
+    assert "the time was over before the first validation" in capsys.readouterr().out
+    assert last(tmp_path / "run")["global_step"] == 2
+    training.train(training.resumed_plan(tmp_path / "run", {}), tmp_path / "run", draws=1, resume=True)
+    training.train(small_plan(), tmp_path / "whole", draws=1)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_model_knows_the_step(tmp_path, monkeypatch, parts):
+    """The optimizer's, whatever the number of parts, and after resuming."""
+    seen, objective = [], models.RealNVP.objective
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        seen.append(self.steps)
+        return objective(self, *arguments)
+
+    monkeypatch.setattr(models.RealNVP, "objective", watched)
+    for epochs in (1, 2):
+        training.train(small_plan(accumulate=parts, epochs=epochs), tmp_path, draws=1, resume=epochs == 2)
+    assert seen == [step for step in range(8) for _ in range(parts)]
 
 
 RESUMED = {
@@ -517,6 +568,22 @@ def test_ended_from_outside(tmp_path, monkeypatch, capsys, sent, code, saved):
     assert last(tmp_path)["global_step"] == saved
 
 
+def test_interrupted_before_anything_was_saved(tmp_path, monkeypatch, capsys):
+    from flowkern.training._task import FlowTask
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FlowTask, "training_step", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            training.train(small_plan(), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "interrupted at step 0; nothing was saved yet" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk(tmp_path, monkeypatch):
     from flowkern.training._task import AtomicCheckpointIO
@@ -660,6 +727,30 @@ def test_models_are_checked(tmp_path):
         training.train(training.make_plan("nice", f"npy:{tmp_path / 'x.npy'}", conditional=True), tmp_path)
 
 
+@pytest.mark.parametrize("error", [TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, StopIteration])
+def test_settings_that_a_constructor_cannot_take(monkeypatch, error):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error("of another kind")
+
+    monkeypatch.setattr(models, "build", fail)
+    with pytest.raises(ValueError, match=r"realnvp: .*of another kind"):
+        small_plan().build(data.load("digits"))
+
+
+@pytest.mark.parametrize("method", ["objective", "log_prob"])
+def test_a_loop_that_ends_in_a_step_does_not_end_the_epoch(tmp_path, monkeypatch, method):
+    """Lightning takes a StopIteration for the end of the batches: in training (objective) and in validation."""
+
+    def fail(self: Any, *arguments: Any) -> Any:
+        return next(iter(()))
+
+    monkeypatch.setattr(models.RealNVP, method, fail)
+    if method == "log_prob":
+        monkeypatch.setattr(models.RealNVP, "objective", lambda self, x, context: self.bijection(x, context)[1])
+    with pytest.raises(RuntimeError, match="StopIteration in RealNVP"):
+        training.train(small_plan(), tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -692,6 +783,62 @@ def test_score_refuses_nan():
         training.evaluate(model, data.load("photos"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="draws: expected at least 1"):
         training.evaluate(model, data.load("digits"), draws=0)  # type: ignore[arg-type]
+
+
+class _Seen(models.DiscreteModel):
+    """Keeps the values that it is asked for."""
+
+    shape, context, levels = (3, 4, 4), None, 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        self.seen.append(v)
+        return torch.zeros(len(v), dtype=self.weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_discrete_models_read_the_right_values_in_any_precision(dtype):
+    images = _data_of(_images(20, 3, 4, 4))
+    model = _Seen().to(dtype)
+    training.evaluate(model, images, batch_size=20)
+    assert (model.seen[0].numpy() == images.test.values).all()
+    batch = _gallery._test_images(model, images, np.arange(20), "cpu")
+    assert (model.values(batch.x).numpy() == images.test.values).all()
+
+
+def test_discrete_models_in_half_precision(tmp_path):
+    """What a model of 256 levels gives, scores and pictures."""
+    images = _data_of(_images(20, 1, 8, 8))
+    for name, settings in (("made", {"hidden": [8]}), ("pixelcnn", {"hidden": 4, "layers": 2}), ("vae", {"hidden": [8]})):
+        torch.manual_seed(0)
+        model = models.build(name, {"shape": [1, 8, 8], "levels": 256, **settings})
+        expected = training.evaluate(model, images, batch_size=20).nats
+        # bfloat16 has 3 digits. VAE: other noise.
+        assert math.isclose(training.evaluate(model.bfloat16(), images, batch_size=20).nats, expected, rel_tol=0.02), name
+
+
+def test_traversals_move_the_latents_that_the_decoder_sees(tmp_path, monkeypatch):
+    """Those of the lower of two layers, also where the upper one varies more."""
+    torch.manual_seed(0)
+    model = models.VAE((1, 8, 8), levels=17, latent=3, upper=4, hidden=[8])
+    with torch.no_grad():
+        for p in model.posterior.network.parameters():
+            p.mul_(20.0)
+    moved, traverse = [], _gallery.diagnostics.traverse
+    monkeypatch.setattr(_gallery.diagnostics, "traverse", lambda z, i: (moved.append(i), traverse(z, i))[1])
+    _gallery.save_gallery(model, data.load("digits"), tmp_path, seed=0)
+    assert sorted(moved) == [0, 1, 2]
+
+
+def test_score_needs_a_batch(finished):
+    out, _, _ = finished
+    model = models.load(out / "best.ckpt")
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=f"batch_size: expected at least 1, got {size}"):
+            training.evaluate(model, data.load("digits"), batch_size=size)
 
 
 def test_score_and_its_error_by_hand(finished):

@@ -146,7 +146,7 @@ class FlowTask(LightningModule):
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         # Warm-ups inside the model count steps, not parts.
         if not isinstance(getattr(self.model, "steps", 0), torch.Tensor):
-            self.model.steps = self.global_step
+            self.model.steps = self.global_step  # type: ignore[assignment]
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         nll = self._nll(batch)
