@@ -337,6 +337,9 @@ def test_compare(run, capsys, monkeypatch):
     assert cli.main(["compare", f"{run / 'best.ckpt'}", "--data=digits", "--batch-size=16"]) == 0
     assert "batch 16" in capsys.readouterr().out
     assert "unknown name 'x'" in refusal(capsys, "compare", "x", "--data=digits")
+    for size in (0, -2):
+        line = refusal(capsys, "compare", "realnvp", "--data=digits", f"--batch-size={size}")
+        assert f"batch_size: expected at least 1, got {size}" in line
 
 
 @needs_extra

@@ -25,6 +25,7 @@ if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed", allow_module_level=True)
 
 from flowkern import models, training  # noqa: E402
+from flowkern.training._task import FlowTask  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -151,6 +152,39 @@ def test_a_rank_that_diverges_ends_the_run(tmp_path, rank):
     content = last(tmp_path / "out")
     assert content["global_step"] == 2
     assert all(v.isfinite().all() for v in content["state_dict"].values() if v.is_floating_point())
+
+
+def ranks_in_turn(task: Any, batch: Any, index: int) -> None:
+    """The samples of a batch as two ranks number them together: those of the first, every other one, before the second's."""
+    order = torch.cat([torch.arange(rank, len(batch.x), 2) for rank in range(2)])
+    batch.x.copy_(batch.x[order])
+    batch.labels.copy_(batch.labels[order])
+
+
+def test_two_ranks_train_a_vqvae_and_its_prior(tmp_path, monkeypatch):
+    """In float64, against one process with the same batches: 1e-9, as in test_training.py.
+
+    k-means and the revival of codes draw vectors by their numbers, hence the order of the samples in the one process.
+    """
+    config = {"hidden": 4, "blocks": 1, "downsample": 1, "dim": 2, "codes": 8, "likelihood": "categorical", "dropout": 0.0}
+    autoencoder = {**FIELDS, "model": "vqvae", "config": config}
+    prior = {**autoencoder, "config": {**config, "prior": {"hidden": 4, "layers": 2, "dropout": 0.0}}}
+
+    def following(run: Path) -> dict[str, Any]:
+        return {**prior, "autoencoder": str(run / "best.ckpt")}
+
+    request = {"plan": autoencoder, "then": {"prior": following(tmp_path / "out")}, "options": {"precision": "64-true", **TWO}}
+    done = run(str(SCRIPT), str(tmp_path), json.dumps(request))
+    assert done.returncode == 0, done.stdout + done.stderr
+    start = FlowTask.on_train_batch_start
+    monkeypatch.setattr(FlowTask, "on_train_batch_start", lambda *given: (start(*given), ranks_in_turn(*given))[0])
+    for name, one, plan in (("", "one", autoencoder), ("prior", "one-prior", following(tmp_path / "one"))):
+        training.train(training.make_plan(**plan), tmp_path / one, draws=1, precision="64-true")
+        first, second = (torch.load(tmp_path / f"{name}rank{rank}.pt")["state"] for rank in range(2))
+        assert first["autoencoder.quantizer.steps"] == 8, "the prior leaves the codes as they are"
+        for key, value in first.items():
+            assert torch.equal(second[key], value), f"{key} differs between the ranks"
+        assert_same_weights(last(tmp_path / one)["state_dict"], last(tmp_path / (name or "out"))["state_dict"], 1e-9)
 
 
 def test_two_machines(tmp_path):

@@ -1,7 +1,8 @@
 """One run of the trainer, on one rank or several: ``python tests/training_ddp.py FOLDER REQUEST``, REQUEST in JSON.
 
-Each rank leaves in FOLDER what it saw: its losses, its weights after the first step and at the end, what it printed and
-which files it wrote. Not collected by pytest: Lightning starts the same script for each rank, so test_ddp.py runs it.
+The request has the run's ``plan`` and ``options``, and in ``then`` plans of runs that follow, by name. Each rank leaves in FOLDER
+what it saw: its losses, its weights after the first step and at the end, what it printed and which files it wrote. Not collected
+by pytest: Lightning starts the same script for each rank, so test_ddp.py runs it.
 """
 
 import contextlib
@@ -59,12 +60,12 @@ def main(folder: Path, request: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     record = watch(folder / "out")
     record["poison"] = request.get("poison")
-    plan = training.make_plan(**request["plan"])
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        score = training.train(plan, folder / "out", draws=1, **request["options"])
-    record |= {"printed": printed.getvalue(), "score": None if score is None else score.nats}
-    torch.save(record, folder / f"rank{record['rank']}.pt")
+    for name, plan in ({"out": request["plan"]} | request.get("then", {})).items():
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            score = training.train(training.make_plan(**plan), folder / name, draws=1, **request["options"])
+        record |= {"printed": printed.getvalue(), "score": None if score is None else score.nats}
+        torch.save(record, folder / f"{'' if name == 'out' else name}rank{record['rank']}.pt")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,10 @@ def compare(
     disturbed by other work on the machine, and in brackets the median. The memory is the most that tensors take during
     a step, beyond the weights, the optimizer's state and the batch.
 
-    Raises ValueError for an unknown model or data and for data that does not fit the model.
+    Raises ValueError for an unknown model or data, for data that does not fit the model, and for a batch of no samples.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     values = load(data, size=size)
     model = models.load(source) if Path(source).exists() else make_plan(source, data).build(values)
     if model.shape != values.shape:
