@@ -295,7 +295,7 @@ def _table_parser(commands: Any) -> None:
     table.add_argument("--out", type=Path, default=Path("runs/table"), metavar="DIR", help="of runs, table and plot (runs/table)")
     table.add_argument("--seeds", type=int, default=5, help="how many (5)")
     table.add_argument("--rows", nargs="+", metavar="ROW", help="some rows only")
-    table.add_argument("--max-minutes", type=float, metavar="M", help="of training for a single run")
+    table.add_argument("--max-minutes", type=float, metavar="M", help="of training for a single run; later calls can go on")
 
 
 def _table(arguments: argparse.Namespace) -> int:

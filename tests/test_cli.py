@@ -292,6 +292,7 @@ def test_limits_on_time_are_checked(tmp_path, capsys, minutes):
         ["pixelvae", '--set=pixelcnn={"levels": 3}'],
         ["realnvp", "--set=preprocess=7"],
         ["realnvp", "--set=scale=x"],
+        ["realnvp", "--set=hidden=-3"],
     ],
 )
 def test_settings_of_wrong_types(tmp_path, capsys, arguments):

@@ -581,7 +581,7 @@ def test_interrupted_before_anything_was_saved(tmp_path, monkeypatch, capsys):
             training.train(small_plan(), tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "interrupted at step 0; nothing was saved yet" in capsys.readouterr().out
+    assert "interrupted at step 0; there is no checkpoint to resume from yet" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -727,7 +727,9 @@ def test_models_are_checked(tmp_path):
         training.train(training.make_plan("nice", f"npy:{tmp_path / 'x.npy'}", conditional=True), tmp_path)
 
 
-@pytest.mark.parametrize("error", [TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, StopIteration])
+@pytest.mark.parametrize(
+    "error", [TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StopIteration]
+)
 def test_settings_that_a_constructor_cannot_take(monkeypatch, error):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error("of another kind")

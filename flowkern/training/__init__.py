@@ -55,7 +55,7 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
         resume: continue from ``last.ckpt``. On the CPU the weights are bit for bit those of a run that was not
             interrupted; without a ``last.ckpt`` the run starts anew.
         overwrite: start anew where ``out`` holds a run.
-        max_minutes: stop after so much training, counted over all resumed runs.
+        max_minutes: stop after so much training, counted over all resumed runs. The epoch that it ends in is cut short.
         precision, devices, strategy, accelerator: as Lightning's ``Trainer`` takes them. The global batches do not
             depend on the number of devices. Under ``"bf16-mixed"`` the conditioners run in bfloat16; weights, the state of
             the flow, log-determinants and the loss stay in float32.
@@ -65,11 +65,11 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
         checkpoint_steps: write ``last.ckpt`` every so many steps and every epoch, instead of every ten seconds or so.
         draws: of dequantization noise for the test NLL.
 
-    Returns the test score, on the first rank; None on the others.
+    Returns the test score, on the first rank; None on the others, and where the time was over before the first validation.
 
     Raises:
         ValueError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given; data or a model that do not
-            fit; a checkpoint that is not whole.
+            fit; options out of range; a checkpoint that is not whole.
         flowkern.training.Diverged: the loss is not finite; the message names the step.
         OSError: a file cannot be written. The checkpoint before it is untouched.
     """

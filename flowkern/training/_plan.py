@@ -100,7 +100,7 @@ class Plan:
             model = models.build(self.model, {**defaults, "shape": list(data.shape), "context": context, **self.config})
         except TypeError as error:
             raise ValueError(f"{self.model}: a setting has the wrong type: {error}") from error
-        except (LookupError, AttributeError, ArithmeticError, StopIteration) as error:
+        except (LookupError, AttributeError, ArithmeticError, RuntimeError, StopIteration) as error:
             what = f"{type(error).__name__} {error}".strip()
             raise ValueError(f"{self.model}: the settings do not make a model: {what}") from error
         if model.context not in (None, len(data.classes)):

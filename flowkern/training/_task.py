@@ -320,7 +320,7 @@ class Checkpoints(Checkpoint):
             self.io.flush()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             last = self.folder / "last.ckpt"
-            then = f"--resume continues from {last}" if last.exists() else "nothing was saved yet, and it starts anew"
+            then = f"--resume continues from {last}" if last.exists() else "there is no checkpoint to resume from yet"
             print(f"\ninterrupted at step {trainer.global_step}; {then}")
 
 
