@@ -568,6 +568,21 @@ def test_ended_from_outside(tmp_path, monkeypatch, capsys, sent, code, saved):
     assert last(tmp_path)["global_step"] == saved
 
 
+def test_the_rate_warms_up_by_steps(tmp_path, monkeypatch):
+    """Of a VAE whose batches are taken in two parts."""
+    seen, loss = [], models.VAE.loss
+
+    def watched(self: Any, x: Any, objective: Any, context: Any, step: int) -> Any:
+        seen.append(step)
+        return loss(self, x, objective, context, step)
+
+    monkeypatch.setattr(models.VAE, "loss", watched)
+    config = {"latent": 2, "hidden": [4], "objective": {"warmup": 10}}
+    plan = training.make_plan("vae", "digits", config=config, epochs=1, batch_size=250, accumulate=2)
+    training.train(plan, tmp_path, draws=1)
+    assert seen == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_interrupted_before_anything_was_saved(tmp_path, monkeypatch, capsys):
     from flowkern.training._task import FlowTask
 

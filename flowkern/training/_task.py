@@ -145,8 +145,7 @@ class FlowTask(LightningModule):
         key = np.random.SeedSequence([self.plan.seed, self.global_step, self.global_rank, part])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         # Warm-ups inside the model count steps, not parts.
-        if not isinstance(getattr(self.model, "steps", 0), torch.Tensor):
-            self.model.steps = self.global_step  # type: ignore[assignment]
+        self.model.steps = self.global_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         nll = self._nll(batch)
