@@ -178,10 +178,10 @@ def _stored(out: Path, plan: Plan) -> dict[str, Any] | None:
 
 
 def _check_plan(out: Path, plan: Plan, stored: Any) -> None:
-    """Raises ValueError unless the run in ``out`` has this plan."""
-    wanted = json.loads(json.dumps(dataclasses.asdict(plan)))
-    known = json.loads(json.dumps(stored)) if isinstance(stored, dict) else {}
-    if changed := differences(wanted, known):
+    """Raises ValueError unless the run in ``out`` has this plan; fields that did not exist then have their defaults."""
+    defaults = dataclasses.asdict(Plan(plan.model, plan.data))
+    wanted, known = dataclasses.asdict(plan), defaults | (stored if isinstance(stored, dict) else {})
+    if changed := differences(*(json.loads(json.dumps(fields)) for fields in (wanted, known))):
         raise ValueError(f"{out} holds a run of another plan: the row has {changed}; move it away, or name another folder")
 
 
