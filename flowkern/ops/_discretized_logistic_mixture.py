@@ -94,7 +94,13 @@ def reference(x: torch.Tensor, params: torch.Tensor, *, levels: int = 256, compa
         position = 2.0 * level.to(wide) / (levels - 1) - 1.0
         means = _shifted(means, coefficients[0].to(wide), position)
     log_mass = _log_mass(level, means, log_scales.to(dtype), levels, compat is not None).sum(1)
-    return torch.logsumexp(torch.log_softmax(logits.to(dtype), 1) + log_mass, 1).flatten(1).sum(1)
+    return _log_sum(torch.log_softmax(logits.to(dtype), 1) + log_mass).flatten(1).sum(1)
+
+
+def _log_sum(joint: torch.Tensor) -> torch.Tensor:
+    """logsumexp over the components (B, K, H, W). Its own derivative, exp(joint - result), does not sum to 1 where all are huge."""
+    top = joint.detach().amax(1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min)
+    return top.squeeze(1) + (joint - top).exp().sum(1).log()
 
 
 def _output(x: torch.Tensor, params: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -210,6 +216,7 @@ def discretized_logistic_mixture(
 
     Args:
         x: (B, C, H, W), C = 3 or 1, with integers from 0 to levels - 1, of any integer or floating dtype; it has no gradient.
+            Its values are not looked at: the data's loader and ``nn.Likelihood.check`` do that.
         params: the network's output in the published layout. C = 3: (B, 10 K, H, W), K logits, and for each channel K means, K
             log-scales and K coefficients (of green on red; of blue on red; of blue on green). C = 1: (B, 3 K, H, W), K logits, K
             means, K log-scales. Means are in units where level 0 is -1 and level L - 1 is 1.
@@ -284,6 +291,8 @@ def sample_discretized_logistic_mixture(
         raise ValueError(f"temperature: expected at least 0, got {temperature}")
     logits, means, log_scales, *coefficients = _parts(params.detach().to(accumulation_dtype(params)), channels)
     shapes = logits.shape, (params.shape[0], channels, *params.shape[2:])
+    if noise is not None and len(noise) != 2:
+        raise ValueError(f"noise: expected two tensors, for the components and for the levels, got {len(noise)}")
     drawn_noise = noise or tuple(torch.rand(shape, generator=generator, device=params.device) for shape in shapes)
     for what, u, shape in zip(("components", "levels"), drawn_noise, shapes, strict=True):
         if u.shape != shape:
