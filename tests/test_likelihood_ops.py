@@ -302,6 +302,38 @@ def test_gaussian_kl_is_accurate_on_every_isa(dtype: torch.dtype, isa: str) -> N
         check_gaussian_kl(dtype)
 
 
+def check_gaussian_kl_near_the_prior(dtype: torch.dtype) -> None:
+    """Where log_scale is nearly 0, the divergence and its gradient are far smaller than exp(2 log_scale) and 1."""
+    for magnitude in (1e-2, 1e-3, 1e-4, 1e-5):
+        log_scale = (magnitude * torch.randn(2, 70, dtype=torch.float64)).to(dtype).requires_grad_()
+        twice = 2.0 * log_scale.detach().double()
+        rest = sum(twice**k / math.factorial(k) for k in range(2, 13))  # exp(2 log_scale) - 1 - 2 log_scale
+        results = []
+        for function in (ops.gaussian_kl, gaussian.reference):
+            kl = function(torch.zeros_like(log_scale), log_scale, seed=torch.tensor([5]))[1]
+            results.append((kl, torch.autograd.grad(kl.sum(), log_scale)[0]))
+        for actual, exact, plain in zip(results[0], (0.5 * rest.sum(1), twice + rest), results[1], strict=True):
+            assert_accurate(actual, exact, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gaussian_kl_near_the_prior_on_every_isa(dtype: torch.dtype, isa: str) -> None:
+    with flowkern.backend("cpp"):
+        check_gaussian_kl_near_the_prior(dtype)
+
+
+def test_gaussian_kl_far_from_the_prior() -> None:
+    """Scales that underflow, a large one, and NaN."""
+    for dtype in (torch.float32, torch.float64):
+        log_scale = torch.tensor([-5000.0, -math.inf, 40.0, math.nan], dtype=dtype)[:, None].requires_grad_()
+        results = []
+        for function in (ops.gaussian_kl, gaussian.reference):
+            kl = function(torch.zeros_like(log_scale), log_scale, seed=torch.tensor([1]))[1]
+            results.append((kl, *torch.autograd.grad(kl.sum(), log_scale)))
+        torch.testing.assert_close(*results, equal_nan=True)
+        assert results[0][1][:2].flatten().tolist() == [-1.0, -1.0]
+
+
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]:
     """Philox4x32-10 with Python's integers, as the paper has it."""
     (k0, k1), (c0, c1, c2, c3) = key, counter
@@ -442,6 +474,27 @@ def test_dequantize_stays_in_its_bin_and_off_the_ends(backend: str) -> None:
     assert with_logit.isfinite().all()
     assert abs((x * 256 - v).mean() - 0.5) < 1e-3
     assert not torch.equal(*(ops.dequantize(v)[0] for _ in range(2)))
+
+
+def check_bins_of_half_precision(dtype: torch.dtype, samples: int = 200) -> None:
+    """All levels: values are rounded towards zero, so that they stay under 1, and in bins whose ends the dtype holds."""
+    for levels in (256, 200):
+        v = torch.arange(levels, dtype=torch.uint8).expand(samples, levels)
+        x, _ = ops.dequantize(v, levels=levels, seed=3, dtype=dtype)
+        wide, _ = ops.dequantize(v, levels=levels, seed=3)
+        assert x.dtype is dtype
+        assert x.min() >= 0
+        assert x.max() < 1
+        assert (x.float() <= wide).all()
+        assert (x.nextafter(torch.ones_like(x)).float() > wide).all()
+        assert levels == 200 or torch.equal((x.double() * 256).floor(), v.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_dequantize_to_half_precision(backend: str, dtype: torch.dtype, isa: str) -> None:
+    with flowkern.backend(backend):
+        check_bins_of_half_precision(dtype)
 
 
 def test_dequantize_agrees_with_the_logit_layer() -> None:
