@@ -26,7 +26,7 @@ from flowkern import nn
 from .files import slug, write_atomically
 from .memory import peak_extra_bytes
 from .provenance import provenance
-from .timing import cpu_samples
+from .timing import Samples, cpu_samples
 
 __all__ = ["Row", "main"]
 
@@ -200,10 +200,16 @@ def boundary(size: tuple[int, int, int, int], hidden: int, seconds: float) -> It
 
 
 def timed(
-    case: str, direction: str, calls: Mapping[str, Call], failures: Mapping[str, str], against: str, seconds: float
+    case: str,
+    direction: str,
+    calls: Mapping[str, Call],
+    failures: Mapping[str, str],
+    against: str,
+    seconds: float,
+    sampled: Callable[[Mapping[str, Call], float], Samples] = cpu_samples,
 ) -> Iterator[dict[str, Any]]:
     """Rows of interleaved calls, and of those that are not timed because they compute something else."""
-    samples = cpu_samples(calls, seconds)
+    samples = sampled(calls, seconds)
     medians = {name: statistics.median(values) for name, values in samples.items()}
     for name, values in samples.items():
         q1, _, q3 = statistics.quantiles(values, n=4)

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and in under ten minutes: ``python -m bench.gpu_check [--dry-run]``.
 
-It builds the library from this checkout, runs the tests marked gpu, measures masked networks and all cases of the bench,
+It builds the library from this checkout, runs the tests marked gpu, measures masked networks, likelihoods and the whole bench,
 lets compute-sanitizer watch a few calls, and writes bench/results/GPU.json. Each stage has its own time, and one that
 fails does not lose what the others found; the exit code is then 1. It needs Python with torch, triton, setuptools,
 pybind11, ninja and pytest, and neither an installed flowkern nor a network. ``--dry-run`` does what needs no GPU: the
@@ -123,9 +123,11 @@ class Check:
 
     def _measuring(self, bench: float, sanitizer: float) -> list[tuple[str, float, Stage]]:
         if self.dry:
-            return [("bench", bench, self.bench), ("networks", bench, self.networks), ("smoke", sanitizer, self.smoke)]
+            measured = [("bench", bench, self.bench), ("networks", bench, self.networks), ("likelihood", bench, self.likelihood)]
+            return [*measured, ("smoke", sanitizer, self.smoke)]
         tools = [(tool, sanitizer, lambda seconds, tool=tool: self.sanitize(seconds, tool)) for tool in ("memcheck", "racecheck")]
-        return [("networks", 60.0, self.networks), ("bench", bench, self.bench), *tools]
+        first = [("networks", 60.0, self.networks), ("likelihood", 60.0, self.likelihood)]
+        return [*first, ("bench", bench, self.bench), *tools]
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -191,6 +193,12 @@ class Check:
         quick = ["--quick"] if self.dry else []
         ran = self.python(seconds, "networks", "-m", "flowkern.bench.networks", "--device", self.device, *quick)
         return self._measured(ran)
+
+    def likelihood(self, seconds: float) -> Outcome:
+        """Measure the likelihood kernels; on a CPU tiny ones."""
+        quick = ["--quick"] if self.dry else []
+        command = ["-m", "flowkern.bench", "likelihood", "--json", "--device", self.device, *quick]
+        return self._measured(self.python(seconds, "likelihood", *command))
 
     def _measured(self, ran: Ran) -> Outcome:
         """The rows that were printed; a wrong one among them, or none, is a failure."""

@@ -38,9 +38,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         x, logabsdet = ops.autoregressive_inverse(z, *sample.args[1:], **sample.kwargs)
         torch.autograd.grad(x.sum() + logabsdet.sum(), z)
         calls += 1
+    calls += likelihoods(arguments.device)
     if arguments.device == "cuda":
         torch.cuda.synchronize()
     print(f"{FINISHED} ({calls})", flush=True)
+
+
+def likelihoods(device: str) -> int:
+    """The likelihood ops, which are not in the table of ops; how many calls that were."""
+    x, params = torch.randint(256, (2, 3, 5, 7), device=device), torch.randn(2, 20, 5, 7, device=device)
+    mean, log_scale = torch.randn(2, 2, 100, device=device)
+    with torch.no_grad():
+        ops.discretized_logistic_mixture(x, params)
+    for compat in (None, "pixelcnn++"):
+        leaf = params.clone().requires_grad_()
+        ops.discretized_logistic_mixture(x, leaf, compat=compat).sum().backward()
+    for used in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        leaves = mean.clone().requires_grad_(), log_scale.clone().requires_grad_()
+        sum(y.sum() for y in ops.gaussian_kl(*leaves)[used]).backward()
+    for alpha, dtype in ((None, torch.float32), (None, torch.bfloat16), (0.05, torch.float32)):
+        ops.dequantize(x, alpha=alpha, dtype=dtype)
+    return 9
 
 
 if __name__ == "__main__":

@@ -330,8 +330,9 @@ def test_gpu_check_dry_run() -> None:
     assert (sorted(results.glob("*")) if results.exists() else None) == before
     document = json.loads((gpu_check.WORK / "dry-run.json").read_text())
     assert {stage["status"] for stage in document["stages"].values()} == {"passed"}
-    assert list(document["stages"]) == ["build", "origin", "tests", "compile", "bench", "networks", "smoke"]
-    assert {row["op"] for row in document["rows"]} == {*OPS, "autoregressive_inverse", "masked_linear"}
+    assert list(document["stages"]) == ["build", "origin", "tests", "compile", "bench", "networks", "likelihood", "smoke"]
+    measured = {*OPS, "autoregressive_inverse", "masked_linear", "discretized_logistic_mixture", "gaussian_kl", "dequantize"}
+    assert {row["op"] for row in document["rows"]} == measured
     assert document["torch"] == torch.__version__
     assert str(ROOT) not in json.dumps(document)
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import test_likelihood_ops as test_likelihood_everywhere
 import torch
 from comparison import Tensors, arguments, assert_accurate, change_samples, output_gradients
 
@@ -291,3 +292,85 @@ def test_masked_linear(size: tuple[int, int, int], dtype: torch.dtype) -> None:
         assert (actual[2][~mask.dense()] == 0).all()
         again = results(ops.masked_linear, dtype)
         assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihoods, which are no ops of the table either: their checks make tensors on the default device
+
+
+@pytest.fixture
+def on_device() -> Iterator[None]:
+    with torch.device(DEVICE), flowkern.backend("triton"):
+        yield
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_likelihoods(dtype: torch.dtype) -> None:
+    test_likelihood_everywhere.check_mixture(dtype, ["rgb", "several-tiles", "grey", "compat", "empty-space"])
+    test_likelihood_everywhere.check_gaussian_kl(dtype, [(2, 100), (3, 5000), (0, 4)])
+    test_likelihood_everywhere.check_gaussian_kl_near_the_prior(dtype)
+    test_likelihood_everywhere.check_dequantize(dtype, [((2, 3, 17, 19), 256), ((2, 3), 65536), ((2, 0), 2)])
+    if dtype.itemsize == 2:
+        test_likelihood_everywhere.check_bins_of_half_precision(dtype)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_likelihoods_everywhere_and_their_noise() -> None:
+    test_likelihood_everywhere.check_everywhere("triton", 20000)
+    test_likelihood_everywhere.check_philox()
+
+
+def test_dequantized_values_stay_in_their_bins_and_off_the_ends() -> None:
+    for levels in (256, 200):
+        v = torch.arange(levels, dtype=torch.uint8, device=DEVICE).expand(2**14, levels)
+        x, _ = ops.dequantize(v, levels=levels)
+        assert x.min() > 0
+        assert x.max() < 1
+        assert levels == 200 or torch.equal((x * 256).floor(), v.float())
+
+
+def likelihoods() -> tuple[Tensors, Callable[[], Tensors]]:
+    """Leaves, and a call that computes all three ops and their gradients; it has run, so that all kernels are compiled."""
+    torch.manual_seed(0)
+    x, seed = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, device=DEVICE), torch.tensor([3], device=DEVICE)
+    leaves = tuple(torch.randn(shape, device=DEVICE).requires_grad_() for shape in ((4, 100, 32, 32), (4, 9000), (4, 9000)))
+
+    def call() -> Tensors:
+        log_prob = ops.discretized_logistic_mixture(x, leaves[0])
+        z, kl = ops.gaussian_kl(*leaves[1:], seed=seed)
+        given = torch.ones_like(log_prob), torch.ones_like(z), torch.ones_like(kl)
+        return log_prob, z, kl, *ops.dequantize(x, seed=seed), *torch.autograd.grad((log_prob, z, kl), leaves, given)
+
+    call()
+    ops.gaussian_kl(*leaves[1:])  # the seed is drawn on the device
+    torch.cuda.synchronize()
+    return leaves, call
+
+
+def test_likelihoods_never_wait_and_repeat_their_bits() -> None:
+    leaves, call = likelihoods()
+    with no_synchronization():
+        first, second = call(), call()
+        ops.gaussian_kl(*leaves[1:])
+        ops.dequantize(torch.zeros(2, 100, dtype=torch.uint8, device=DEVICE), alpha=0.05)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_likelihoods_in_a_cuda_graph() -> None:
+    leaves, call = likelihoods()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(torch.randn_like(leaf))
+    graph.replay()
+    torch.cuda.synchronize()
+    for replayed, direct in zip(results, call(), strict=True):
+        assert torch.equal(replayed, direct)

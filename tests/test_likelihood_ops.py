@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import functools
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -275,8 +277,8 @@ def test_mixture_samples_follow_the_distribution() -> None:
 def kl_results(function: Any, mean: torch.Tensor, log_scale: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in (mean, log_scale)]
     z, kl = function(*leaves, **kwargs)
-    generator = torch.Generator().manual_seed(3)
-    grads = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in (z, kl)]
+    generator = torch.Generator("cpu").manual_seed(3)
+    grads = [torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(y) for y in (z, kl)]
     return z.detach(), kl.detach(), *torch.autograd.grad((z, kl), leaves, grads)
 
 
@@ -300,6 +302,38 @@ def check_gaussian_kl(dtype: torch.dtype, shapes: Iterable[tuple[int, ...]] = tu
 def test_gaussian_kl_is_accurate_on_every_isa(dtype: torch.dtype, isa: str) -> None:
     with flowkern.backend("cpp"):
         check_gaussian_kl(dtype)
+
+
+def check_gaussian_kl_near_the_prior(dtype: torch.dtype) -> None:
+    """Where log_scale is nearly 0, the divergence and its gradient are far smaller than exp(2 log_scale) and 1."""
+    for magnitude in (1e-2, 1e-3, 1e-4, 1e-5):
+        log_scale = (magnitude * torch.randn(2, 70, dtype=torch.float64)).to(dtype).requires_grad_()
+        twice = 2.0 * log_scale.detach().double()
+        rest = sum(twice**k / math.factorial(k) for k in range(2, 13))  # exp(2 log_scale) - 1 - 2 log_scale
+        results = []
+        for function in (ops.gaussian_kl, gaussian.reference):
+            kl = function(torch.zeros_like(log_scale), log_scale, seed=torch.tensor([5]))[1]
+            results.append((kl, torch.autograd.grad(kl.sum(), log_scale)[0]))
+        for actual, exact, plain in zip(results[0], (0.5 * rest.sum(1), twice + rest), results[1], strict=True):
+            assert_accurate(actual, exact, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gaussian_kl_near_the_prior_on_every_isa(dtype: torch.dtype, isa: str) -> None:
+    with flowkern.backend("cpp"):
+        check_gaussian_kl_near_the_prior(dtype)
+
+
+def test_gaussian_kl_far_from_the_prior() -> None:
+    """Scales that underflow, a large one, and NaN."""
+    for dtype in (torch.float32, torch.float64):
+        log_scale = torch.tensor([-5000.0, -math.inf, 40.0, math.nan], dtype=dtype)[:, None].requires_grad_()
+        results = []
+        for function in (ops.gaussian_kl, gaussian.reference):
+            kl = function(torch.zeros_like(log_scale), log_scale, seed=torch.tensor([1]))[1]
+            results.append((kl, *torch.autograd.grad(kl.sum(), log_scale)))
+        torch.testing.assert_close(*results, equal_nan=True)
+        assert results[0][1][:2].flatten().tolist() == [-1.0, -1.0]
 
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]:
@@ -384,6 +418,30 @@ def test_gaussian_kl_gradients_and_strides() -> None:
     assert (z.dtype, kl.dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_gaussian_kl_under_autocast() -> None:
+    """Nothing is computed in half precision: posteriors that a network gave in it have a divergence in float32."""
+    for mean, log_scale in (torch.randn(2, 3, 40), torch.randn(2, 3, 40).bfloat16()):
+        expected = kl_results(ops.gaussian_kl, mean, log_scale, seed=1)
+        for function, seed in ((ops.gaussian_kl, 1), (gaussian.reference, torch.tensor([1]))):
+            with torch.autocast("cpu", torch.bfloat16):
+                results = kl_results(function, mean, log_scale, seed=seed)
+            assert results[1].dtype is torch.float32
+            torch.testing.assert_close(results, expected)
+
+
+def test_gaussian_kl_under_functional_transforms() -> None:
+    mean, log_scale, tangent, other = torch.randn(4, 3, 5, 6, dtype=torch.float64)
+    function = functools.partial(ops.gaussian_kl, seed=2)
+    (z, kl), (dz, dkl) = torch.func.jvp(function, (mean[0], log_scale[0]), (tangent[0], other[0]))
+    noise = function(torch.zeros_like(z), torch.zeros_like(z))[0]
+    torch.testing.assert_close((z, kl), function(mean[0], log_scale[0]))
+    torch.testing.assert_close(dz, tangent[0] + log_scale[0].exp() * noise * other[0])
+    torch.testing.assert_close(dkl, (mean[0] * tangent[0] + torch.expm1(2 * log_scale[0]) * other[0]).sum(1))
+    each = [function(m, s) for m, s in zip(mean, log_scale, strict=True)]
+    expected = tuple(torch.stack(values) for values in zip(*each, strict=True))
+    torch.testing.assert_close(torch.func.vmap(function)(mean, log_scale), expected)
+
+
 def test_gaussian_kl_is_the_divergence() -> None:
     mean, log_scale = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     posterior = torch.distributions.Normal(mean, log_scale.exp())
@@ -444,6 +502,27 @@ def test_dequantize_stays_in_its_bin_and_off_the_ends(backend: str) -> None:
     assert not torch.equal(*(ops.dequantize(v)[0] for _ in range(2)))
 
 
+def check_bins_of_half_precision(dtype: torch.dtype, samples: int = 200) -> None:
+    """All levels: values are rounded towards zero, so that they stay under 1, and in bins whose ends the dtype holds."""
+    for levels in (256, 200):
+        v = torch.arange(levels, dtype=torch.uint8).expand(samples, levels)
+        x, _ = ops.dequantize(v, levels=levels, seed=3, dtype=dtype)
+        wide, _ = ops.dequantize(v, levels=levels, seed=3)
+        assert x.dtype is dtype
+        assert x.min() >= 0
+        assert x.max() < 1
+        assert (x.float() <= wide).all()
+        assert ((x.view(torch.int16) + 1).view(dtype).float() > wide).all()  # the next number has the next bits
+        assert levels == 200 or torch.equal((x.double() * 256).floor(), v.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_dequantize_to_half_precision(backend: str, dtype: torch.dtype, isa: str) -> None:
+    with flowkern.backend(backend):
+        check_bins_of_half_precision(dtype)
+
+
 def test_dequantize_agrees_with_the_logit_layer() -> None:
     v = torch.randint(256, (2, 3, 4, 5))
     x, of_scale = ops.dequantize(v, seed=2, dtype=torch.float64)
@@ -486,10 +565,40 @@ def test_bad_input_is_named() -> None:
         ops.dequantize(x, alpha=0.5)
 
 
-def test_the_bench_checks_what_it_times(tmp_path: Path) -> None:
-    assert likelihood.main(["--quick", "--csv", str(tmp_path)]) == 0
+def test_the_bench_checks_what_it_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert likelihood.main(["--quick", "--json", "--device", "cpu", "--csv", str(tmp_path)]) == 0
+    printed = [json.loads(text) for text in capsys.readouterr().out.splitlines()[:-1]]
+    assert {row["op"] for row in printed} == {*likelihood.OP_OF.values()}
     (path,) = tmp_path.iterdir()
     rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [row["variant"] for row in rows] == [row["variant"] for row in printed]
     assert {row["case"].split("-")[0] for row in rows} == {"mixture", "kl", "dequantize"}
     assert all(float(row["median_ms"]) > 0 and not row["failure"] for row in rows)
     assert likelihood.differs((torch.ones(2),), (torch.tensor([1.0, 1.001]),)).startswith("off by")
+
+
+def altered(function: Any, output: int, change: Any) -> Any:
+    """The op with one output changed."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        results = function(*args, **kwargs)
+        if isinstance(results, torch.Tensor):
+            return change(results)
+        return tuple(change(y) if i == output else y for i, y in enumerate(results))
+
+    return run
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("name", ["discretized_logistic_mixture", "gaussian_kl", "dequantize"])
+def test_the_bench_finds_what_is_wrong(name: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values a little off, or gradients alone: then no figure is given, and that of plain code still is."""
+    right = getattr(ops, name)
+    changes = [lambda y: 1.001 * y, lambda y: 1.001 * y - 0.001 * y.detach()]
+    monkeypatch.setattr(likelihood, "cpu_samples", lambda calls, seconds: {variant: [1.0, 1.0] for variant in calls})
+    for change in changes[: 1 if name == "dequantize" else 2]:
+        monkeypatch.setattr(ops, name, altered(right, output, change))
+        rows = [row for row in likelihood._measured("cpu", quick=True) if likelihood.OP_OF[row["case"].partition("-")[0]] == name]
+        assert all(row["failure"].startswith("off by") for row in rows if row["variant"] == "flowkern" and "failure" in row)
+        assert any("failure" in row for row in rows if row["variant"] == "flowkern")
+        assert all("median_ms" in row for row in rows if row["variant"] in ("eager", "published"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -78,7 +80,9 @@ def test_gradients_of_both_directions() -> None:
     x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
     params = coupling.conditioner.params.detach().clone().requires_grad_()
     for inverse in (False, True):
-        torch.autograd.gradcheck(lambda x, p, inverse=inverse: coupling.couple(x, p, inverse), (x, params))
+        couple = functools.partial(coupling.couple, inverse=inverse)
+        assert torch.autograd.gradcheck(couple, (x, params))
+        assert torch.autograd.gradgradcheck(couple, (x, params))
 
 
 def test_trains_inside_a_flow() -> None:
@@ -110,6 +114,24 @@ def test_roots() -> None:
             lambda x, f=function, s=slope: (f(x) - target, s(x)), torch.full_like(target, -50.0), torch.full_like(target, 70.0)
         )
         torch.testing.assert_close(function(root), target, rtol=1e-9, atol=1e-9)
+
+
+def test_derivatives_of_roots() -> None:
+    """Of the cube root, by autograd, forward mode and functional transforms."""
+    t = torch.tensor([0.5, 2.0, -3.0], dtype=torch.float64, requires_grad=True)
+
+    def cube_root(t: torch.Tensor) -> torch.Tensor:
+        return solve_increasing(lambda x: (x**3 - t, 3 * x**2), torch.full_like(t, -4.0), torch.full_like(t, 5.0))
+
+    root, derivative = cube_root(t), t.abs() ** (1 / 3) * t.sign()
+    torch.testing.assert_close(root, derivative)
+    for order in range(3):
+        (root,) = torch.autograd.grad(root.sum(), t, create_graph=True)
+        derivative = derivative * (1 / 3 - order) / t
+        torch.testing.assert_close(root, derivative)
+    slopes = t.detach().abs() ** (-2 / 3) / 3
+    torch.testing.assert_close(torch.func.jvp(cube_root, (t.detach(),), (torch.ones_like(t),))[1], slopes)
+    torch.testing.assert_close(torch.func.jacrev(cube_root)(t.detach()), slopes.diag())
 
 
 def test_errors() -> None:

@@ -43,7 +43,9 @@ def test_gradients_of_both_directions(name: str) -> None:
     layer = built(name, 3, 2)
     x, context = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
     for direction in (layer.forward, layer.inverse):
-        torch.autograd.gradcheck(direction, (x.requires_grad_(), context.requires_grad_()))
+        inputs = x.requires_grad_(), context.requires_grad_()
+        assert torch.autograd.gradcheck(direction, inputs)
+        assert torch.autograd.gradgradcheck(direction, inputs)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -57,6 +59,46 @@ def test_special_points(name: str) -> None:
     for direction in (layer.forward, layer.inverse):
         y, logabsdet = direction(x)
         gradients = torch.autograd.grad(y.sum() + logabsdet.sum(), [x, *layer.parameters()])
+        assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("raw", [-5.0, -20.0, -60.0, -200.0])
+def test_planar_close_to_the_limit_of_invertibility_in_float32(raw: float) -> None:
+    """1 + u.w = softplus(raw) keeps its digits: the map is nearly flat where w.e + b = 0."""
+    layer = nn.Planar(2)
+    with torch.no_grad():
+        layer.parameters_of.constants.copy_(torch.tensor([raw, 0.5, 1.0, 0.0, 0.0]))
+    e = torch.tensor([[0.0, 0.3], [1e-4, 0.3], [0.2, -1.0], [-3.0, 2.0]])
+    h = e[:, 0].double().tanh()
+    slope = torch.nn.functional.softplus(torch.tensor(raw, dtype=torch.float64)).clamp_min(torch.finfo(torch.float32).tiny)
+    expected = (h.square() + (1.0 - h.square()) * slope).log()
+    z, logabsdet = layer.inverse(e.requires_grad_())
+    torch.testing.assert_close(logabsdet.double(), expected, rtol=1e-5, atol=1e-6)
+    back, negative = layer(z.detach().requires_grad_())
+    torch.testing.assert_close(back[2:], e[2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(negative[2:], -logabsdet[2:], rtol=1e-3, atol=1e-3)
+    for outputs in ((z, logabsdet), (back, negative)):
+        gradients = torch.autograd.grad(outputs, [*layer.parameters()], [*map(torch.ones_like, outputs)])
+        assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("raw", [-5.0, -20.0, -60.0, -200.0])
+def test_radial_close_to_the_limit_of_invertibility_in_float32(raw: float) -> None:
+    """alpha + beta = softplus(raw) keeps its digits: the map is nearly flat at the centre."""
+    layer = nn.Radial(2)
+    with torch.no_grad():
+        layer.parameters_of.constants.copy_(torch.tensor([0.0, 0.0, 1.0, raw]))
+    e = torch.tensor([[0.0, 0.0], [1e-4, 0.0], [0.2, -1.0], [-3.0, 2.0]])
+    r = e.double().norm(dim=1)
+    alpha, total = torch.nn.functional.softplus(torch.tensor([1.0, raw], dtype=torch.float64)).clamp_min(1.17549435e-38)
+    expected = ((total + r) / (alpha + r)).log() + ((r * (r + 2 * alpha) + alpha * total) / (alpha + r).square()).log()
+    z, logabsdet = layer.inverse(e)
+    torch.testing.assert_close(logabsdet.double(), expected, rtol=1e-5, atol=1e-6)
+    back, negative = layer(z.detach()[1:])  # at the centre the way back is as steep as 1 / softplus(raw)
+    torch.testing.assert_close(back[1:], e[2:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(negative[1:], -logabsdet[2:], rtol=1e-4, atol=1e-4)
+    for outputs in ((z, logabsdet), (back, negative)):
+        gradients = torch.autograd.grad(outputs, [*layer.parameters()], [*map(torch.ones_like, outputs)])
         assert all(g.isfinite().all() for g in gradients)
 
 

@@ -279,6 +279,18 @@ def test_gaussian_kl_and_dequantize(dtype: torch.dtype, launches: list[_coupling
     assert len(launches) == 2 * 2 + 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gaussian_kl_near_the_prior(dtype: torch.dtype, launches: list[_coupling.Launch]) -> None:
+    test_likelihood_everywhere.check_gaussian_kl_near_the_prior(dtype)
+    assert len(launches) == 4 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dequantize_to_half_precision(dtype: torch.dtype, launches: list[_coupling.Launch]) -> None:
+    test_likelihood_everywhere.check_bins_of_half_precision(dtype, samples=4)
+    assert len(launches) == 2 * 2
+
+
 def test_the_integers_of_philox(launches: list[_coupling.Launch]) -> None:
     test_likelihood_everywhere.check_philox()
     assert launches

@@ -41,6 +41,25 @@ void rescale(const A* value, A levels, A* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = value[i] / levels;
 }
 
+// Positive values to those of the dtype H that are no larger: to the nearest could be into the next bin, or 1.
+template <class H>
+void round_down(float* x, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    H rounded;
+    narrow(x[i], rounded);
+    rounded.bits = uint16_t(rounded.bits - (widen(rounded) > x[i]));
+    x[i] = widen(rounded);
+  }
+}
+
+void round_down(Dtype dtype, float* x, int64_t n) {
+  if (dtype == Dtype::bfloat16) round_down<bfloat16>(x, n);
+  if (dtype == Dtype::float16) round_down<float16>(x, n);
+}
+
+void round_down(Dtype, double*, int64_t) {}  // these are stored as they are
+
 template <class A>
 void run(const Tensor& v, const Philox& philox, double levels, double alpha, const Tensor& x, const Tensor& logabsdet, int threads) {
   const int64_t batch = v.size[0], length = v.size[1], chunks = (length + chunk - 1) / chunk;
@@ -61,6 +80,7 @@ void run(const Tensor& v, const Philox& philox, double levels, double alpha, con
       const Piece<A> to{x, sample, start, n, out};
       if (alpha < 0) {
         rescale(value, A(levels), to.at(), n);
+        round_down(x.dtype, to.at(), n);
       } else {
         total += double(logit(value, A(levels), A(alpha), to.at(), n));
       }

@@ -10,14 +10,39 @@ namespace {
 
 constexpr int64_t chunk = 16384;  // elements of a task
 
+// exp(2 x) - 1 and exp(2 x) - 1 - 2 x, given exp(x). Near 0, where they cancel, by the series of the second.
+FLOWKERN_INLINE void exp_less_tangent(double x, double, double& less_one, double& less_tangent) {
+  less_one = std::expm1(2. * x);
+  less_tangent = less_one - 2. * x;
+}
+
+FLOWKERN_INLINE void exp_less_tangent(float x, float root, float& less_one, float& less_tangent) {
+  const float t = 2.f * x;
+  float p = 1.f / 3628800.f;
+  p = p * t + 1.f / 362880.f;
+  p = p * t + 1.f / 40320.f;
+  p = p * t + 1.f / 5040.f;
+  p = p * t + 1.f / 720.f;
+  p = p * t + 1.f / 120.f;
+  p = p * t + 1.f / 24.f;
+  p = p * t + 1.f / 6.f;
+  p = p * t + 0.5f;
+  const float series = p * (t * t), far = root * root - 1.f;
+  const bool near = abs_(t) < 1.f;
+  less_one = near ? t + series : far;
+  less_tangent = near ? series : far - t;
+}
+
 template <class A>
 A reparameterize(const A* mean, const A* log_scale, const A* noise, A* z, int64_t n) {
   A total = 0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) {
     const A scale = exp_(log_scale[i]);
+    A less_one, less_tangent;
+    exp_less_tangent(log_scale[i], scale, less_one, less_tangent);
     z[i] = mean[i] + scale * noise[i];
-    total += A(0.5) * (mean[i] * mean[i] + (scale * scale - A(1))) - log_scale[i];
+    total += A(0.5) * (mean[i] * mean[i] + less_tangent);
   }
   return total;
 }
@@ -27,8 +52,10 @@ void differentiate(const A* grad, A grad_kl, const A* mean, const A* log_scale, 
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A scale = exp_(log_scale[i]), g = grad ? grad[i] : A(0), m = mean[i];
+    A less_one, less_tangent;
+    exp_less_tangent(log_scale[i], scale, less_one, less_tangent);
     dmean[i] = g + grad_kl * m;
-    dlog_scale[i] = g * scale * noise[i] + grad_kl * (scale * scale - A(1));
+    dlog_scale[i] = g * scale * noise[i] + grad_kl * less_one;
   }
 }
 

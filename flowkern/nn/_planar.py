@@ -20,6 +20,11 @@ def _length(x: torch.Tensor) -> torch.Tensor:
     return torch.where(square > 0, square.clamp_min(torch.finfo(x.dtype).tiny).sqrt(), 0.0)
 
 
+def _positive(raw: torch.Tensor) -> torch.Tensor:
+    """softplus(raw), and not 0 where that underflows."""
+    return F.softplus(raw).clamp_min(torch.finfo(raw.dtype).tiny)
+
+
 class _Amortized(nn.Module):
     """(1, ``size``) learned constants, or (B, ``size``) from a context: constants plus a linear layer that starts small."""
 
@@ -39,11 +44,18 @@ class _Amortized(nn.Module):
         return values.to(accumulation_dtype(x))
 
 
+def _slope(h: torch.Tensor, at_zero: torch.Tensor) -> torch.Tensor:
+    """Of a + u.w tanh(a) where h = tanh(a): from 1 + u.w, which is that at 0, to 1 far away, and positive all the way."""
+    square = h.square()
+    return square + (1.0 - square) * at_zero
+
+
 class Planar(Bijection):
     """``inverse``: z = e + u tanh(w.e + b), log|det| = log|1 + (1 - tanh^2) u.w|; ``forward`` solves it for e. (B, D).
 
     u is moved along w so that u.w > -1, which makes it invertible (Rezende and Mohamed 2015, appendix A.1):
-    u + (log(1 + exp(u.w)) - 1 - u.w) w / |w|^2.
+    u + (log(1 + exp(u.w)) - 1 - u.w) w / |w|^2. The new 1 + u.w, which is log(1 + exp(u.w)) of the old, keeps its digits where
+    u.w rounds to -1: log|det| = log(tanh^2 + (1 - tanh^2) (1 + u.w)).
 
     Args:
         features: D.
@@ -59,33 +71,33 @@ class Planar(Bijection):
         self.parameters_of = _Amortized(2 * features + 1, context)
 
     def _values(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """(u, w, b, u.w) of shapes (1 or B, D), (1 or B, D), (1 or B,), (1 or B,)."""
+        """(u, w, b, 1 + u.w) of shapes (1 or B, D), (1 or B, D), (1 or B,), (1 or B,)."""
         u, w, b = self.parameters_of(x, context).split([self.features, self.features, 1], 1)
         dot = (u * w).sum(1)
-        safe = F.softplus(dot) - 1.0
         # |w|^2 = 0 leaves u as it is: then u.w = 0 already.
         square = w.square().sum(1)
-        u = u + torch.where(square > 0, (safe - dot) / square.clamp_min(torch.finfo(w.dtype).tiny), 0.0)[:, None] * w
-        return u, w, b[:, 0], torch.where(square > 0, safe, 0.0)
+        at_zero = torch.where(square > 0, _positive(dot), 1.0)
+        u = u + ((at_zero - 1.0 - dot) / square.clamp_min(torch.finfo(w.dtype).tiny))[:, None] * w
+        return u, w, b[:, 0], at_zero
 
     def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        u, w, b, dot = self._values(z, context)
+        u, w, b, at_zero = self._values(z, context)
         e = z.to(u.dtype)
         h = torch.tanh((e * w).sum(1) + b)
-        return (e + u * h[:, None]).to(z.dtype), torch.log1p((1.0 - h.square()) * dot)
+        return (e + u * h[:, None]).to(z.dtype), _slope(h, at_zero).log()
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        u, w, b, dot = self._values(x, context)
+        u, w, b, at_zero = self._values(x, context)
         y = x.to(u.dtype)
-        along = (y * w).sum(1)
+        along, dot = (y * w).sum(1), at_zero - 1.0
 
         def residual(a: torch.Tensor) -> Pair:
             h = torch.tanh(a + b)
-            return a + dot * h - along, 1.0 + dot * (1.0 - h.square())
+            return a + dot * h - along, _slope(h, at_zero)
 
         a = solve_increasing(residual, along - dot.abs(), along + dot.abs())
         h = torch.tanh(a + b)
-        return (y - u * h[:, None]).to(x.dtype), -torch.log1p((1.0 - h.square()) * dot)
+        return (y - u * h[:, None]).to(x.dtype), -_slope(h, at_zero).log()
 
     def extra_repr(self) -> str:
         return f"features={self.features}, context={self.context}"
@@ -95,7 +107,8 @@ class Radial(Bijection):
     """``inverse``: z = e + beta (e - c) / (alpha + r) with r = |e - c|; ``forward`` solves a quadratic for r. (B, D).
 
     log|det| = (D - 1) log(1 + beta / (alpha + r)) + log(1 + alpha beta / (alpha + r)^2). alpha = softplus(a) and
-    beta = softplus(b) - alpha > -alpha, which makes it invertible (Rezende and Mohamed 2015, appendix A.2).
+    beta = softplus(b) - alpha > -alpha, which makes it invertible (Rezende and Mohamed 2015, appendix A.2); their sum,
+    softplus(b), keeps its digits where beta rounds to -alpha.
 
     Args:
         features: D.
@@ -110,32 +123,31 @@ class Radial(Bijection):
         self.parameters_of = _Amortized(features + 2, context)
 
     def _values(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """(c, alpha, beta) of shapes (1 or B, D), (1 or B,), (1 or B,)."""
+        """(c, alpha, alpha + beta) of shapes (1 or B, D), (1 or B,), (1 or B,)."""
         values = self.parameters_of(x, context)
-        alpha = F.softplus(values[:, -2])
-        return values[:, :-2], alpha, F.softplus(values[:, -1]) - alpha
+        return values[:, :-2], _positive(values[:, -2]), _positive(values[:, -1])
 
-    def _log_det(self, r: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-        h = 1.0 / (alpha + r)
-        return (self.features - 1) * torch.log1p(beta * h) + torch.log1p(alpha * beta * h.square())
+    def _log_det(self, r: torch.Tensor, alpha: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        across, along = (total + r) / (alpha + r), (r * (r + 2.0 * alpha) + alpha * total) / (alpha + r).square()
+        return (self.features - 1) * across.log() + along.log()
 
     def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        centre, alpha, beta = self._values(z, context)
+        centre, alpha, total = self._values(z, context)
         offset = z.to(centre.dtype) - centre
         r = _length(offset)
-        out = centre + offset * (1.0 + beta / (alpha + r))[:, None]
-        return out.to(z.dtype), self._log_det(r, alpha, beta)
+        out = centre + offset * ((total + r) / (alpha + r))[:, None]
+        return out.to(z.dtype), self._log_det(r, alpha, total)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        centre, alpha, beta = self._values(x, context)
+        centre, alpha, total = self._values(x, context)
         offset = x.to(centre.dtype) - centre
         length = _length(offset)
         # r^2 + (alpha + beta - length) r - alpha length = 0, by the form of its positive root that does not cancel.
-        p, q = alpha + beta - length, alpha * length
-        root = (p.square() + 4.0 * q).sqrt()
+        p, q = total - length, alpha * length
+        root = (p.square() + 4.0 * q).clamp_min(torch.finfo(q.dtype).tiny).sqrt()
         r = torch.where(p > 0, 2.0 * q / (p.abs() + root), 0.5 * (root + p.abs()))
-        out = centre + offset / (1.0 + beta / (alpha + r))[:, None]
-        return out.to(x.dtype), -self._log_det(r, alpha, beta)
+        out = centre + offset * ((alpha + r) / (total + r))[:, None]
+        return out.to(x.dtype), -self._log_det(r, alpha, total)
 
     def extra_repr(self) -> str:
         return f"features={self.features}, context={self.context}"

@@ -39,6 +39,14 @@ def _noisy(v: torch.Tensor, seed: torch.Tensor, offset: int, dtype: torch.dtype)
     return torch.where(bin_ + u < bin_ + 1.0, bin_ + u, below)
 
 
+def _rounded_down(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Positive x in the dtype, and never above x: the nearest number could lie in the next bin, or be 1."""
+    rounded = x.to(dtype)
+    if dtype.itemsize > 2:
+        return rounded
+    return (rounded.view(torch.int16) - (rounded > x).to(torch.int16)).view(dtype)  # the number before has the bits before
+
+
 def reference(
     v: torch.Tensor, seed: torch.Tensor, *, levels: int = 256, alpha: float | None = None, dtype: torch.dtype, offset: int = 0
 ) -> Pair:
@@ -46,7 +54,7 @@ def reference(
     w = _noisy(v, seed, offset, _accumulation(dtype))
     if alpha is None:
         constant = -v.shape[1:].numel() * math.log(levels)
-        return (w / levels).to(dtype), w.new_full((v.shape[0],), constant)
+        return _rounded_down(w / levels, dtype), w.new_full((v.shape[0],), constant)
     step = (1.0 - 2.0 * alpha) / levels
     low, high = torch.log(alpha + step * w), torch.log(alpha + step * (levels - w))
     each = math.log1p(-2.0 * alpha) - math.log(levels)
@@ -98,7 +106,10 @@ def dequantize(
         v: (B, ...), at least two dimensions, integers from 0 to levels - 1: uint8, or any other integer dtype. They are not
             looked at: the data's loader does that.
         levels: how many there are: 256 for 8 bits.
-        alpha: None gives x in (0, 1); otherwise the result is logit(alpha + (1 - 2 alpha) x), as ``nn.Logit`` has it.
+        alpha: None gives x in (0, 1), in bfloat16 and float16 rounded towards zero, so that it stays under 1, and in its bin
+            [v, v + 1) / levels if levels is a power of two, at most 256 in bfloat16 and 2048 in float16. There noise is coarse:
+            the last of 256 bins holds 1 number of bfloat16 and 8 of float16. Otherwise the result is
+            logit(alpha + (1 - 2 alpha) x), as ``nn.Logit`` has it, rounded to the nearest number.
         seed: of the noise: an int, or an int64 tensor of one element on the device of v. None takes one number from torch's
             generator, so that ``torch.manual_seed`` decides.
         offset: a number of 64 bits that tells draws of one seed apart.

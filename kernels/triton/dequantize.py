@@ -22,6 +22,24 @@ STREAMING = False
 
 
 @triton.jit
+def divide(x, BY: tl.constexpr):
+    # A GPU's quotient of float32 numbers is off by some units in the last place if nobody asks, and may be 1.
+    return x / BY if x.dtype == tl.float64 else tl.div_rn(x, tl.zeros_like(x) + BY)
+
+
+@triton.jit
+def round_down(x, dtype: tl.constexpr):
+    # Positive x in the dtype, and never above x: the nearest number could lie in the next bin, or be 1.
+    if dtype == tl.float64 or dtype == tl.float32:
+        result = x.to(dtype)
+    else:
+        nearest = x.to(dtype)
+        above = (nearest.to(tl.float32) > x).to(tl.int16)
+        result = (nearest.to(tl.int16, bitcast=True) - above).to(dtype, bitcast=True)  # the number before has the bits before
+    return result
+
+
+@triton.jit
 def spread(p_v, p_x, mask, bits, LEVELS: tl.constexpr, ALPHA: tl.constexpr, ACC: tl.constexpr):
     # Writes x, and returns log(a) + log(1 - a).
     BELOW_ONE: tl.constexpr = 1.0 - 2.0**-53 if tl.float64 == ACC else 1.0 - 2.0**-24
@@ -29,12 +47,12 @@ def spread(p_v, p_x, mask, bits, LEVELS: tl.constexpr, ALPHA: tl.constexpr, ACC:
     w = bin + ((bits >> 8).to(ACC) * 5.960464477539063e-08 + 2.9802322387695312e-08)
     w = tl.where(w < bin + 1.0, w, (bin + 1.0) * BELOW_ONE)
     if ALPHA is None:
-        x, logarithms = w / LEVELS, tl.zeros_like(w)
+        x, logarithms = round_down(divide(w, LEVELS), p_x.dtype.element_ty), tl.zeros_like(w)
     else:
         STEP: tl.constexpr = (1.0 - 2.0 * ALPHA) / LEVELS
         low, high = tl.log(ALPHA + STEP * w), tl.log(ALPHA + STEP * (LEVELS - w))
-        x, logarithms = low - high, tl.where(mask, low + high, 0.0)
-    tl.store(p_x, narrow(x, p_x.dtype.element_ty), mask=mask)
+        x, logarithms = narrow(low - high, p_x.dtype.element_ty), tl.where(mask, low + high, 0.0)
+    tl.store(p_x, x, mask=mask)
     return logarithms
 
 
