@@ -602,3 +602,23 @@ def test_the_bench_finds_what_is_wrong(name: str, output: int, monkeypatch: pyte
         assert all(row["failure"].startswith("off by") for row in rows if row["variant"] == "flowkern" and "failure" in row)
         assert any("failure" in row for row in rows if row["variant"] == "flowkern")
         assert all("median_ms" in row for row in rows if row["variant"] in ("eager", "published"))
+
+
+@pytest.mark.parametrize("log_scale", [-2.0, -12.0, -16.0, -20.0])
+def test_the_gradient_of_the_mean_is_shared_out_in_full(log_scale: float) -> None:
+    """Of components that are alike the gradients add up to that of one, also where log-masses of 1e8 hide log K."""
+
+    def gradient(components: int, dtype: torch.dtype) -> torch.Tensor:
+        zeros = torch.zeros(components)
+        params = torch.cat([zeros, zeros + 0.3, zeros + log_scale]).view(1, -1, 1, 1).to(dtype).requires_grad_()
+        ops.discretized_logistic_mixture(torch.full((1, 1, 1, 1), 100), params).sum().backward()
+        return params.grad[0, components : 2 * components].sum().double()
+
+    for backend in ("torch", "cpp"):
+        with flowkern.backend(backend):
+            torch.testing.assert_close(gradient(10, torch.float32), gradient(1, torch.float64), rtol=1e-5, atol=0)
+
+
+def test_noise_that_is_not_a_pair() -> None:
+    with pytest.raises(ValueError, match="noise: expected two tensors, for the components and for the levels, got 1"):
+        ops.sample_discretized_logistic_mixture(torch.zeros(1, 3, 1, 1), channels=1, noise=(torch.zeros(1, 1, 1, 1),))

@@ -98,7 +98,7 @@ def reference(x: torch.Tensor, params: torch.Tensor, *, levels: int = 256, compa
 
 
 def _log_sum(joint: torch.Tensor) -> torch.Tensor:
-    """logsumexp over the components (B, K, H, W). Its own derivative, exp(joint - result), does not sum to 1 where all are huge."""
+    """logsumexp over the components of (B, K, H, W). Its own derivative, exp(joint - result), does not sum to 1 for huge ones."""
     top = joint.detach().amax(1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min)
     return top.squeeze(1) + (joint - top).exp().sum(1).log()
 
