@@ -106,3 +106,15 @@ def test_errors() -> None:
     for layer in LAYERS.values():
         with pytest.raises(ValueError, match=r"context: expected shape \(2, 3\), got none"):
             layer(4, 3)(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("layer", [nn.Planar, nn.Radial])
+def test_other_inputs_are_refused(layer) -> None:
+    with pytest.raises(ValueError, match="features: expected at least 1, got 0"):
+        layer(0)
+    for call in (layer(3), layer(3).inverse):
+        for shape in ((2, 4), (2, 1), (2,), (2, 3, 3)):
+            with pytest.raises(ValueError, match=rf"{layer.__name__}: expected x of shape \(B, 3\), got \({shape[0]}"):
+                call(torch.zeros(shape))
+        with pytest.raises(TypeError, match="x: expected a floating dtype"):
+            call(torch.ones(2, 3, dtype=torch.int64))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops._checks import accumulation_dtype
+from ..ops._checks import accumulation_dtype, check_floating
 from ._bijection import Bijection, Pair
 from ._conditioner import _check_context
 from ._root import solve_increasing
@@ -50,7 +50,28 @@ def _slope(h: torch.Tensor, at_zero: torch.Tensor) -> torch.Tensor:
     return square + (1.0 - square) * at_zero
 
 
-class Planar(Bijection):
+class _RowFlow(Bijection):
+    """What the two share: their size, and the numbers that make them, ``size`` of them."""
+
+    def __init__(self, features: int, size: int, context: int | None):
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"features: expected at least 1, got {features}")
+        self.features, self.context = features, context
+        self.parameters_of = _Amortized(size, context)
+
+    def _numbers(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        """(1 or B, size). Raises ValueError for x of another shape than (B, D), TypeError for x that is not floating."""
+        check_floating("x", x)
+        if x.ndim != 2 or x.shape[1] != self.features:
+            raise ValueError(f"{type(self).__name__}: expected x of shape (B, {self.features}), got {tuple(x.shape)}")
+        return self.parameters_of(x, context)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, context={self.context}"
+
+
+class Planar(_RowFlow):
     """``inverse``: z = e + u tanh(w.e + b), log|det| = log|1 + (1 - tanh^2) u.w|; ``forward`` solves it for e. (B, D).
 
     u is moved along w so that u.w > -1, which makes it invertible (Rezende and Mohamed 2015, appendix A.1):
@@ -66,13 +87,11 @@ class Planar(Bijection):
     """
 
     def __init__(self, features: int, context: int | None = None):
-        super().__init__()
-        self.features, self.context = features, context
-        self.parameters_of = _Amortized(2 * features + 1, context)
+        super().__init__(features, 2 * features + 1, context)
 
     def _values(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """(u, w, b, 1 + u.w) of shapes (1 or B, D), (1 or B, D), (1 or B,), (1 or B,)."""
-        u, w, b = self.parameters_of(x, context).split([self.features, self.features, 1], 1)
+        u, w, b = self._numbers(x, context).split([self.features, self.features, 1], 1)
         dot = (u * w).sum(1)
         # |w|^2 = 0 leaves u as it is: then u.w = 0 already.
         square = w.square().sum(1)
@@ -99,11 +118,8 @@ class Planar(Bijection):
         h = torch.tanh(a + b)
         return (y - u * h[:, None]).to(x.dtype), -_slope(h, at_zero).log()
 
-    def extra_repr(self) -> str:
-        return f"features={self.features}, context={self.context}"
 
-
-class Radial(Bijection):
+class Radial(_RowFlow):
     """``inverse``: z = e + beta (e - c) / (alpha + r) with r = |e - c|; ``forward`` solves a quadratic for r. (B, D).
 
     log|det| = (D - 1) log(1 + beta / (alpha + r)) + log(1 + alpha beta / (alpha + r)^2). alpha = softplus(a) and
@@ -118,13 +134,11 @@ class Radial(Bijection):
     """
 
     def __init__(self, features: int, context: int | None = None):
-        super().__init__()
-        self.features, self.context = features, context
-        self.parameters_of = _Amortized(features + 2, context)
+        super().__init__(features, features + 2, context)
 
     def _values(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """(c, alpha, alpha + beta) of shapes (1 or B, D), (1 or B,), (1 or B,)."""
-        values = self.parameters_of(x, context)
+        values = self._numbers(x, context)
         return values[:, :-2], _positive(values[:, -2]), _positive(values[:, -1])
 
     def _log_det(self, r: torch.Tensor, alpha: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -148,6 +162,3 @@ class Radial(Bijection):
         r = torch.where(p > 0, 2.0 * q / (p.abs() + root), 0.5 * (root + p.abs()))
         out = centre + offset * ((alpha + r) / (total + r))[:, None]
         return out.to(x.dtype), -self._log_det(r, alpha, total)
-
-    def extra_repr(self) -> str:
-        return f"features={self.features}, context={self.context}"
