@@ -622,3 +622,19 @@ def test_the_gradient_of_the_mean_is_shared_out_in_full(log_scale: float) -> Non
 def test_noise_that_is_not_a_pair() -> None:
     with pytest.raises(ValueError, match="noise: expected two tensors, for the components and for the levels, got 1"):
         ops.sample_discretized_logistic_mixture(torch.zeros(1, 3, 1, 1), channels=1, noise=(torch.zeros(1, 1, 1, 1),))
+
+
+@pytest.mark.parametrize("offset", [2**64 - 1, 2**63, -1, 2**40])
+def test_offsets_of_64_bits(offset: int) -> None:
+    mean, v = torch.zeros(2, 70), torch.zeros(2, 70, dtype=torch.uint8)
+    draws = []
+    for backend in ("torch", "cpp"):
+        with flowkern.backend(backend):
+            draws.append((ops.gaussian_kl(mean, mean, seed=1, offset=offset)[0], ops.dequantize(v, seed=1, offset=offset)[0]))
+    for ours, plain in zip(*draws, strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert not torch.equal(draws[0][0], ops.gaussian_kl(mean, mean, seed=1, offset=offset - 1)[0])
+    with pytest.raises(ValueError, match="offset: expected 64 bits"):
+        ops.gaussian_kl(mean, mean, offset=2**64)
+    with pytest.raises(TypeError, match="offset: expected an int, got float"):
+        ops.dequantize(v, offset=1.0)

@@ -119,7 +119,7 @@ def dequantize(
         (x, logabsdet): x of v's shape; logabsdet (B,) in nats, float64 if dtype is, else float32.
 
     Raises:
-        TypeError: v that does not hold integers, a dtype that is not floating, or a seed that is no integer.
+        TypeError: v that does not hold integers, a dtype that is not floating, or a seed or an offset that is no integer.
         ValueError: a wrong shape, device, number of levels or alpha.
 
     Source: Theis et al., "A note on the evaluation of generative models" (2016), section 3.1.
@@ -134,7 +134,7 @@ def dequantize(
         raise ValueError(f"alpha: expected a number in [0, 0.5), got {alpha}")
     if dtype not in FLOATING:
         raise TypeError(f"dtype: expected a floating dtype (float64, float32, bfloat16 or float16), got {dtype}")
-    key = _philox.as_seed(seed, v.device)
+    key, offset = _philox.as_seed(seed, v.device), _philox.as_offset(offset)
     if reference_runs(v):
         return reference(v, key, levels=levels, alpha=alpha, dtype=dtype, offset=offset)
     integers = v if v.dtype is torch.uint8 else v.to(torch.int32)

@@ -143,7 +143,7 @@ def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Se
         (z, kl): z as mean in shape and dtype; kl (B,) in nats, float64 if an input is, else float32.
 
     Raises:
-        TypeError: inputs that are not floating tensors, or a seed that is no integer.
+        TypeError: inputs that are not floating tensors, or a seed or an offset that is no integer.
         ValueError: shapes that differ, or another device.
 
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), section 2.4 and appendix B.
@@ -155,7 +155,7 @@ def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Se
         raise ValueError(f"mean: expected (B, ...) of at least two dimensions, got shape {tuple(mean.shape)}")
     if log_scale.shape != mean.shape:
         raise ValueError(f"log_scale: expected shape {tuple(mean.shape)} as mean has, got {tuple(log_scale.shape)}")
-    inputs = mean, log_scale, _philox.as_seed(seed, mean.device), offset
+    inputs = mean, log_scale, _philox.as_seed(seed, mean.device), _philox.as_offset(offset)
     if reference_runs(mean):
         return reference(*inputs)
     recording = torch.is_grad_enabled() and (mean.requires_grad or log_scale.requires_grad)

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-__all__ = ["as_seed", "bits", "normal"]
+__all__ = ["as_offset", "as_seed", "bits", "normal"]
 
 _WORD = 2**32 - 1
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -41,6 +41,15 @@ def as_seed(seed: Seed, device: torch.device) -> torch.Tensor:
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected 64 bits, got {seed}")
     return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def as_offset(offset: int) -> int:
+    """A number of 64 bits as a signed one. Raises TypeError for anything else than an int, ValueError for more bits."""
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise TypeError(f"offset: expected an int, got {type(offset).__name__}")
+    if not -(2**63) <= offset < 2**64:
+        raise ValueError(f"offset: expected 64 bits, got {offset}")
+    return offset if offset < 2**63 else offset - 2**64
 
 
 def _high_low(a: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:
