@@ -37,6 +37,12 @@ SIZES: dict[str, tuple[Shapes, Shapes, Shapes]] = {
 QUICK: tuple[Shapes, Shapes, Shapes] = ((2, 4, 2),), ((4, 16),), ((2, 3, 4, 4),)
 #: Which op a case is of.
 OP_OF = {"mixture": "discretized_logistic_mixture", "kl": "gaussian_kl", "dequantize": "dequantize"}
+#: Likelihoods without a kernel, and the elements (B, D) that they are measured on.
+ELEMENTWISE: dict[str, tuple[nn.Likelihood, tuple[int, ...]]] = {
+    "bernoulli": (nn.Bernoulli(), (64, 784)),
+    "categorical": (nn.Categorical(17), (64, 64)),
+    "gaussian": (nn.Gaussian(), (64, 784)),
+}
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -215,6 +221,22 @@ def images(shape: tuple[int, ...], device: str, seconds: float) -> Iterator[dict
     yield from compared("dequantize-" + "x".join(map(str, shape)), "forward", calls, exact, traffic, seconds, "eager")
 
 
+def elementwise(name: str, seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of a likelihood that is left to torch: what it would gain from fusion, by torch.compile."""
+    likelihood, shape = ELEMENTWISE[name]
+    torch.manual_seed(0)
+    x = torch.randint(likelihood.levels, shape) if likelihood.discrete else torch.randn(shape)
+    params = torch.randn(*shape, likelihood.params)
+
+    def total(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        return likelihood.total(x.to(params.dtype), params)
+
+    calls = {"eager": loss_and_gradient(total, x, params), "compiled": loss_and_gradient(torch.compile(total), x, params)}
+    exact: Any = loss_and_gradient(total, x, params.double())()
+    case = f"{name}-" + "x".join(map(str, shape))
+    yield from compared(case, "loss+gradient", calls, dict.fromkeys(calls, exact), 0, seconds, "eager")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 1 if a result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench likelihood", description=__doc__)
@@ -242,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def as_json(row: Row) -> str:
     """A row for programs, which begins with its op."""
-    return json.dumps({"op": OP_OF[row.case.partition("-")[0]], **asdict(row)})
+    return json.dumps({"op": OP_OF.get(row.case.partition("-")[0], ""), **asdict(row)})
 
 
 def _measured(device: str, quick: bool) -> Iterator[dict[str, Any]]:
@@ -254,3 +276,6 @@ def _measured(device: str, quick: bool) -> Iterator[dict[str, Any]]:
         yield from latents(shape, device, seconds)
     for shape in of_images:
         yield from images(shape, device, seconds)
+    if device == "cpu" and not quick:
+        for name in ELEMENTWISE:
+            yield from elementwise(name, seconds / 4)
