@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .bench.__main__ import main as bench
 
         return bench(argv[1:])
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without it; so is all of flowkern
     arguments = _parser().parse_args(argv)
     command = arguments.run
     if arguments.debug:
@@ -39,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f'{error.name} is not installed; this command needs: pip install "flowkern[train]"', 2)
     except (ValueError, FileNotFoundError) as error:
         return _fail(str(error), 2)
+    except BrokenPipeError:
+        # Whoever read this has enough, as head does: nothing more can be printed, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (RuntimeError, OSError) as error:
         return _fail(f"{error} (--debug shows where)", 1)
     except KeyboardInterrupt:
@@ -239,7 +245,7 @@ def _eval_parser(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="the NLL of data under a checkpoint, beside the size of PNG and WebP files")
     evaluate.set_defaults(run=_eval)
     evaluate.add_argument("checkpoint", type=Path)
-    evaluate.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
+    evaluate.add_argument("--data", metavar="SOURCE", help=f"{_SOURCES} (those it was trained on)")
     evaluate.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="test")
     evaluate.add_argument("--draws", type=int, default=20, help="of dequantization noise (20)")
@@ -257,12 +263,21 @@ def _eval(arguments: argparse.Namespace) -> None:
         if (given := getattr(arguments, name)) is not None and given < 1:
             raise ValueError(f"--{name}: expected at least 1, got {given}")
     model = models.load(arguments.checkpoint)
-    values = data.load(arguments.data, size=arguments.size)
+    source, size = arguments.data, arguments.size
+    if source is None:
+        plan = models.read_checkpoint(arguments.checkpoint).get("plan", {})
+        source, size = plan.get("data"), size or plan.get("size")
+        if source is None:
+            raise ValueError(f"{arguments.checkpoint} does not say what it was trained on: name the data (--data)")
+    values = data.load(source, size=size)
     estimate = training.importance_nlls if arguments.importance else training.sample_nlls
     draws = training.needed_draws(model, values, arguments.importance or arguments.draws)
-    nll = estimate(model, values, arguments.split, draws=draws, batch_size=arguments.batch_size, device=arguments.device)
-    print(f"{arguments.split} NLL: {training.Score.of(nll, values, draws)}")
-    name = f"{type(model).__name__} ({arguments.checkpoint.name})"
+    nll = estimate(
+        model, values, arguments.split, draws=draws, batch_size=arguments.batch_size, device=arguments.device, bar=True
+    )
+    what = "estimate by importance" if arguments.importance else "bound" if draws > 1 else "NLL"
+    print(f"{arguments.split} NLL: {training.Score.of(nll, values, draws)}{', an ' + what if arguments.importance else ''}")
+    name = f"{type(model).__name__} ({arguments.checkpoint.name}), the {what}"
     if arguments.codecs and (table := training.codec_table(nll.numpy(), values, arguments.split, name)):
         print(f"\n{table}")
 

@@ -180,7 +180,7 @@ def _folder(root: Path, size: int, report: Callable[[str], None]) -> Dataset:
 
     # By rank of the hash: near 80/10/10 for any number of images, and an image keeps its split when others are added.
     paths = sorted(readable, key=lambda path: hashlib.sha256(str(path.as_posix()).encode(errors="surrogateescape")).digest())
-    tenth = max(1, len(paths) // 10)
+    tenth = _tenth(len(paths))
     gray = all(image.shape[0] == 1 for image in readable.values())
     classes = sorted({path.parts[0] if len(path.parts) > 1 else "." for path in paths})
 
@@ -192,6 +192,11 @@ def _folder(root: Path, size: int, report: Callable[[str], None]) -> Dataset:
 
     train, val, test = part(paths[2 * tenth :]), part(paths[tenth : 2 * tenth]), part(paths[:tenth])
     return Dataset(f"folder:{root}", 256, train, val, test, tuple(classes) if len(classes) > 1 else ())
+
+
+def _tenth(n: int) -> int:
+    """How many of n samples are kept for validation, and for the test: a tenth, but two where there are six or more."""
+    return max(1 if n < 6 else 2, n // 10)
 
 
 def _decode(path: Path, size: int) -> np.ndarray | str:
@@ -310,7 +315,7 @@ def _npy(path: Path) -> Dataset:
             rows = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
             raise ValueError(f"{came}, of which {bad.size} rows are not finite in float32: {rows}")
     order = _order(0, 0, len(values))
-    tenth = max(1, len(values) // 10)
+    tenth = _tenth(len(values))
     train, val, test = (
         Split(values[rows], origins=rows) for rows in (order[2 * tenth :], order[tenth : 2 * tenth], order[:tenth])
     )

@@ -1,6 +1,7 @@
 """What a trained VAE has learned: where its rate goes, which latents it uses, and pictures of them.
 
-Everything here is a function of a ``nn.VAE`` and data x (N, ...), as the model's likelihood takes it.
+Everything here is a function of a ``nn.VAE`` and data x (N, ...), as the model's likelihood takes it, and raises TypeError for
+another model.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def elbo_surgery(vae: VAE, x: torch.Tensor, context: torch.Tensor | None = None,
     Raises ValueError for fewer than one sample or draw.
     Source: Hoffman and Johnson, "ELBO surgery: yet another way to carve up the variational evidence lower bound" (2016).
     """
+    _check_vae(vae)
     if len(x) < 1 or draws < 1 or chunk < 1:
         raise ValueError(f"expected at least 1 sample, draw and row in a chunk, got {len(x)}, {draws} and {chunk}")
     h = vae.encode(x, context)
@@ -59,6 +61,11 @@ def elbo_surgery(vae: VAE, x: torch.Tensor, context: torch.Tensor | None = None,
         totals += torch.stack([term.double().mean() for term in terms]).cpu()
     reconstruction, information, marginal_kl = (totals / draws).tolist()
     return Surgery(reconstruction, information, marginal_kl, math.log(len(x)))
+
+
+def _check_vae(vae: VAE) -> None:
+    if not isinstance(vae, VAE):
+        raise TypeError(f"vae: expected a flowkern.nn.VAE, got {type(vae).__name__}")
 
 
 def _aggregated(vae: VAE, z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -76,6 +83,7 @@ def active_units(
     Raises ValueError for fewer than two samples.
     Source: Burda, Grosse and Salakhutdinov, "Importance Weighted Autoencoders" (2016), section 5.2.
     """
+    _check_vae(vae)
     if len(x) < 2:
         raise ValueError(f"x: a variance needs at least 2 samples, got {len(x)}")
     variance = vae.posterior.mean(vae.encode(x, context)).var(0)
@@ -90,6 +98,7 @@ def gradient_variance(
     ``estimators`` are ``nn.Objective`` by any name: the pathwise (``elbo``) and the likelihood-ratio gradient, for instance,
     estimate the same and differ in this. Raises ValueError for fewer than two draws.
     """
+    _check_vae(vae)
     if draws < 2:
         raise ValueError(f"draws: a variance needs at least 2, got {draws}")
     parameters = [p for p in vae.encoder.parameters() if p.requires_grad]

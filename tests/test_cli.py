@@ -129,6 +129,27 @@ def test_memory_is_checked(tmp_path, capsys):
 
 
 @needs_extra
+def test_eval_of_what_it_was_trained_on(run, capsys):
+    evaluate = ["eval", f"{run / 'best.ckpt'}", "--split=val", "--draws=2"]
+    printed = []
+    for more in ([], ["--data=digits"], ["--importance=2"]):
+        assert cli.main([*evaluate, *more]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "RealNVP (best.ckpt), the bound " in printed[0]
+    assert "(350 samples, 2 draws), an estimate by importance" in printed[2]
+    assert "RealNVP (best.ckpt), the estimate by importance " in printed[2]
+
+
+@needs_extra
+def test_output_that_nobody_reads(run):
+    """As in ``flowkern eval ... | head -0``."""
+    command = f"{sys.executable} -m flowkern.cli eval {run / 'best.ckpt'} --split val --draws 1 | true"
+    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@needs_extra
 def test_eval(run, capsys):
     from flowkern import data, models, training
 
@@ -183,7 +204,9 @@ def test_sample_of_a_saved_model(tmp_path):
         (["--data=mnist:/no/such/place"], "/no/such/place does not exist"),
         (["--data=digits", "--set=foo=1"], "realnvp has no setting 'foo'; expected one of couplings"),
         (["--data=digits", "--set=foo"], "--set expects KEY=VALUE, got 'foo'"),
-        (["--data=digits", "--set=hidden=wide"], "realnvp: a setting has the wrong type"),
+        (["--data=digits", "--set=hidden=wide"], "realnvp: setting 'hidden': expected int | None, got 'wide'"),
+        (["--data=digits", "--set=zero_init=1"], "realnvp: setting 'zero_init': expected bool, got 1"),
+        (["--data=digits", '--set=scale={"kind":"tanh"}'], "ScaleMap: 'tanh' needs its constant a > 0"),
         (["--data=digits", "--preset=x"], "has no 'x'; expected one of default, demo, recipe"),
         (["--data=digits", "--optimizer=sgd"], "optimizer: unknown name 'sgd'; expected one of adam, adamw, adamax"),
         (["--data=digits", "--size=16"], "only folder:PATH is resized"),

@@ -421,7 +421,7 @@ def test_loader_refuses_nan_and_names_batch_and_row(tmp_path, workers):
 
 
 def test_loader_names_the_file_of_a_bad_image(tmp_path, monkeypatch):
-    _write_images(tmp_path, [f"{i}.png" for i in range(8)])
+    _write_images(tmp_path, [f"{i}.png" for i in range(5)])
     folder = data.load(f"folder:{tmp_path}", size=4)
     dequantize = data.dequantize
     monkeypatch.setattr(data, "dequantize", lambda values, levels, u: dequantize(values, levels, u) * math.inf)
@@ -454,3 +454,10 @@ def test_epochs_differ_and_validation_does_not():
     one, other = (_stack(data.loader(digits, "val", 100, seed=0, epoch=e)) for e in (0, 1))
     assert torch.equal(one, other)
     assert (torch.floor(one.double() * 17 + 1e-5).numpy() == digits.val.values).all(), "validation is in file order"
+
+
+@pytest.mark.parametrize(("n", "kept"), [(3, 1), (5, 1), (6, 2), (12, 2), (29, 2), (30, 3)])
+def test_small_folders_have_enough_for_a_standard_error(tmp_path, n, kept):
+    _write_images(tmp_path, [f"{i}.png" for i in range(n)])
+    found = data.load(f"folder:{tmp_path}", size=4)
+    assert (len(found.train), len(found.val), len(found.test)) == (n - 2 * kept, kept, kept)

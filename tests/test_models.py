@@ -223,6 +223,9 @@ def test_errors_of_models() -> None:
         models.NICE(4, activation="sin")
     with pytest.raises(ValueError, match="ScaleMap: unknown kind"):
         models.RealNVP(4, scale={"kind": "cosine"})
+    for kind in ("tanh", "atan", "soft_clip"):
+        with pytest.raises(ValueError, match=f"ScaleMap: '{kind}' needs its constant a > 0, got 0"):
+            models.RealNVP(4, scale={"kind": kind})
     for option in ({"logits": 0.05}, {"logit": 0.05, "rescale": 2.0}, {}):
         with pytest.raises(ValueError, match="preprocess: expected"):
             models.NICE(4, preprocess=option)

@@ -416,3 +416,10 @@ def test_autocast_keeps_the_log_density_in_float32() -> None:
     assert log_prob.dtype == torch.float32
     # bfloat16 has 8 bits: raw scales below 1 err by 2^-8 each, over two elements and two layers.
     torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=0.0, atol=0.05)
+
+
+def test_a_scale_that_is_no_scale_map() -> None:
+    with pytest.raises(TypeError, match=r"scale: expected an ops\.ScaleMap, such as ScaleMap\.tanh\(2\.0\), got 'tanh'"):
+        nn.AffineCoupling(nn.MLP(2, 4), scale="tanh")
+    with pytest.raises(TypeError, match=r"scale: expected an ops\.ScaleMap"):
+        ops.affine_coupling(torch.zeros(2, 4), torch.zeros(2, 4), scale="tanh")

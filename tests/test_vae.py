@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from flowkern import data, models, nn, training
+from flowkern import data, diagnostics, models, nn, training
 
 LATENT, DATA = 2, 3
 
@@ -271,6 +271,29 @@ def test_networks_of_other_widths() -> None:
         nn.VAE(torch.nn.Linear(4, 6), torch.nn.Linear(3, 4), nn.Bernoulli(), flow, nn.GaussianPosterior(3))
 
 
+def test_what_is_no_bijection_and_no_vae() -> None:
+    with pytest.raises(TypeError, match="bijection: expected a Bijection, got IAF; of a Flow that is its bijection"):
+        nn.FlowPosterior(3, models.IAF(3, hidden=(8,)))
+    with pytest.raises(TypeError, match=r"vae: expected a flowkern\.nn\.VAE, got RealNVP"):
+        diagnostics.elbo_surgery(models.RealNVP(3), torch.zeros(2, 3))
+    decoder = torch.nn.Linear(2, 3)
+    vae = nn.VAE(torch.nn.Linear(4, 4), decoder, nn.Gaussian(), nn.StandardNormal(2), nn.GaussianPosterior(2))
+    with pytest.raises(ValueError, match=r"decoder: expected \(B, a multiple of 2, .*\), got \(5, 3\)"):
+        vae.elbo(torch.zeros(5, 4))
+
+
+def test_called_as_a_module() -> None:
+    x = torch.randint(3, (5, 4))
+    vae = nn.VAE(torch.nn.Linear(4, 4), torch.nn.Linear(2, 12), nn.Categorical(3), nn.StandardNormal(2), nn.GaussianPosterior(2))
+    model = models.VAE(4, levels=3, latent=2, hidden=[8])
+    values = []
+    for call in (lambda: vae(x), lambda: vae.elbo(x), lambda: model((x + 0.5) / 3), lambda: model.log_prob((x + 0.5) / 3)):
+        torch.manual_seed(0)
+        values.append(call())
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[2], values[3])
+
+
 def test_no_samples_and_networks_without_parameters() -> None:
     for prior in ("standard", "mixture", "vamp", "maf"):
         model = models.VAE(4, levels=3, latent=2, hidden=[8], flow_hidden=[8], prior=prior)
@@ -448,5 +471,15 @@ def test_trained_by_the_trainer(tmp_path) -> None:
     assert score.nats < 64 * math.log(17.0)
     again = training.evaluate(models.load(tmp_path / "best.ckpt"), data.load("digits"), draws=3, batch_size=plan.evaluation_batch)
     assert again == score
-    pictures = {"curve", "samples-0.6", "samples-0.8", "samples", "interpolations", "reconstructions", "traversals", "analogies"}
+    pictures = {
+        "curve",
+        "samples-0.6",
+        "samples-0.8",
+        "samples",
+        "interpolations",
+        "reconstructions",
+        "means",
+        "traversals",
+        "analogies",
+    }
     assert {p.stem for p in tmp_path.glob("*.png")} == pictures

@@ -138,6 +138,9 @@ class VAE(nn.VAE, DiscreteModel):
             "context": context,
         }
 
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.log_prob(x, context)
+
     @classmethod
     def config_for(cls, levels: int | None) -> dict[str, Any]:
         return {"levels": levels}

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from ..ops._affine_coupling import undo
-from ..ops._parametrization import named_layout
+from ..ops._parametrization import check_scale, named_layout
 from ..ops._split import SPLITS, FeatureMask, Split, conditioner_input
 from ._bijection import Bijection, Pair, Replay
 
@@ -87,6 +87,7 @@ class AffineCoupling(_Coupling):
         shift_first: bool = False,
     ):
         super().__init__(conditioner, split)
+        check_scale(scale)
         self.scale = scale
         self.layout = named_layout(layout).name
         self.shift_first = shift_first

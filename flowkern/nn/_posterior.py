@@ -9,6 +9,7 @@ from .. import ops
 from ..ops._checks import accumulation_dtype
 from ._base import normal_log_prob
 from ._bijection import Bijection
+from ._flow import Flow
 
 __all__ = ["FlowPosterior", "GaussianPosterior", "Posterior"]
 
@@ -93,7 +94,7 @@ class FlowPosterior(Posterior):
 
     The bijection's ``inverse`` is the direction that is run: an ``InverseAutoregressive`` is fast there, ``Planar`` and
     ``Radial`` have a closed form. A bijection built with ``context`` sees what the encoder puts out beyond the Gaussian's
-    2 L values.
+    2 L values: say how many, as ``context`` here too. Raises TypeError for what is no bijection.
 
     Source: Rezende and Mohamed, "Variational Inference with Normalizing Flows" (2015), eq. 13; Kingma et al., "Improved
     Variational Inference with Inverse Autoregressive Flow" (2016).
@@ -101,6 +102,9 @@ class FlowPosterior(Posterior):
 
     def __init__(self, features: int, bijection: Bijection, context: int | None = None):
         super().__init__(features, 2 * features + (context or 0))
+        if not isinstance(bijection, Bijection):
+            hint = "; of a Flow that is its bijection" if isinstance(bijection, Flow) else ""
+            raise TypeError(f"bijection: expected a Bijection, got {type(bijection).__name__}{hint}")
         self.base, self.bijection, self.context = GaussianPosterior(features), bijection, context
 
     def _of_base(self, h: torch.Tensor) -> torch.Tensor:

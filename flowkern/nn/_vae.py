@@ -139,7 +139,8 @@ class VAE(nn.Module):
         prior: p(z): a base of ``flowkern.nn``, a ``Flow`` over (B, L), or a ``torch.distributions.Distribution``.
         posterior: q(z|x), of L ``features``.
 
-    Networks are called with a second argument where ``context`` is given.
+    Networks are called with a second argument where ``context`` is given. Called as a module it returns the ELBO, so that
+    wrappers (data parallel, compile) see the training path.
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014); Rezende, Mohamed and Wierstra (2014).
     """
 
@@ -153,6 +154,9 @@ class VAE(nn.Module):
                 f"prior: expected latents of shape ({posterior.features},), as the posterior has, got {tuple(latent)}"
             )
 
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.elbo(x, context)
+
     def encode(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """What the posterior is given: (B, ``posterior.inputs``).
 
@@ -165,7 +169,12 @@ class VAE(nn.Module):
     def decode(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """The likelihood's parameters for z (B, L): (B, D, K), or maps (B, P, H, W) where the decoder has such."""
         params = _call(self.decoder, z.to(_dtype(self.decoder, z)), context)
-        return params if params.ndim == 4 else params.unflatten(1, (-1, self.likelihood.params))
+        if params.ndim == 4:
+            return params
+        if params.shape[1] % self.likelihood.params:
+            expected = f"a multiple of {self.likelihood.params}, the parameters of an element"
+            raise ValueError(f"decoder: expected (B, {expected}), got {tuple(params.shape)}")
+        return params.unflatten(1, (-1, self.likelihood.params))
 
     def _check_decoded(self, params: torch.Tensor, x: torch.Tensor) -> None:
         """Raises ValueError for another number of parameters than x (B, ...) needs."""

@@ -33,7 +33,7 @@ from ._checks import (
     flatten_batch,
     outside_autocast,
 )
-from ._parametrization import LAYOUTS, ScaleMap, named_layout
+from ._parametrization import LAYOUTS, ScaleMap, check_scale, named_layout
 from ._split import FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
 __all__ = ["affine_coupling"]
@@ -263,7 +263,7 @@ def affine_coupling(
         (y, logabsdet): y as x in shape and dtype; logabsdet of shape (B,) in nats, float64 if an input is, else float32.
 
     Raises:
-        TypeError: an input that is not a floating tensor.
+        TypeError: an input that is not a floating tensor, and a scale that is no ``ScaleMap``.
         ValueError: a wrong shape, device, split or layout; the message says what was expected.
 
     Source: Dinh et al., "Density estimation using Real NVP" (2017), eq. 7 and 8; shift first: Glow's code.
@@ -288,6 +288,7 @@ def _configuration(
     x: torch.Tensor, params: torch.Tensor, split: Split, *, scale: ScaleMap, layout: str, shift_first: bool, inverse: bool
 ) -> _Configuration:
     """The arguments as kernels take them. Raises ValueError if params does not fit x of shape (B, C) or (B, C, H, W)."""
+    check_scale(scale)
     split_code, param_layout = resolve(split, x), named_layout(layout)
     expected = param_layout.shape(x.shape, moved_channels(split, x.shape[1]))
     if params.shape != expected:

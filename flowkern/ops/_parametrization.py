@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-__all__ = ["LAYOUTS", "ParamLayout", "ScaleMap", "named_layout"]
+__all__ = ["LAYOUTS", "ParamLayout", "ScaleMap", "check_scale", "named_layout"]
 
 _KINDS = ("exp", "sigmoid", "softplus", "tanh", "atan", "soft_clip")
 
@@ -47,6 +47,10 @@ class ScaleMap:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"ScaleMap: unknown kind {self.kind!r}; expected one of {', '.join(_KINDS)}")
+        if self.kind in ("tanh", "atan", "soft_clip") and not self.a > 0.0:
+            raise ValueError(
+                f"ScaleMap: {self.kind!r} needs its constant a > 0, got {self.a}; build it with ScaleMap.{self.kind}"
+            )
 
     @classmethod
     def exp(cls) -> ScaleMap:
@@ -122,6 +126,12 @@ def _positive(name: str, value: float) -> float:
     if not value > 0.0:
         raise ValueError(f"ScaleMap: {name} must be positive, got {value}")
     return float(value)
+
+
+def check_scale(scale: ScaleMap) -> None:
+    """Raises TypeError for anything but a ``ScaleMap``."""
+    if not isinstance(scale, ScaleMap):
+        raise TypeError(f"scale: expected an ops.ScaleMap, such as ScaleMap.tanh(2.0), got {scale!r}")
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def codec_table(nll: np.ndarray, data: Dataset, part: str, name: str) -> str | N
         """Of each column; sizes (N,) in bits."""
         return [float(sizes[rows].sum()) / (len(rows) * dims) for rows in columns.values()]
 
-    table = [(f"{name}, the bound", bits(nll / math.log(2.0)))]
+    table = [(name, bits(nll / math.log(2.0)))]
     for codec in CODECS:
         if codec == "WebP lossless" and not features.check("webp"):
             table.append(("WebP: this Pillow was built without", [math.nan, math.nan]))

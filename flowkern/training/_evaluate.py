@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from ..data import Batch, Dataset, batch_of
 from ..models import Model
@@ -107,26 +109,40 @@ def needed_draws(model: Model, data: Dataset, draws: int) -> int:
 
 
 def sample_nlls(
-    model: Model, data: Dataset, part: str = "test", *, draws: int = 20, batch_size: int = 256, device: str = "cpu"
+    model: Model,
+    data: Dataset,
+    part: str = "test",
+    *,
+    draws: int = 20,
+    batch_size: int = 256,
+    device: str = "cpu",
+    bar: bool = False,
 ) -> torch.Tensor:
     """The negative log-likelihood of each sample of a split, (N,) in nats and float64.
 
     For discrete data it is the bound -log P(v) <= E_u[-log p((v + u) / levels)] + D log(levels), the expectation
     averaged over ``draws`` draws of u for each sample, always the same ones. A model whose ``log_prob`` is stochastic is
     averaged over as many draws of its own noise, which are the same ones for the same ``batch_size`` on the same kind of
-    ``device``. Continuous data and other discrete models need one draw.
+    ``device``. Continuous data and other discrete models need one draw. ``bar`` shows the progress on a terminal.
 
     Raises ValueError for data of another shape or number of classes than the model's, fewer than one draw or sample in a
     batch, fewer than two samples, and for a likelihood that is not a number, with the count.
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for nll in _draws(model, data, part, draws, batch_size, device, model.log_prob):
+    for nll in _draws(model, data, part, draws, batch_size, device, model.log_prob, bar):
         total, count = total + nll, count + 1
     return _checked(total / count)
 
 
 def importance_nlls(
-    model: Model, data: Dataset, part: str = "test", *, draws: int = 1000, batch_size: int = 256, device: str = "cpu"
+    model: Model,
+    data: Dataset,
+    part: str = "test",
+    *,
+    draws: int = 1000,
+    batch_size: int = 256,
+    device: str = "cpu",
+    bar: bool = False,
 ) -> torch.Tensor:
     """An estimate of -log P of each sample of a split, (N,) in nats and float64: -log mean_k w_k over so many draws.
 
@@ -135,7 +151,7 @@ def importance_nlls(
     ``sample_nlls`` does. Source: Burda et al., "Importance Weighted Autoencoders" (2016), theorem 1.
     """
     total, count = torch.full((), -math.inf, dtype=torch.float64), 0
-    for nll in _draws(model, data, part, draws, batch_size, device, model.log_weight):
+    for nll in _draws(model, data, part, draws, batch_size, device, model.log_weight, bar):
         total, count = torch.logaddexp(total, -nll), count + 1
     return _checked(math.log(count) - total)
 
@@ -148,7 +164,14 @@ def _checked(nll: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _draws(
-    model: Model, data: Dataset, part: str, draws: int, batch_size: int, device: str, log_prob: Callable[..., torch.Tensor]
+    model: Model,
+    data: Dataset,
+    part: str,
+    draws: int,
+    batch_size: int,
+    device: str,
+    log_prob: Callable[..., torch.Tensor],
+    bar: bool,
 ) -> Iterator[torch.Tensor]:
     """The negative log-likelihood of each sample (N,), by one draw of all noise after the other."""
     if data.shape != model.shape:
@@ -165,7 +188,8 @@ def _draws(
     training = model.training
     model.to(device).eval()
     try:
-        for draw in range(needed_draws(model, data, draws)):
+        needed, console = range(needed_draws(model, data, draws)), Console(stderr=True)
+        for draw in track(needed, "draws", console=console, transient=True, disable=not (bar and console.is_terminal)):
             parts = []
             with torch.random.fork_rng():
                 torch.manual_seed(draw)

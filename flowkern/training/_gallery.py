@@ -57,8 +57,8 @@ def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: s
     """Write the pictures to the folder ``out``; a line on each, or none for data that is no images.
 
     ``samples.png`` at temperature 1 and ``samples-T.png`` at the others, from the same noise; of models with latents also
-    ``interpolations.png`` and ``reconstructions.png`` of test images, dequantized; of VAEs ``traversals.png`` and
-    ``analogies.png``.
+    ``interpolations.png`` and ``reconstructions.png`` of test images, dequantized; of VAEs ``means.png``, ``traversals.png``
+    and ``analogies.png``.
     """
     if data.levels is None or not is_image(data.shape):
         return []
@@ -79,6 +79,7 @@ def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: s
     if model.has_latents:
         _save_latents(model, data, save, device)
     if isinstance(model, VAE):
+        _save_means(model, context, save, seed)
         _save_directions(model, data, save, device)
     if isinstance(model, VQVAE | VQVAE2):
         lines.append(_usage(model, data, device))
@@ -98,6 +99,16 @@ def _save_latents(model: Model, data: Dataset, save: Callable[[torch.Tensor, str
     rows = torch.stack([real.x.unflatten(0, (-1, _SIDE)), again.unflatten(0, (-1, _SIDE))], 1)
     error = float((again - real.x).abs().max())
     save(rows.flatten(0, 2), "reconstructions.png", f"test images over their reconstructions (largest error {error:.1e})")
+
+
+@torch.no_grad()
+def _save_means(model: VAE, context: torch.Tensor | None, save: Callable[[torch.Tensor, str, str], None], seed: int) -> None:
+    """What the decoder says of latents from the prior, without the noise that a sample of the pixels has."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        z = model.prior.sample(_SIDE**2)
+        images = model.render(z.to(next(model.parameters()).dtype), context)
+    save(images, "means.png", "means of p(x | z), for samples z of the prior")
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,12 +235,32 @@ def make_prior_plan(checkpoint: str | os.PathLike[str], *, preset: str = "defaul
 
 
 def check_config(model: str, config: Mapping[str, Any], name: str | None = None, fixed: Sequence[str] = ()) -> None:
-    """Raise ValueError, about ``name`` or the model, for a key that its constructor does not take or that is ``fixed``."""
+    """Raise ValueError, about ``name`` or the model, for a key that its constructor does not take or that is ``fixed``.
+
+    And for a value of another type than the constructor says.
+    """
     taken = ("shape", "context", *fixed)
-    known = [key for key in inspect.signature(models.MODELS[model]).parameters if key not in taken]
-    for key in config:
+    known = {key: p for key, p in inspect.signature(models.MODELS[model]).parameters.items() if key not in taken}
+    hints = typing.get_type_hints(models.MODELS[model].__init__)
+    for key, value in config.items():
         if key not in known:
             raise ValueError(f"{name or model} has no setting {key!r}; expected one of {', '.join(known)}")
+        if not _is_a(value, hints[key]):
+            raise ValueError(f"{name or model}: setting {key!r}: expected {known[key].annotation}, got {value!r}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type of an annotation. A whole number is a float too, and a bool is no number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, argument) for argument in arguments)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if origin is Sequence:
+        return isinstance(value, (list, tuple)) and all(_is_a(element, arguments[0]) for element in value)
+    return isinstance(value, origin or hint)
 
 
 def differences(given: Mapping[str, Any], stored: Mapping[str, Any]) -> str:

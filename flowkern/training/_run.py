@@ -66,9 +66,8 @@ def run(
     start = last if resume and last.exists() else None
     data = load(plan.data, size=plan.size, report=None if first_rank else lambda line: None)
     if min(len(data.train), len(data.val), len(data.test)) < 2:
-        raise ValueError(
-            f"{data.name}: expected 2 samples in each split, got {len(data.train)}, {len(data.val)}, {len(data.test)}"
-        )
+        sizes = f"{len(data.train)}, {len(data.val)}, {len(data.test)}"
+        raise ValueError(f"{data.name}: expected 2 samples in each split, and so 6 in all, got {sizes}")
     if channels_last and len(data.shape) != 3:
         raise ValueError(f"channels_last: expected images (C, H, W), and {data.name} has {data.shape}")
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -101,6 +100,8 @@ def run(
     if not (out / "best.ckpt").exists():
         print(f"the time was over before the first validation: there is nothing to show yet, and --resume continues from {last}")
         return None
+    if max_minutes is not None and not has_ended(last, plan):
+        print(f"stopped after {max_minutes:g} minutes of training; --resume goes on from {last}")
     return _finish(plan, data, out, draws, str(trainer.strategy.root_device))
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,15 @@ def table(data: str, out: Path, *, seeds: int = 5, rows: Sequence[str] | None = 
     check_minutes(max_minutes)
     summaries(data, out, seeds)  # refuses what cannot be continued, before hours of training
     columns = [SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=len(names) * seeds)
         for seed in range(seeds):
             for name in names:
                 bar.update(task, description=f"{name}, seed {seed}")
                 _result(ROWS[name], data, seed, out / name / str(seed), max_minutes)
+                if not console.is_terminal:  # where no bar is shown
+                    print(f"{name}, seed {seed}: done", file=sys.stderr, flush=True)
                 bar.advance(task)
                 text = _write(data, out, seeds)
     return text
@@ -218,7 +222,8 @@ def markdown(lines: Sequence[Summary]) -> str:
         f"| {line.label} | {line.seeds} | {cell(line.validation)} | {cell(line.test)} | {cell(line.importance)} |"
         for line in lines
     ]
-    note = [] if all(line.ended for line in lines) else ["", "(*) stopped by --max-minutes before the training had ended"]
+    cut = "(*) stopped by --max-minutes before the training had ended; more of them, or none, go on from there"
+    note = [] if all(line.ended for line in lines) else ["", cut]
     return "\n".join(head + body + note)
 
 
