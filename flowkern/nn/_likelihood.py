@@ -173,19 +173,23 @@ class Bernoulli(Likelihood):
         return params[..., 0].sigmoid()
 
 
-class Categorical(Likelihood):
-    """One logit for each of ``levels`` values."""
+class _OfLevels(Likelihood):
+    """Of integers from 0 to ``levels`` - 1, shown from -1 to 1."""
 
     discrete = True
-
-    def __init__(self, levels: int):
-        self.params = self.levels = levels
 
     def check(self, x: torch.Tensor) -> None:
         check_values(x, self.levels)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return 2.0 * x / (self.levels - 1) - 1.0
+
+
+class Categorical(_OfLevels):
+    """One logit for each of ``levels`` values."""
+
+    def __init__(self, levels: int):
+        self.params = self.levels = levels
 
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return params.log_softmax(-1).gather(-1, x.long()[..., None])[..., 0]
@@ -197,7 +201,7 @@ class Categorical(Likelihood):
         return params.softmax(-1) @ torch.arange(self.levels, dtype=params.dtype, device=params.device)
 
 
-class DiscretizedLogisticMixture(Likelihood):
+class DiscretizedLogisticMixture(_OfLevels):
     """The mass of C logistics in the cells of ``levels`` values, ``params``: C logits, C means (from -1 to 1) and C log-scales.
 
     Of images with three channels and their parameters as 10 C maps, a pixel's channels depend on one another. ``mean`` is exact
@@ -208,13 +212,8 @@ class DiscretizedLogisticMixture(Likelihood):
     ``ops.discretized_logistic_mixture``.
     """
 
-    discrete = True
-
     def __init__(self, components: int, levels: int):
         self.params, self.levels, self.components = 3 * components, levels, components
-
-    def check(self, x: torch.Tensor) -> None:
-        check_values(x, self.levels)
 
     def bias(self, channels: int | None = None) -> torch.Tensor:
         # Components apart and not too broad: where all begin alike they learn to be alike for long.
@@ -224,9 +223,6 @@ class DiscretizedLogisticMixture(Likelihood):
         if channels == 3:
             return torch.cat([zeros, torch.cat([part, zeros[None]]).repeat(3, 1).flatten()])
         return torch.cat([zeros, part.flatten()]).repeat(channels or 1)
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return 2.0 * x / (self.levels - 1) - 1.0
 
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         return self.total(x[..., None], params[..., None, :])
