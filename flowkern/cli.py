@@ -265,10 +265,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     model = models.load(arguments.checkpoint)
     source, size = arguments.data, arguments.size
     if source is None:
-        plan = models.read_checkpoint(arguments.checkpoint).get("plan", {})
-        source, size = plan.get("data"), size or plan.get("size")
-        if source is None:
-            raise ValueError(f"{arguments.checkpoint} does not say what it was trained on: name the data (--data)")
+        content = models.read_checkpoint(arguments.checkpoint)
+        source = training.trained_on(arguments.checkpoint, content)
+        size = size or content["plan"].get("size")
     values = data.load(source, size=size)
     estimate = training.importance_nlls if arguments.importance else training.sample_nlls
     draws = training.needed_draws(model, values, arguments.importance or arguments.draws)
@@ -276,7 +275,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         model, values, arguments.split, draws=draws, batch_size=arguments.batch_size, device=arguments.device, bar=True
     )
     what = "estimate by importance" if arguments.importance else "bound" if draws > 1 else "NLL"
-    print(f"{arguments.split} NLL: {training.Score.of(nll, values, draws)}{', an ' + what if arguments.importance else ''}")
+    score = training.Score.of(nll, values, draws)
+    print(f"{arguments.split} NLL: {score}, an {what}" if arguments.importance else f"{arguments.split} NLL: {score}")
     name = f"{type(model).__name__} ({arguments.checkpoint.name}), the {what}"
     if arguments.codecs and (table := training.codec_table(nll.numpy(), values, arguments.split, name)):
         print(f"\n{table}")

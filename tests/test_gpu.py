@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,25 +153,30 @@ def test_the_host_never_waits(op: Op) -> None:
             call()
 
 
+def check_cuda_graph(inputs: Sequence[torch.Tensor], call: Callable[[], Sequence[torch.Tensor]]) -> None:
+    """A recorded call, replayed on other inputs, gives what a call on them gives."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    with torch.no_grad():
+        for x in inputs:
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    for replayed, direct in zip(results, call(), strict=True):
+        assert torch.equal(replayed, direct)
+
+
 @every_op
 def test_cuda_graph(op: Op) -> None:
     for sample in (samples(op)[0], *images(op)[:4]):
         args, call = prepared(op, larger(op, sample))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = call()
-        with torch.no_grad():
-            for a in args:
-                a.copy_(torch.randn_like(a))
-        graph.replay()
-        torch.cuda.synchronize()
-        for replayed, direct in zip(results, call(), strict=True):
-            assert torch.equal(replayed, direct)
+        check_cuda_graph(args, call)
 
 
 @every_op
@@ -359,18 +364,4 @@ def test_likelihoods_never_wait_and_repeat_their_bits() -> None:
 
 def test_likelihoods_in_a_cuda_graph() -> None:
     leaves, call = likelihoods()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    with torch.no_grad():
-        for leaf in leaves:
-            leaf.copy_(torch.randn_like(leaf))
-    graph.replay()
-    torch.cuda.synchronize()
-    for replayed, direct in zip(results, call(), strict=True):
-        assert torch.equal(replayed, direct)
+    check_cuda_graph(leaves, call)

@@ -12,6 +12,7 @@ from .. import nn
 from ..nn._base import as_shape
 from ..nn._bijection import Bijection
 from ..nn._likelihood import check_values
+from ..ops._checks import values_can_be_read
 from ..ops._split import kept_channels
 
 __all__ = ["DiscreteModel", "FlowModel", "Model", "image_bijection", "preprocessing", "vector_bijection"]
@@ -35,7 +36,7 @@ class Model(torch.nn.Module):
     discrete = False
     #: Whether ``log_prob`` is a bound that random numbers enter.
     stochastic = False
-    #: Of training so far, for what warms up: who trains says so.
+    #: Steps of the optimizer so far, by which an objective may warm up; the trainer sets it.
     steps = 0
 
     @classmethod
@@ -124,7 +125,7 @@ class DiscreteModel(Model):
         """
         # x is rounded, by up to half of the noise's last bit: round to that bit first, or 3 / 17 * 17 would come out below 3.
         bits = (x.detach().double() * (self.levels * 2**16)).round()
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values_can_be_read(x):
             inside = (x >= 0.0) & (x < 1.0)
             if not inside.all():
                 raise ValueError(f"x: expected values in [0, 1), got {int((~inside).sum())} of {x.numel()} outside, or NaN")

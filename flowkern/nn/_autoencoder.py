@@ -89,6 +89,7 @@ class ConvEncoder(nn.Module):
 
     Raises ValueError for a height or width that cannot be halved so often, an unknown activation, and a context that is
     missing, not expected or of a wrong shape.
+    Source: van den Oord et al., "Neural Discrete Representation Learning" (2017), section 4.1, for the convolutions.
     """
 
     def __init__(

@@ -62,7 +62,10 @@ class Likelihood:
         """Raises ValueError for values that have no probability, where they can be seen at no cost (on a CPU)."""
 
     def bias(self, channels: int | None = None) -> torch.Tensor | None:
-        """What the last layer of a network may start from: parameters of an element, or of a pixel as maps; None for anything."""
+        """What the biases of a network's last layer may start from: (``params``,) for elements, (``maps(channels)``,) for images.
+
+        None for whatever they are.
+        """
         return None
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

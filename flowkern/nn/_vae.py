@@ -212,7 +212,10 @@ class VAE(nn.Module):
         return Evidence(self.log_likelihood(x, z, context), log_p, log_q, z)
 
     def elbo(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> torch.Tensor:
-        """(B,) in nats, averaged over so many samples of z; the KL in closed form where there is one."""
+        """(B,) in nats, averaged over so many samples of z; the KL in closed form where there is one.
+
+        Raises ValueError for fewer than one sample, and as ``encode`` and ``log_likelihood`` do.
+        """
         reconstruction, rate = self._terms(x, context, samples)
         return reconstruction - _per_sample(rate)
 

@@ -29,6 +29,7 @@ from ._plan import Plan as Plan
 from ._plan import make_plan as make_plan
 from ._plan import make_prior_plan as make_prior_plan
 from ._plan import resumed_plan as resumed_plan
+from ._plan import trained_on as trained_on
 from ._sample import save_samples as save_samples
 
 

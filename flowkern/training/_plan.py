@@ -14,7 +14,7 @@ from typing import Any
 from .. import models
 from ..data import Dataset
 
-__all__ = ["OPTIMIZERS", "PRESETS", "Plan", "differences", "make_plan", "make_prior_plan", "resumed_plan"]
+__all__ = ["OPTIMIZERS", "PRESETS", "Plan", "differences", "make_plan", "make_prior_plan", "resumed_plan", "trained_on"]
 
 OPTIMIZERS = ("adam", "adamw", "adamax")
 
@@ -220,9 +220,7 @@ def make_prior_plan(checkpoint: str | os.PathLike[str], *, preset: str = "defaul
     name, config, stored = content["model"]["name"], content["model"]["config"], content.get("plan", {})
     if name not in ("vqvae", "vqvae2"):
         raise ValueError(f"{checkpoint} holds a {name}, which has no codes: a prior is for a vqvae or vqvae2")
-    data = given.pop("data", stored.get("data"))
-    if data is None:
-        raise ValueError(f"{checkpoint} does not say what it was trained on: name the data (--data)")
+    data = given.pop("data", None) or trained_on(checkpoint, content)
     kind = data.partition(":")[0]
     fields = _preset("prior", kind, preset)
     prior = {**fields.pop("config", {}), **given.pop("config", {})}
@@ -232,6 +230,14 @@ def make_prior_plan(checkpoint: str | os.PathLike[str], *, preset: str = "defaul
     config = {key: value for key, value in config.items() if key not in ("shape", "levels", "context")}
     config |= {"prior": prior}
     return Plan(**(fields | {"model": name, "data": data, "config": config, "autoencoder": str(checkpoint)} | given))
+
+
+def trained_on(checkpoint: str | os.PathLike[str], content: Mapping[str, Any]) -> str:
+    """The source of the data that a checkpoint with this content was trained on. Raises ValueError if it does not say."""
+    data = content.get("plan", {}).get("data")
+    if data is None:
+        raise ValueError(f"{checkpoint} does not say what it was trained on: name the data (--data)")
+    return data
 
 
 def check_config(model: str, config: Mapping[str, Any], name: str | None = None, fixed: Sequence[str] = ()) -> None:

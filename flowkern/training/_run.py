@@ -9,6 +9,7 @@ import math
 import signal
 import sys
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -183,14 +184,19 @@ def _duration(minutes: float | None) -> timedelta | None:
 
 def _stopped(last: Path, plan: Plan) -> bool:
     """Whether the run that wrote this checkpoint had ended for want of patience."""
-    states = models.read_checkpoint(last)["callbacks"]
+    return _out_of_patience(models.read_checkpoint(last), plan)
+
+
+def _out_of_patience(content: Mapping[str, Any], plan: Plan) -> bool:
+    states = content["callbacks"]
     return any(key.startswith("EarlyStopping") and state["wait_count"] >= plan.patience for key, state in states.items())
 
 
 def has_ended(last: Path, plan: Plan) -> bool:
     """Whether the run that wrote this checkpoint had ended by itself, after all its epochs or for want of patience."""
-    epochs = models.read_checkpoint(last)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return epochs >= plan.epochs or _stopped(last, plan)
+    content = models.read_checkpoint(last)
+    epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return epochs >= plan.epochs or _out_of_patience(content, plan)
 
 
 def trained_minutes(last: Path) -> float:
