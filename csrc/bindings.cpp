@@ -1,5 +1,5 @@
-// The one list of native entry points. Each is called with tensors as (address, dtype code, shape, strides) tuples,
-// the op's configuration, and the number of threads; it picks the kernels of the instruction set in use.
+// The one list of native entry points. Each is called with tensors, the op's configuration, and the number of threads; it picks
+// the kernels of the instruction set in use.
 
 #include <pybind11/pybind11.h>
 
@@ -15,36 +15,9 @@
 
 #include "autoregressive.h"
 #include "coupling.h"
-#include "tensor.h"
+#include "python_tensor.h"
 
 namespace py = pybind11;
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<flowkern::Tensor> {
-  PYBIND11_TYPE_CASTER(flowkern::Tensor, const_name("tuple[int, int, tuple[int, ...], tuple[int, ...]] | None"));
-
-  bool load(handle source, bool) {
-    if (source.is_none()) return true;
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
-    PyObject* const* item = &PyTuple_GET_ITEM(source.ptr(), 0);
-    PyObject *shape = item[2], *strides = item[3];
-    value.data = static_cast<char*>(PyLong_AsVoidPtr(item[0]));
-    value.dtype = static_cast<flowkern::Dtype>(PyLong_AsLong(item[1]));
-    if (!PyTuple_Check(shape) || !PyTuple_Check(strides)) return false;
-    value.dims = int(PyTuple_GET_SIZE(shape));
-    if (value.dims > flowkern::max_dims || PyTuple_GET_SIZE(strides) != value.dims) return false;
-    for (int i = 0; i < value.dims; ++i) {
-      value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
-      value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
-    }
-    if (PyErr_Occurred()) throw error_already_set();
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail
 
 namespace flowkern {
 
@@ -392,9 +365,23 @@ void dequantize(const Tensor& v, const Tensor& seed, int64_t offset, int64_t lev
 
 }  // namespace flowkern
 
+// A plain C function: pybind11's own take as long as all of its work.
+PyObject* plain(PyObject*, PyObject* arguments) {
+  try {
+    return PyBool_FromLong(flowkern::is_plain(arguments));
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  }
+}
+
+PyMethodDef plain_method = {"plain", plain, METH_O, "Whether kernels may read every tensor in a tuple of arguments: its memory is its value."};
+
 PYBIND11_MODULE(_native, m) {
   using namespace flowkern;
+  Torch::get();
   in_use = runnable().front();
+  m.attr("plain") = py::reinterpret_steal<py::object>(PyCFunction_New(&plain_method, nullptr));
 #ifndef _WIN32
   pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif

@@ -158,27 +158,9 @@ def choose(op: str, implementations: Mapping[str, Callable], tensors: Sequence[t
     return _requested
 
 
-_DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.int32: 4,
-    torch.int64: 5,
-    torch.uint8: 6,
-}
-
-
-def _describe(argument: Any) -> Any:
-    """A tensor as the extension takes it: (address, dtype code, shape, strides); anything else as it is."""
-    if isinstance(argument, torch.Tensor):
-        return argument.data_ptr(), _DTYPES[argument.dtype], argument.shape, argument.stride()
-    return argument
-
-
 def call_native(name: str, *args: Any) -> None:
     """Call the extension's entry ``name``, with torch's number of threads as its last argument."""
-    getattr(native, name)(*map(_describe, args), torch.get_num_threads())
+    getattr(native, name)(*args, torch.get_num_threads())
 
 
 def only_torch(x: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "../tensor.h"
 
@@ -198,7 +199,8 @@ FLOWKERN_INLINE float atan_(float x) {
 // --- threads ---
 
 // Calls f(task) for every task in [0, tasks). The split of the work into tasks must not depend on the threads.
-// A child that was forked while OpenMP had threads would wait for them for ever: it works alone.
+// A child that was forked while OpenMP had threads would wait for them for ever: it works alone. No exception may leave
+// OpenMP's loop: std::bad_alloc, the only one there is, is thrown again behind it.
 template <class F>
 void parallel_for(int64_t tasks, int64_t elements, int threads, F&& f) {
 #ifdef _OPENMP
@@ -206,8 +208,17 @@ void parallel_for(int64_t tasks, int64_t elements, int threads, F&& f) {
   const int64_t useful = elements / worth_a_thread;
   const int64_t wanted = useful < threads ? useful : threads;
   if (wanted > 1 && tasks > 1 && !in_forked_child()) {
+    bool failed = false;
 #pragma omp parallel for schedule(static) num_threads(int(wanted))
-    for (int64_t task = 0; task < tasks; ++task) f(task);
+    for (int64_t task = 0; task < tasks; ++task) {
+      try {
+        f(task);
+      } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+        failed = true;
+      }
+    }
+    if (failed) throw std::bad_alloc();
     return;
   }
 #endif

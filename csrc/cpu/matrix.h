@@ -51,21 +51,22 @@ constexpr int64_t padded(int64_t columns) {
   return (columns + lanes<A> - 1) / lanes<A> * lanes<A>;
 }
 
-// Memory of a task, aligned to cache lines, not initialized.
+// Memory of a task, aligned to cache lines, not initialized. Throws std::bad_alloc, Python's MemoryError, if there is none.
 template <class A>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : raw_(std::malloc(size_t(count) * sizeof(A) + 64)) {
+  explicit Buffer(int64_t count) : raw_(count < most ? std::malloc(size_t(count) * sizeof(A) + 64) : nullptr) {
+    if (!raw_) throw std::bad_alloc();
     const uintptr_t address = reinterpret_cast<uintptr_t>(raw_);
     data_ = reinterpret_cast<A*>((address + 63) & ~uintptr_t(63));
   }
   ~Buffer() { std::free(raw_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  explicit operator bool() const { return raw_ != nullptr; }
   operator A*() const { return data_; }
 
  private:
+  static constexpr int64_t most = INT64_MAX / int64_t(sizeof(A)) - 64;
   void* raw_;
   A* data_;
 };

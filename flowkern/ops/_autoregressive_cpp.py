@@ -47,8 +47,8 @@ def backward(
         z = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         v = dz if plan is found[-1] and dz.dtype is dtype else torch.empty_like(z)
         values, grads = ([], []) if into is None else _kept(plan, x.shape[0], z)
-        kept = ([_backend._describe(t) for t in kept] for kept in (values, grads))
-        _backend.call_native("autoregressive_inverse_backward", [_described(plan, p)], grad, grad_logabsdet, x, z, v, *kept)
+        call = [_described(plan, p)], grad, grad_logabsdet, x, z, v
+        _backend.call_native("autoregressive_inverse_backward", *call, values, grads)
         if into is not None:
             _parameter_gradients(plan, p, values, grads, into)
         x, grad = z, v
@@ -78,9 +78,8 @@ def _parameter_gradients(plan: Plan, p: Parameters, values: Tensors, grads: Tens
 
 def _described(plan: Plan, p: Parameters) -> tuple[Any, ...]:
     """A network as the extension takes it."""
-    scale, describe = plan.network.scale, _backend._describe
-    tensors = [describe(t) for pair in zip(p.weights, p.biases, strict=True) for t in pair]
-    return tensors, describe(p.context), describe(_table(plan.network.text)), scale.a, scale.b
+    tensors = [t for pair in zip(p.weights, p.biases, strict=True) for t in pair]
+    return tensors, p.context, _table(plan.network.text), plan.network.scale.a, plan.network.scale.b
 
 
 @functools.lru_cache(maxsize=256)
