@@ -141,7 +141,7 @@ class Glow(FlowModel):
         weight = torch.linspace(0.0, 1.0, steps, dtype=z0.dtype, device=z0.device)[:, None]
         z = torch.lerp(z0[:, None], z1[:, None], weight)
         rows = None if context is None else context.repeat_interleave(steps, 0)
-        return self.bijection.inverse(z.flatten(0, 1), rows)[0].unflatten(0, (len(x0), steps))
+        return self.bijection.inverse(z.flatten(0, 1), rows)[0].unflatten(0, (x0.shape[0], steps))
 
     def _latents(self, name: str, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         self._check_images(name, x)
@@ -243,7 +243,7 @@ class _LastGaussian(torch.nn.Module):
         self.weight = None if context is None else torch.nn.Parameter(torch.zeros(2 * channels, context))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        params = self.bias.expand(len(x), -1)
+        params = self.bias.expand(x.shape[0], -1)
         if self.weight is not None and context is not None:
             params = torch.nn.functional.linear(context.to(self.weight.dtype), self.weight, self.bias)
         return params[:, :, None, None].expand(-1, -1, *x.shape[2:])

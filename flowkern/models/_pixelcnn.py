@@ -103,7 +103,7 @@ class PixelCNN(DiscreteModel):
     def logits(self, v: torch.Tensor, context: torch.Tensor | None = None, condition: torch.Tensor | None = None) -> torch.Tensor:
         """The logits of each value given those before it: v (B, C, H, W) -> (B, levels, C, H, W), in one pass."""
         h = v_stack = self._shown(v)
-        for layer, bias in zip(self.layers, self._biases(len(v), context, condition), strict=True):
+        for layer, bias in zip(self.layers, self._biases(v.shape[0], context, condition), strict=True):
             v_stack, h = layer(v_stack, h, bias)
         mixed = self._mixed(h)
         return torch.stack([self._channel_logits(mixed, v, c) for c in range(len(mixed))], 2)

@@ -82,8 +82,8 @@ class PixelVAE(VAE):
         return z if context is None else torch.cat([z, context.to(z.dtype)], 1)
 
     def log_likelihood(self, x: torch.Tensor, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        rows = None if context is None else context.repeat(len(z), 1)
-        v = x.long().repeat(len(z), 1, 1, 1)
+        rows = None if context is None else context.repeat(z.shape[0], 1)
+        v = x.long().repeat(z.shape[0], 1, 1, 1)
         return self.decoder.log_mass(v, self._seen(z.flatten(0, 1), rows)).view(z.shape[:2])
 
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
@@ -99,4 +99,4 @@ class PixelVAE(VAE):
     @torch.no_grad()
     def mean(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """A sample of p(x | z), (B, *shape): an autoregressive likelihood has no mean to show."""
-        return self.decoder.draw(len(z), self._seen(z, context)).float()
+        return self.decoder.draw(z.shape[0], self._seen(z, context)).float()

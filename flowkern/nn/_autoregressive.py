@@ -69,7 +69,7 @@ class _Autoregressive(Bijection):
 
     def context_term(self, y: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor | None:
         """What the context adds to the first layer, or None. Raises ValueError for a context of a wrong shape."""
-        _check_context(context, self.made.context, len(y))
+        _check_context(context, self.made.context, y.shape[0])
         if context is not None:
             context = context.to(self.made.context_layer.weight.dtype)  # type: ignore[union-attr]
         return self.made.preactivation_context(context)

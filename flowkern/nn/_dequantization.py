@@ -26,7 +26,7 @@ class UniformDequantization(nn.Module):
     def forward(self, v: torch.Tensor) -> Pair:
         dtype = accumulation_dtype(v) if v.is_floating_point() else torch.float32
         u = (torch.randint(2**15, v.shape, dtype=dtype, device=v.device) + 0.5) / 2**15
-        return u, u.new_zeros(len(v))
+        return u, u.new_zeros(v.shape[0])
 
 
 class VariationalDequantization(nn.Module):
@@ -65,7 +65,7 @@ class VariationalDequantization(nn.Module):
     def forward(self, v: torch.Tensor) -> Pair:
         dtype = next((p.dtype for p in self.flow.parameters()), torch.float32)
         shown = (2.0 * v.to(dtype) / (self.levels - 1) - 1.0).flatten(1)
-        e = torch.randn(len(v), *self.shape, dtype=dtype, device=v.device)
+        e = torch.randn(v.shape[0], *self.shape, dtype=dtype, device=v.device)
         y, logabsdet = self.flow.inverse(e, shown)
         wide = y.to(accumulation_dtype(y))
         # Strictly below 1, so that floor(v + u) is v.

@@ -251,7 +251,7 @@ class DiscretizedLogisticMixture(_OfLevels):
     def image_sample(self, maps: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         if maps.shape[1] == self.maps(3):
             return self._drawn_pixels(maps, 3, temperature)
-        return self._drawn_pixels(self._channels(maps), 1, temperature).view(len(maps), -1, *maps.shape[2:])
+        return self._drawn_pixels(self._channels(maps), 1, temperature).view(maps.shape[0], -1, *maps.shape[2:])
 
     def image_mean(self, maps: torch.Tensor) -> torch.Tensor:
         if maps.shape[1] != self.maps(3):

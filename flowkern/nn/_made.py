@@ -245,7 +245,7 @@ class MADE(nn.Module):
         """x (B, D), context (B, C) or None -> (B, D, K) in the dtype of x. Raises ValueError for other shapes."""
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(f"x: expected shape (B, {self.features}), got {tuple(x.shape)}")
-        _check_context(context, self.context, len(x))
+        _check_context(context, self.context, x.shape[0])
         *hidden, last = self.layers  # iterated over: each slice of a ModuleList is a module of its own, made anew
         h = self._hidden(x, context, hidden) if hidden else x
         return last(h).unflatten(1, (self.features, self.params_per_feature))

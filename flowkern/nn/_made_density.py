@@ -126,7 +126,7 @@ class MADEDensity(nn.Module):
             x[:, features] = drawn
             return self.distribution.encode(drawn)
 
-        self.network.generate(len(x), draw, context)
+        self.network.generate(x.shape[0], draw, context)
         return x
 
     def extra_repr(self) -> str:

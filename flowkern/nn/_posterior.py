@@ -119,7 +119,7 @@ class FlowPosterior(Posterior):
         return z.view_as(z0), log_q - logabsdet.view_as(log_q)
 
     def log_prob(self, z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        z0, logabsdet = self.bijection(z.flatten(0, 1), self._context(h, len(z)))
+        z0, logabsdet = self.bijection(z.flatten(0, 1), self._context(h, z.shape[0]))
         return self.base.log_prob(z0.view_as(z), self._of_base(h)) + logabsdet.view(z.shape[:2])
 
     def mean(self, h: torch.Tensor) -> torch.Tensor:

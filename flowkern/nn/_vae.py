@@ -116,7 +116,7 @@ class VampPrior(Base):
         z = self.check(z)
         posterior = self._modules_of_vae[1]
         # (B, K, L): one row of h for each component.
-        log_q = posterior.log_prob(z[:, None].expand(-1, len(h), -1), h)
+        log_q = posterior.log_prob(z[:, None].expand(-1, h.shape[0], -1), h)
         return (log_q + self.logits.to(log_q.dtype).log_softmax(0)).logsumexp(1)
 
     def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
@@ -188,11 +188,11 @@ class VAE(nn.Module):
 
     def log_likelihood(self, x: torch.Tensor, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """log p(x | z) of x (B, ...) and z (K, B, L): (K, B) in nats. Raises ValueError for a decoder of another width."""
-        rows = None if context is None else context.repeat(len(z), 1)
+        rows = None if context is None else context.repeat(z.shape[0], 1)
         params = self.decode(z.flatten(0, 1), rows)
         params = params.to(accumulation_dtype(params))
         self._check_decoded(params, x)
-        every = x.to(params.dtype).expand(len(z), *x.shape).flatten(0, 1)
+        every = x.to(params.dtype).expand(z.shape[0], *x.shape).flatten(0, 1)
         image = params.ndim == 4
         total = self.likelihood.image_log_prob(every, params) if image else self.likelihood.total(every.flatten(1), params)
         return total.view(z.shape[:2])

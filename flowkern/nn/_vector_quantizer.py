@@ -301,7 +301,7 @@ class VectorQuantizer(nn.Module):
         flat = index.reshape(-1, self.heads)
         counts = torch.zeros(self.codes, self.heads, device=index.device, dtype=torch.float64)
         counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float64))
-        probability = counts / max(1, len(flat))
+        probability = counts / max(1, flat.shape[0])
         entropy = -torch.special.xlogy(probability, probability).sum(0)
         return CodeUsage(entropy.exp().mean().float(), (counts > 0).double().mean().float())
 

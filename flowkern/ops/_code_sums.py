@@ -33,7 +33,7 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
 
 def magnitudes(x: torch.Tensor) -> torch.Tensor:
     """(N,): the largest magnitude in each row of x, (N, D); NaN if the row has one. Faster than the norm that it is."""
-    return torch.maximum(x.amax(1), -x.amin(1)) if x.numel() else x.new_zeros(len(x))
+    return torch.maximum(x.amax(1), -x.amin(1)) if x.numel() else x.new_zeros(x.shape[0])
 
 
 class CodeSums:
