@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from flowkern import OPS
-
 from . import autoregressive, glow, likelihood, nearest_code, vector_quantizer
+from .cases import CASES
 from .measure import FUSED, Options, Row, measure
 from .report import HEADER, describe, line, write_csv
 from .timing import pages_here
@@ -53,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BESIDE_PEERS[argv[0]].main(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if unknown := [name for name in arguments.op if name not in OPS]:
-        parser.error(f"unknown op {', '.join(unknown)}; expected {', '.join(OPS)}")
+    if unknown := [name for name in arguments.op if name not in CASES]:
+        parser.error(f"unknown op {', '.join(unknown)}; expected {', '.join(CASES)}")
     if arguments.threads < 1:
         parser.error(f"--threads: expected at least 1, got {arguments.threads}")
     if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
@@ -84,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     gpu = torch.cuda.is_available()
-    parser.add_argument("op", nargs="*", default=list(OPS), help=f"ops to measure (all: {', '.join(OPS)})")
+    parser.add_argument("op", nargs="*", default=list(CASES), help=f"ops to measure (all: {', '.join(CASES)})")
     parser.add_argument("--quick", action="store_true", help="few samples: to see that it works, not to quote")
     parser.add_argument("--case", default="*", metavar="PATTERN", help="only cases whose name matches, such as '*-bf16-*'")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What is measured: for every op of OPS its cases, the bytes that each must move, and the targets."""
+"""What is measured: for each invertible op its cases, the bytes that each must move, and the targets."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _linear_cases() -> tuple[Case, ...]:
     )
 
 
-#: Every op of ``flowkern.OPS``, with what is measured of it.
+#: Every invertible op of ``flowkern.OPS``, with what is measured of it.
 CASES: dict[str, tuple[Case, ...]] = {
     "affine_coupling": _coupling_cases(1.0, affine_traffic, affine_checkerboard_traffic),
     "additive_coupling": _coupling_cases(0.5, additive_traffic, additive_checkerboard_traffic),

@@ -14,7 +14,7 @@ from flowkern import OPS
 from flowkern._registry import Op
 
 from .calls import Call, Problem, WrongResult, check, poisoned, rounding_errors
-from .cases import BOTH, FORWARD, Case, Target, cases_of
+from .cases import BOTH, CASES, FORWARD, Case, Target, cases_of
 from .memory import peak_extra_bytes
 from .provenance import provenance
 from .timing import Graph, Samples, cpu_samples, gpu_samples, input_sets, pages_here
@@ -88,7 +88,7 @@ def measure(options: Options) -> Iterator[Row]:
     if options.device == "cpu" and (pages := pages_here()) != options.pages:
         raise RuntimeError(f"pages: asked for {options.pages}, but in this process they are {pages}")
     origin = provenance(options.device)
-    for name in options.ops or OPS:
+    for name in options.ops or CASES:
         for case in cases_of(name, options.device, options.cases):
             for direction in DIRECTIONS:
                 yield from _Measurement(OPS[name], case, direction, options, origin).rows()

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import flowkern
-from flowkern import _backend, nn, ops
-from flowkern._registry import EXPLAINED
+from flowkern import OPS, _backend, nn, ops
 
 from .autoregressive import dense, differs, running
 from .calls import Call
@@ -33,7 +32,7 @@ QUICK_INVERSES, QUICK_LAYERS = ((12, (16, 16), 5),), ((3, 8, 12),)
 
 def serving(op: str, x: torch.Tensor) -> list[str]:
     """The backends that can serve an op on this tensor's device."""
-    implementations = EXPLAINED[op].implementations
+    implementations = OPS[op].kernels[0].implementations
     return [name for name in implementations if not _backend.reasons(name, implementations, [x])]
 
 

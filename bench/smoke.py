@@ -9,9 +9,10 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from flowkern import OPS, ops
-from flowkern.ops import _autoregressive_inverse
+from flowkern import OPS
+from flowkern._registry import Op, Sample
 
 from .gpu_check import FINISHED, STARTED
 
@@ -29,36 +30,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     calls = 0
     for op in OPS.values():
         for sample in list(op.samples(arguments.device, torch.float32))[:: arguments.every]:
-            inputs = [a.detach().requires_grad_() for a in sample.args]
-            outputs = [y for y in op.function(*inputs, **sample.kwargs) if y.requires_grad]
-            torch.autograd.grad(outputs, inputs, [torch.ones_like(y) for y in outputs], allow_unused=True)
+            _run(op, sample)
             calls += 1
-    for sample in list(_autoregressive_inverse._samples(arguments.device, torch.float32))[:: arguments.every]:
-        z = sample.args[0].detach().requires_grad_()
-        x, logabsdet = ops.autoregressive_inverse(z, *sample.args[1:], **sample.kwargs)
-        torch.autograd.grad(x.sum() + logabsdet.sum(), z)
-        calls += 1
-    calls += likelihoods(arguments.device)
     if arguments.device == "cuda":
         torch.cuda.synchronize()
     print(f"{FINISHED} ({calls})", flush=True)
 
 
-def likelihoods(device: str) -> int:
-    """The likelihood ops, which are not in the table of ops; how many calls that were."""
-    x, params = torch.randint(256, (2, 3, 5, 7), device=device), torch.randn(2, 20, 5, 7, device=device)
-    mean, log_scale = torch.randn(2, 2, 100, device=device)
-    with torch.no_grad():
-        ops.discretized_logistic_mixture(x, params)
-    for compat in (None, "pixelcnn++"):
-        leaf = params.clone().requires_grad_()
-        ops.discretized_logistic_mixture(x, leaf, compat=compat).sum().backward()
-    for used in (slice(0, 2), slice(0, 1), slice(1, 2)):
-        leaves = mean.clone().requires_grad_(), log_scale.clone().requires_grad_()
-        sum(y.sum() for y in ops.gaussian_kl(*leaves)[used]).backward()
-    for alpha, dtype in ((None, torch.float32), (None, torch.bfloat16), (0.05, torch.float32)):
-        ops.dequantize(x, alpha=alpha, dtype=dtype)
-    return 9
+def _run(op: Op, sample: Sample) -> None:
+    """One call forward, and backward where the op is differentiable."""
+    inputs = [a for a in tree_leaves(sample.args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    for a in inputs:
+        a.requires_grad_()
+    outputs = op.function(*sample.args, **sample.kwargs)
+    recorded = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
+    if recorded:
+        torch.autograd.grad(recorded, inputs, [torch.ones_like(y) for y in recorded], allow_unused=True)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ import torch
 from flowkern import OPS
 
 from .calls import Problem, check, poisoned, rounding_errors
-from .cases import Case, cases_of
+from .cases import CASES, Case, cases_of
 from .measure import DIRECTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = [pytest.param(name, case, id=f"{name}-{case.name}") for name in OPS for case in cases_of(name, DEVICE) if case.small]
+SMALL = [pytest.param(name, case, id=f"{name}-{case.name}") for name in CASES for case in cases_of(name, DEVICE) if case.small]
 
 
 @pytest.mark.parametrize("variant", ["flowkern", "eager"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case"), SMALL)
 def test_speed(name: str, case: Case, direction: str, variant: str, benchmark: Any) -> None:
     op = OPS[name]
     problem = Problem(case, direction, torch.device(DEVICE), op.reference)

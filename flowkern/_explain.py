@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _backend
-from ._registry import EXPLAINED
+from ._registry import OPS
 
 __all__ = ["explain"]
 
@@ -21,9 +21,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     Raises ValueError for an unknown op.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", "")
-    kernel = EXPLAINED.get(name)
-    if kernel is None:
-        raise ValueError(f"explain: unknown op {op!r}; expected one of {', '.join(EXPLAINED)}")
+    if name not in OPS:
+        raise ValueError(f"explain: unknown op {op!r}; expected one of {', '.join(OPS)}")
+    kernel = OPS[name].kernels[0]
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)] or [torch.empty(0)]
     try:
         chosen = _backend.choose(name, kernel.implementations, tensors)

@@ -1,12 +1,14 @@
 """How an op enters the library: ``define`` registers its kernels with torch, ``register`` puts it in ``OPS``.
 
-Everything that treats all ops alike (tests, PTX checks, benchmarks, ``explain``) iterates over ``OPS``.
+Everything that treats all ops alike (tests, PTX checks, benchmarks, ``explain``) iterates over ``OPS``. What only some ops
+promise is a ``Law`` of theirs.
 """
 
 from __future__ import annotations
 
+import enum
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +16,42 @@ import torch
 
 from . import _backend
 
-__all__ = ["EXPLAINED", "OPS", "Kernel", "Op", "Sample", "define", "reference_runs", "register"]
+__all__ = [
+    "OPS",
+    "Kernel",
+    "Law",
+    "Op",
+    "Sample",
+    "define",
+    "normal",
+    "observed",
+    "reference_differentiates",
+    "reference_runs",
+    "register",
+    "transformed",
+]
 
 _LIBRARY = torch.library.Library("flowkern", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _observed(x: torch.Tensor) -> bool:
-    """Whether a compiler, a tracer, a dispatch mode or a tensor subclass must see the call.
+def _plain(arguments: Sequence[Any]) -> bool:
+    """Whether kernels may read every tensor among the arguments (lists are looked into): its memory is its value.
+
+    It is not for a lazily negated tensor, for a tensor without storage (zeros that were never written, meta and fake tensors),
+    and for a subclass, which may mean anything.
+    """
+    for a in arguments:
+        if isinstance(a, torch.Tensor):
+            if type(a) not in _PLAIN or a.is_neg() or a._is_zerotensor():
+                return False
+        elif isinstance(a, list | tuple) and not _plain(a):
+            return False
+    return True
+
+
+def observed(arguments: Sequence[Any]) -> bool:
+    """Whether a compiler, a tracer, a dispatch mode, a tensor subclass or a lazy value among the arguments must see the call.
 
     Otherwise torch's dispatcher is passed by, which saves a third of the time of a small call.
     """
@@ -29,7 +59,7 @@ def _observed(x: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or type(x) not in _PLAIN
+        or not (_plain if _backend.native is None else _backend.native.plain)(arguments)
     )
 
 
@@ -42,16 +72,27 @@ class Kernel:
     implementations: Mapping[str, Callable[..., Any]]
 
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args) if _observed(args[0]) else self.run(*args)
+        return self.overload(*args) if observed(args) else self.run(*args)
 
     def run(self, *args: Any) -> Any:
         """Choose the backend on these real tensors, and run it."""
         return self.implementations[_backend.choose(self.name, self.implementations, args[:1])](*args)
 
 
+class Law(enum.Flag):
+    """What an op promises besides its values; the generic tests hold it to that.
+
+    ``INVERTIBLE``: it returns (y, logabsdet) and takes ``inverse``. ``SEEDED``: it draws noise, the same for the same ``seed``.
+    """
+
+    NONE = 0
+    INVERTIBLE = enum.auto()
+    SEEDED = enum.auto()
+
+
 @dataclass(frozen=True)
 class Sample:
-    """Inputs for the generic tests and benches: ``function(*args, **kwargs)`` is valid."""
+    """Inputs for the generic tests and benches: ``function(*args, **kwargs)`` is valid; args may hold lists and plain values."""
 
     name: str
     args: tuple[Any, ...]
@@ -60,7 +101,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Op:
-    """An op as users and generic tests see it; its keyword ``inverse`` reverses it.
+    """An op as users and generic tests see it. ``reference`` has the signature of ``function``.
 
     The first ``per_sample`` arguments have a batch dimension (None: all), the others serve all samples alike.
     """
@@ -71,12 +112,19 @@ class Op:
     samples: Callable[[torch.device | str, torch.dtype], Iterable[Sample]]
     kernels: tuple[Kernel, ...]
     per_sample: int | None = None
+    laws: Law = Law.NONE
 
 
 OPS: dict[str, Op] = {}
 
-#: The forward kernel of every function of ``flowkern.ops`` that has one, by its name: those of OPS, and those of other shape.
-EXPLAINED: dict[str, Kernel] = {}
+
+def normal(device: torch.device | str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """``draw(*shape, dtype=dtype)``: standard normal numbers for samples, the same ones in every dtype, to rounding."""
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.float64).to(dtype)
+
+    return draw
 
 
 def register(op: Op) -> None:
@@ -115,14 +163,28 @@ def define(
     if cuda:
         implementations["cuda"] = cuda
     kernel = Kernel(name, getattr(torch.ops.flowkern, name).default, implementations)
-    if not name.endswith("_backward"):
-        EXPLAINED[name] = kernel
     _LIBRARY.impl(name, kernel.run, "CPU")
     _LIBRARY.impl(name, kernel.run, "CUDA")
     torch.library.register_fake(f"flowkern::{name}", fake, lib=_LIBRARY)
     return kernel
 
 
+def transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work, which kernels are invisible to."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def reference_runs(x: torch.Tensor) -> bool:
-    """Whether an op must run its reference: no kernel for the device, or inside ``torch.func`` or forward-mode AD."""
-    return _backend.only_torch(x) or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    """Whether an op must run its reference: there is no kernel for the device, or the op is transformed."""
+    return _backend.only_torch(x) or transformed()
+
+
+def reference_differentiates(*grads: torch.Tensor | None) -> bool:
+    """Whether a backward must be that of the reference: it is recorded for another one, or its gradients come in batches.
+
+    Batches are those of ``is_grads_batched=True`` and of the vectorized ``torch.autograd.functional``.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return torch.is_grad_enabled() or transformed() or any(g is not None and batched(g) for g in grads)

@@ -351,7 +351,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
         print("GPU        none that torch can use")
     print(f"CUDA       {'kernels built' if _backend.native_cuda else 'no kernels: ' + _backend._native_cuda_reason}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for op in _registry.EXPLAINED:
+    for op in _registry.OPS:
         for device in devices:
             print()
             print(flowkern.explain(op, torch.empty(0, device=device)))

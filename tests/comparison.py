@@ -6,10 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from flowkern._registry import Op, Sample
+from flowkern import OPS
+from flowkern._registry import Law, Op, Sample
 
 Tensors = tuple[torch.Tensor, ...]
+
+#: The ops that return (y, logabsdet) and take ``inverse``, all of whose positional arguments are tensors.
+INVERTIBLE = {name: op for name, op in OPS.items() if Law.INVERTIBLE in op.laws}
 
 
 def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, same_dtype: torch.Tensor | None = None, ulps: float = 4) -> None:
@@ -35,9 +40,17 @@ def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, same_dtype: torch
 
 
 def arguments(sample: Sample, dtype: torch.dtype | None = None) -> Tensors:
-    """The sample's tensors as leaves that record gradients, their strides kept, cast to ``dtype`` if given."""
-    tensors = (a.detach() if dtype is None else a.detach().to(dtype) for a in sample.args)
-    return tuple(a.requires_grad_() for a in tensors)
+    """The sample's arguments, its floating tensors as leaves that record gradients, their strides kept, in ``dtype`` if given."""
+
+    def leaf(a: torch.Tensor) -> torch.Tensor:
+        return (a.detach() if dtype is None else a.detach().to(dtype)).requires_grad_() if a.is_floating_point() else a
+
+    return tree_map_only(torch.Tensor, leaf, sample.args)
+
+
+def leaves(args: Any) -> list[torch.Tensor]:
+    """The floating tensors among nested arguments."""
+    return [a for a in tree_leaves(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
 
 
 def change_samples(op: Op, change: Callable[[torch.Tensor], torch.Tensor], args: Tensors) -> Tensors:

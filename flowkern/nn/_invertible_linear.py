@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..ops._checks import accumulation_dtype
+from ..ops._checks import accumulation_dtype, values_can_be_read
 from ..ops._invertible_linear import undo
 from ..ops._plu_weight import compact_plu
 from ._bijection import Bijection, Pair, Replay
@@ -208,7 +208,7 @@ class InvertibleLinear(Bijection):
         bias: torch.Tensor | None = self.bias
         weight_inverse: torch.Tensor | None = None
         trained = torch.is_grad_enabled() and weight.requires_grad
-        if not trained and (inverse or logabsdet is None) and _can_keep(weight):
+        if not trained and (inverse or logabsdet is None) and values_can_be_read(weight):
             weight_inverse, exact = self._kept.of(weight)
             logabsdet = exact if logabsdet is None else logabsdet
         if log_scale is not None and shift is not None:
@@ -281,9 +281,3 @@ class InvertibleConv1x1(InvertibleLinear):
 
     _dimensions = (4,)
     _expected = "(B, {}, H, W)"
-
-
-def _can_keep(weight: torch.Tensor) -> bool:
-    """Whether a look at the values of W is cheap and possible: not on a device that has to be waited for, not while tracing."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return weight.device.type == "cpu" and not traced and not torch._C._are_functorch_transforms_active()

@@ -1,4 +1,4 @@
-"""The functional ops, one file each. Those that return (y, logabsdet) are in ``flowkern.OPS``, which generic tests walk over."""
+"""The functional ops, one file each. Those that have kernels are in ``flowkern.OPS``, which generic tests walk over."""
 
 from ._additive_coupling import additive_coupling as additive_coupling
 from ._affine_coupling import affine_coupling as affine_coupling

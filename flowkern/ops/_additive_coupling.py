@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import _backend
-from .._registry import Op, Sample, define, reference_runs, register
+from .._registry import Law, Op, Sample, define, normal, reference_runs, register
 from ._checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch, outside_autocast
 from ._split import SPLITS, FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
@@ -31,9 +31,7 @@ def reference(x: torch.Tensor, shift: torch.Tensor, *, split: Split = "channel",
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float64).to(dtype)
-
+    randn = normal(device, dtype)
     for inverse in (False, True):
         kwargs = {"inverse": inverse}
         suffix = "-inverse" if inverse else ""
@@ -147,4 +145,4 @@ def additive_coupling(x: torch.Tensor, shift: torch.Tensor, *, split: Split = "c
     return y, x.new_zeros(x.shape[0], dtype=accumulation_dtype(x, shift))
 
 
-register(Op("additive_coupling", additive_coupling, reference, _samples, (_forward,)))
+register(Op("additive_coupling", additive_coupling, reference, _samples, (_forward,), laws=Law.INVERTIBLE))

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _backend
-from .._registry import Op, Sample, define, reference_runs, register
+from .._registry import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register
 from ._checks import (
     accumulation_dtype,
     check_floating,
@@ -93,9 +93,7 @@ def reference(
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float64).to(dtype)
-
+    randn = normal(device, dtype)
     yield Sample("vector", (randn(5, 6), randn(5, 6)))
     yield Sample("one-element", (randn(1, 2), randn(1, 2)))
     yield Sample("odd-channels", (randn(3, 7), randn(3, 6)))
@@ -223,7 +221,7 @@ class _AffineCoupling(torch.autograd.Function):
         configuration = _Configuration(rank, *ctx.configuration)
         if grad is None:
             grad = torch.zeros_like(x)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if reference_differentiates(grad, grad_logabsdet):
             grads = differentiate(reference, (x, params), configuration.reference_kwargs(), (grad, grad_logabsdet))
         else:
             grads = _backward(grad, grad_logabsdet, x, params, *configuration)
@@ -297,7 +295,7 @@ def _configuration(
             f"got {tuple(params.shape)}"
         )
     rank = split.rank if isinstance(split, FeatureMask) else None
-    return _Configuration(rank, split_code, scale.code, scale.a, scale.b, param_layout.code, shift_first, inverse)
+    return _Configuration(rank, split_code, scale.code, *scale.constants, param_layout.code, shift_first, inverse)
 
 
 def undo(y: torch.Tensor, params: torch.Tensor, *, split: Split, inverse: bool, **kwargs: Any) -> tuple[torch.Tensor, Pair]:
@@ -316,4 +314,4 @@ def undo(y: torch.Tensor, params: torch.Tensor, *, split: Split, inverse: bool, 
         return x, _AffineCoupling.apply(x, params, (y.detach(), -negated), *configuration)
 
 
-register(Op("affine_coupling", affine_coupling, reference, _samples, (_forward, _backward)))
+register(Op("affine_coupling", affine_coupling, reference, _samples, (_forward, _backward), laws=Law.INVERTIBLE))

@@ -51,7 +51,8 @@ def reference(z: torch.Tensor, tensors: Tensors, networks: Networks, contexts: S
     """The definition in plain torch: the network is run once for each step, with zeros for what is not known yet."""
     dtype = accumulation_dtype(z, *tensors)
     x, logabsdet = z.to(dtype), z.new_zeros(z.shape[0], dtype=dtype)
-    given = parameters_of(tensors, networks, contexts)
+    # Converted once for all passes, so that the gradients of the passes add up before they are rounded.
+    given = parameters_of([t.to(dtype) for t in tensors], networks, contexts)
     for network, p in reversed([*zip(networks, given, strict=True)]):
         plan = plans(network.text)[0]
         steps = torch.empty(network.features, dtype=torch.int64, device=z.device)

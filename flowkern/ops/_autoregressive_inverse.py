@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .._registry import Sample, define
+from .._registry import Op, Sample, define, normal, reference_differentiates, register, transformed
 from . import _autoregressive_cpp, _autoregressive_cuda
 from ._autoregressive_definition import density, reference
 from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, plans
@@ -43,8 +43,7 @@ Networks = Sequence[AutoregressiveNetwork]
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float64).to(dtype)
+    randn = normal(device, dtype)
 
     def made(features: int, *widths: int, **options: Any) -> AutoregressiveNetwork:
         top = max(1, features - 1)
@@ -213,7 +212,7 @@ class _AutoregressiveInverse(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(x)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if reference_differentiates(grad, grad_logabsdet):
             dz, *grads = _differentiate(grad, grad_logabsdet, x, tensors, ctx.text, ctx.contexts)
             return dz, None, None, *grads
         needs = any(ctx.needs_input_grad[3:])
@@ -286,12 +285,8 @@ def autoregressive_inverse(
         flat = [None if c is None else c.flatten(0, -2) for c in given]
         x, logabsdet = autoregressive_inverse(z.reshape(-1, z.shape[-1]), parameters, networks, contexts=flat)
         return x.view(z.shape), logabsdet.view(leading)
-    remaining = iter(parameters)
-    tensors: list[torch.Tensor] = []
-    for network, context in zip(networks, given, strict=True):
-        tensors += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
-    flags = [context is not None for context in given]
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    tensors, flags = _with_contexts(parameters, networks, given)
+    if transformed():
         return reference(z, tensors, networks, flags)
     dtype = accumulation_dtype(z, *tensors)
     if z.dtype is not dtype:  # what is kept for the gradients is not rounded
@@ -301,6 +296,27 @@ def autoregressive_inverse(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *tensors)):
         return _AutoregressiveInverse.apply(z, text, flags, *tensors)
     return _forward(z, tensors, text, flags)
+
+
+def _with_contexts(
+    parameters: Tensors, networks: Networks, contexts: Sequence[torch.Tensor | None]
+) -> tuple[list[torch.Tensor], list[bool]]:
+    """The parameters of each network and then its context, if it has one, in one list; and which networks have one."""
+    remaining, tensors = iter(parameters), []
+    for network, context in zip(networks, contexts, strict=True):
+        tensors += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
+    return tensors, [context is not None for context in contexts]
+
+
+def _by_passes(
+    z: torch.Tensor, parameters: Tensors, networks: Networks, *, contexts: Sequence[torch.Tensor | None] | None = None
+) -> Pair:
+    """The reference, called as ``autoregressive_inverse`` is."""
+    tensors, flags = _with_contexts(parameters, networks, [None for _ in networks] if contexts is None else contexts)
+    return reference(z, tensors, networks, flags)
+
+
+register(Op("autoregressive_inverse", autoregressive_inverse, _by_passes, _samples, (_forward, _backward), per_sample=1))
 
 
 def _check(z: torch.Tensor, parameters: Tensors, networks: Networks, contexts: Sequence[torch.Tensor | None]) -> None:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from .._registry import observed, transformed
+
 __all__ = [
     "accumulation_dtype",
     "check_floating",
@@ -80,8 +82,8 @@ def outside_autocast(reference: Reference) -> Reference:
 
 
 def values_can_be_read(x: torch.Tensor) -> bool:
-    """Whether looking at the values of x waits for no device and breaks no graph: on a CPU, eager, outside ``torch.func``."""
-    return x.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    """Whether x has values, and looking at them waits for no device and breaks no graph: on a CPU, eager, not transformed."""
+    return x.is_cpu and not observed((x,)) and not transformed()
 
 
 def differentiate(
@@ -96,7 +98,8 @@ def differentiate(
     """
     record = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        # A view that was made without recording says that it requires gradients, but leads nowhere.
+        inputs = [x if record and x.requires_grad else x.detach().requires_grad_() for x in inputs]
         outputs = reference(*inputs, **kwargs)
     used = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
     if not used:

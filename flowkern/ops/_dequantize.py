@@ -14,11 +14,12 @@ with alpha        x = log(a) - log(1 - a),
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from .. import _backend
-from .._registry import define, reference_runs
+from .._registry import Law, Op, Sample, define, reference_runs, register
 from . import _philox
 from ._checks import FLOATING
 
@@ -48,10 +49,16 @@ def _rounded_down(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def reference(
-    v: torch.Tensor, seed: torch.Tensor, *, levels: int = 256, alpha: float | None = None, dtype: torch.dtype, offset: int = 0
+    v: torch.Tensor,
+    seed: _philox.Seed = None,
+    *,
+    levels: int = 256,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    offset: int = 0,
 ) -> Pair:
     """The definition in plain torch."""
-    w = _noisy(v, seed, offset, _accumulation(dtype))
+    w = _noisy(v, _philox.as_seed(seed, v.device), offset, _accumulation(dtype))
     if alpha is None:
         constant = -v.shape[1:].numel() * math.log(levels)
         return _rounded_down(w / levels, dtype), w.new_full((v.shape[0],), constant)
@@ -59,6 +66,20 @@ def reference(
     low, high = torch.log(alpha + step * w), torch.log(alpha + step * (levels - w))
     each = math.log1p(-2.0 * alpha) - math.log(levels)
     return (low - high).to(dtype), (each - low - high).flatten(1).sum(1)
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    def integers(*shape: int, levels: int = 256) -> torch.Tensor:
+        return torch.randint(levels, shape, device=device)
+
+    kwargs = {"seed": 7, "dtype": dtype}
+    yield Sample("bytes", (integers(3, 3, 4, 5).to(torch.uint8),), kwargs)
+    yield Sample("logit", (integers(3, 3, 4, 5).to(torch.uint8),), {**kwargs, "alpha": 0.05, "offset": 2**33})
+    yield Sample("few-levels", (integers(4, 7, levels=17),), {**kwargs, "levels": 17, "alpha": 0.0})
+    yield Sample("wide", (integers(2, 20001).int(),), kwargs)
+    yield Sample("one-element", (integers(1, 1),), kwargs)
+    yield Sample("empty-batch", (integers(0, 6),), kwargs)
+    yield Sample("strided", (integers(6, 4).t(),), kwargs)
 
 
 def _outputs(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, dtype: torch.dtype) -> Pair:
@@ -139,3 +160,6 @@ def dequantize(
         return reference(v, key, levels=levels, alpha=alpha, dtype=dtype, offset=offset)
     integers = v if v.dtype is torch.uint8 else v.to(torch.int32)
     return _forward(integers, key, offset, levels, alpha, dtype)
+
+
+register(Op("dequantize", dequantize, reference, _samples, (_forward,), laws=Law.SEEDED))

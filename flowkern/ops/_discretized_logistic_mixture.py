@@ -22,13 +22,14 @@ All terms of a log mass have one sign, so that nothing cancels, however narrow o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .. import _backend
-from .._registry import define, reference_runs
+from .._registry import Op, Sample, define, normal, reference_differentiates, reference_runs, register
 from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
 
 __all__ = ["discretized_logistic_mixture", "sample_discretized_logistic_mixture"]
@@ -101,6 +102,25 @@ def _log_sum(joint: torch.Tensor) -> torch.Tensor:
     """logsumexp over the components of (B, K, H, W). Its own derivative, exp(joint - result), does not sum to 1 for huge ones."""
     top = joint.detach().amax(1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min)
     return top.squeeze(1) + (joint - top).exp().sum(1).log()
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    randn = normal(device, dtype)
+
+    def sample(name: str, *shape: int, components: int, levels: int = 256, **kwargs: Any) -> Sample:
+        x = torch.randint(levels, shape, device=device)
+        params = randn(shape[0], components * _per_component(shape[1]), *shape[2:])
+        return Sample(name, (x, params), {"levels": levels, **kwargs})
+
+    yield sample("colours", 2, 3, 3, 5, components=4)
+    yield sample("grey", 3, 1, 4, 2, components=2)
+    yield sample("few-levels", 2, 1, 3, 3, components=3, levels=4)
+    yield sample("published", 2, 3, 2, 3, components=2, compat="pixelcnn++")
+    yield sample("one-pixel", 1, 1, 1, 1, components=1)
+    yield sample("empty-batch", 0, 3, 2, 2, components=1)
+    yield sample("large-image", 2, 3, 17, 19, components=5)
+    x, params = sample("", 2, 3, 3, 4, components=2).args
+    yield Sample("strided", (x.mT.contiguous().mT, params.to(memory_format=torch.channels_last)))
 
 
 def _output(x: torch.Tensor, params: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -181,7 +201,7 @@ class _DiscretizedLogisticMixture(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, params = ctx.saved_tensors
         levels, compat = ctx.configuration
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if reference_differentiates(grad):
             kwargs = {"levels": levels, "compat": COMPAT[compat]}
             (gradient,) = differentiate(lambda p, **k: (reference(x, p, **k),), (params,), kwargs, (grad,))
         elif ctx.gradient is not None:
@@ -251,6 +271,17 @@ def discretized_logistic_mixture(
     if torch.is_grad_enabled() and params.requires_grad:
         return _DiscretizedLogisticMixture.apply(level, params, levels, compat is not None)
     return _forward(level, params, levels, compat is not None)
+
+
+register(
+    Op(
+        "discretized_logistic_mixture",
+        discretized_logistic_mixture,
+        reference,
+        _samples,
+        (_forward, _backward),
+    )
+)
 
 
 def sample_discretized_logistic_mixture(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_floating, check_same_device
+from ._checks import check_floating, check_same_device, values_can_be_read
 from ._code_sums import CodeSums, Reduce, alone
 
 __all__ = ["ema_update", "update_averages_"]
@@ -89,7 +89,7 @@ def ema_update(x: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, sums:
         )
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay: expected a number from 0 to 1, got {decay}")
-    if index.is_cpu and index.numel() and not torch.compiler.is_compiling():
+    if index.numel() and values_can_be_read(index):
         lowest, highest = (int(v) for v in index.aminmax())
         if lowest < 0 or highest >= len(counts):
             raise ValueError(f"index: expected codes from 0 to under {len(counts)}, got {lowest} to {highest}")

@@ -15,12 +15,13 @@ The backward makes eps again from its seed: nothing is stored but the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .. import _backend
-from .._registry import define, reference_runs
+from .._registry import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register
 from . import _philox
 from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
 
@@ -30,14 +31,29 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @outside_autocast
-def reference(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int = 0) -> Pair:
+def reference(mean: torch.Tensor, log_scale: torch.Tensor, seed: _philox.Seed = None, offset: int = 0) -> Pair:
     """The definition in plain torch."""
     dtype = accumulation_dtype(mean, log_scale)
+    seed = _philox.as_seed(seed, mean.device)
     noise = _philox.normal(seed, offset, mean.shape[0], mean.shape[1:].numel(), dtype).view(mean.shape)
     location, log_scale = mean.to(dtype), log_scale.to(dtype)
     z = location + log_scale.exp() * noise
     kl = 0.5 * (location.square() + torch.expm1(2.0 * log_scale)) - log_scale
     return z.to(mean.dtype), kl.flatten(1).sum(1)
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    randn = normal(device, dtype)
+    seed = {"seed": 7}
+    yield Sample("vector", (randn(5, 6), randn(5, 6)), seed)
+    yield Sample("image", (randn(2, 3, 4, 5), randn(2, 3, 4, 5)), {"seed": -3, "offset": 2**40})
+    yield Sample("one-element", (randn(1, 1), randn(1, 1)), seed)
+    yield Sample("wide", (randn(2, 20001), randn(2, 20001)), seed)
+    yield Sample("empty-batch", (randn(0, 6), randn(0, 6)), seed)
+    yield Sample("nothing", (randn(3, 0), randn(3, 0)), seed)
+    yield Sample("strided", (randn(6, 4).t(), randn(4, 12)[:, ::2]), seed)
+    yield Sample("expanded", (randn(1, 4).expand(3, 4), randn(3, 1).expand(3, 4)), seed)
+    yield Sample("mixed-dtypes", (randn(3, 6), randn(3, 6, dtype=torch.bfloat16)), seed)
 
 
 def _outputs(mean: torch.Tensor, log_scale: torch.Tensor, *_: Any) -> Pair:
@@ -122,8 +138,8 @@ class _GaussianKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_kl: torch.Tensor | None) -> Any:
         mean, log_scale, seed = ctx.saved_tensors
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return *(_differentiate if recorded else _backward)(mean, log_scale, seed, ctx.offset, grad, grad_kl), None, None
+        differentiated = _differentiate if reference_differentiates(grad, grad_kl) else _backward
+        return *differentiated(mean, log_scale, seed, ctx.offset, grad, grad_kl), None, None
 
 
 def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Seed = None, offset: int = 0) -> Pair:
@@ -160,3 +176,6 @@ def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Se
         return reference(*inputs)
     recording = torch.is_grad_enabled() and (mean.requires_grad or log_scale.requires_grad)
     return (_GaussianKL.apply if recording else _forward)(*inputs)
+
+
+register(Op("gaussian_kl", gaussian_kl, reference, _samples, (_forward, _backward), laws=Law.SEEDED))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _backend
-from .._registry import Op, Sample, define, reference_runs, register
+from .._registry import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
 from ._checks import (
     accumulation_dtype,
     check_floating,
@@ -48,7 +48,7 @@ def _accumulation_dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 def _differentiable() -> bool:
     """Whether someone may differentiate what is computed now: a given inverse is a value, and would be taken as constant."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or transformed()
 
 
 def _product(matrix: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -95,8 +95,7 @@ def reference(
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float64).to(dtype)
+    randn = normal(device, dtype)
 
     def weight(channels: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         """Well conditioned, a determinant away from 1, and rows that a factorization has to exchange."""
@@ -296,7 +295,7 @@ class _InvertibleLinear(torch.autograd.Function):
         configuration = _Configuration(*ctx.saved_tensors, *ctx.flags)
         if grad is None:
             grad = torch.zeros_like(configuration.x)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if reference_differentiates(grad, grad_logabsdet):
             dx, dweight, dbias, dknown = configuration.gradients(grad, grad_logabsdet)
         else:
             dx, dweight, dbias, dknown = _backward(grad, grad_logabsdet, *configuration)
@@ -400,4 +399,5 @@ def undo(
         return x, _InvertibleLinear.apply(x, weight, bias, found, logabsdet, False, (y.detach(), -negated))
 
 
-register(Op("invertible_linear", invertible_linear, reference, _samples, (_forward, _backward), per_sample=1))
+_KERNELS = _forward, _backward
+register(Op("invertible_linear", invertible_linear, reference, _samples, _KERNELS, per_sample=1, laws=Law.INVERTIBLE))

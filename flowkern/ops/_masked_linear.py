@@ -14,7 +14,7 @@ of b           sum g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import _backend
-from .._registry import define, reference_runs
+from .._registry import Op, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
 from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
 
 __all__ = ["DegreeMask", "masked_linear"]
@@ -148,9 +148,41 @@ def _reference(
     return F.linear(x.to(dtype), masked, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
-def reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask: DegreeMask) -> torch.Tensor:
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_degrees: torch.Tensor | DegreeMask,
+    in_degrees: torch.Tensor | None = None,
+    *,
+    strict: bool = False,
+) -> torch.Tensor:
     """The definition in plain torch: the weights that are masked are replaced by zeros, whatever they are."""
-    return _reference(x, weight, bias, *mask.indices)
+    return _reference(x, weight, bias, *_as_mask(out_degrees, in_degrees, strict).indices)
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    randn = normal(device, dtype)
+
+    def sample(name: str, batch: int, out_degrees: torch.Tensor, in_degrees: torch.Tensor, **kwargs: Any) -> Sample:
+        mask = DegreeMask(out_degrees.to(device), in_degrees.to(device), **kwargs)
+        rows, columns = mask.out_features, mask.in_features
+        return Sample(name, (randn(batch, columns), randn(rows, columns), randn(rows), mask))
+
+    for strict in (False, True):
+        suffix = "-strict" if strict else ""
+        yield sample(f"sorted{suffix}", 5, torch.arange(7), torch.arange(7), strict=strict)
+        yield sample(f"shuffled{suffix}", 4, torch.tensor([3, 1, 2, 0, 3]), torch.tensor([2, 0, 1, 3]), strict=strict)
+    yield sample("one-element", 1, torch.tensor([1]), torch.tensor([1]))
+    yield sample("nothing-seen", 3, torch.tensor([0, 0]), torch.tensor([1, 2, 3]))
+    yield sample("wide", 9, torch.arange(70) % 30, torch.arange(33), strict=True)
+    yield sample("long", 130, torch.arange(20), torch.arange(17))
+    yield sample("empty-batch", 0, torch.arange(4), torch.arange(3))
+    x, weight, bias, mask = sample("", 4, torch.arange(6), torch.arange(5)).args
+    yield Sample("no-bias", (x, weight, None, mask))
+    yield Sample("strided", (randn(5, 4).t(), randn(5, 6).t(), randn(12)[::2], mask))
+    yield Sample("degrees", (x, weight, bias, mask.out_degrees, mask.in_degrees), {"strict": True})
+    yield Sample("mixed-dtypes", (x, weight.to(torch.bfloat16), bias.float(), mask))
 
 
 def _output(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -289,7 +321,7 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if reference_differentiates(grad):
             dx, dweight, dbias = _differentiate(grad, x, weight, bias, *ctx.mask)
         else:
             dx, dweight, dbias = _backward(grad, x, weight, bias, *ctx.mask, *needs[:3])
@@ -384,5 +416,7 @@ def masked_linear(
 
 def _panels_run(x: torch.Tensor) -> bool:
     """Whether plain torch code computes in panels: nobody traces or transforms it, who would rather see one product."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return not (transformed or torch.compiler.is_compiling())
+    return not (transformed() or torch.compiler.is_compiling())
+
+
+register(Op("masked_linear", masked_linear, reference, _samples, (_forward, _backward), per_sample=1))

@@ -21,12 +21,13 @@ Rows and codes are moved and scaled alike beforehand where that makes their norm
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 from .. import _backend
-from .._registry import define
+from .._registry import Op, Sample, define, normal, register, transformed
 from ._checks import accumulation_dtype, check_floating, check_same_device, outside_autocast
 
 __all__ = ["METRICS", "nearest_code"]
@@ -109,6 +110,20 @@ def reference(x: torch.Tensor, codebook: torch.Tensor, *, metric: str = "euclide
     """The definition in plain torch: all distances in float64, some rows at a time."""
     index, sqdist = _reference(x.reshape(-1, x.shape[-1]), codebook, metric == "cosine")
     return index.view(x.shape[:-1]), sqdist.view(x.shape[:-1])
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    randn = normal(device, dtype)
+    for metric in METRICS:
+        kwargs = {"metric": metric}
+        yield Sample(f"rows-{metric}", (randn(9, 5), randn(7, 5)), kwargs)
+        yield Sample(f"images-{metric}", (randn(2, 3, 4, 8), randn(70, 8)), kwargs)
+    yield Sample("one-code", (randn(3, 2), randn(1, 2)))
+    yield Sample("many-codes", (randn(40, 33), randn(300, 33)))
+    yield Sample("empty-batch", (randn(0, 4), randn(3, 4)))
+    yield Sample("ties", (randn(4, 6).round(), randn(2, 6).round().repeat(3, 1)))
+    yield Sample("strided", (randn(4, 6).t(), randn(9, 8)[::2, ::2]))
+    yield Sample("mixed-dtypes", (randn(6, 5), randn(8, 5, dtype=torch.bfloat16)))
 
 
 # --- kernels ---
@@ -327,10 +342,13 @@ def nearest_code(
     """
     _check_inputs(x, codebook, metric)
     flat, codes, cosine = x.detach().reshape(-1, x.shape[-1]), codebook.detach(), metric == "cosine"
-    if not (x.is_cpu or x.is_cuda) or torch._C._are_functorch_transforms_active():
+    if not (x.is_cpu or x.is_cuda or x.is_meta) or transformed():
         index, sqdist = _reference(flat, codes, cosine)
         looked = index.new_tensor(0)
     else:
         index, sqdist, looked = _forward(flat, codes, cosine)
     index, sqdist = index.view(x.shape[:-1]), sqdist.view(x.shape[:-1])
     return (index, sqdist, looked) if return_stats else (index, sqdist)
+
+
+register(Op("nearest_code", nearest_code, reference, _samples, (_forward,), per_sample=1))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from .._registry import _observed
+from .._registry import observed
 
 __all__ = ["opaque"]
 
@@ -28,7 +28,7 @@ def opaque(*, fake: Callable[..., Any] | None = None, mutates: tuple[str, ...] =
 
         @functools.wraps(function)
         def call(x: torch.Tensor, *args: Any) -> Any:
-            return (op if _observed(x) else function)(x, *args)
+            return (op if observed((x, *args)) else function)(x, *args)
 
         return cast(Function, call)
 

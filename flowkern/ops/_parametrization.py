@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,10 @@ class ScaleMap:
     kind: str
     a: float = 0.0
     b: float = 0.0
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "text", f"{self.a!r} {self.b!r}")
         if self.kind not in _KINDS:
             raise ValueError(f"ScaleMap: unknown kind {self.kind!r}; expected one of {', '.join(_KINDS)}")
         if self.kind in ("tanh", "atan", "soft_clip") and not self.a > 0.0:
@@ -92,6 +94,18 @@ class ScaleMap:
     def code(self) -> int:
         """The map's number in the kernels."""
         return _KINDS.index(self.kind)
+
+    @property
+    def constants(self) -> tuple[float, float]:
+        """(a, b) for the kernels.
+
+        ``torch.compile(dynamic=True)`` takes the numbers of an object for variables, and fails where two ops of a graph share
+        one. Text is constant to it, and so are the numbers that it says.
+        """
+        if not torch.compiler.is_compiling():
+            return self.a, self.b
+        a, b = self.text.split()
+        return float(a), float(b)
 
     def __call__(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(s, log s) of raw outputs u, elementwise, differentiable any number of times."""

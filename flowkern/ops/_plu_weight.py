@@ -15,12 +15,13 @@ of log_diagonal      diagonal of L^T G, times that of U
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .. import _backend
-from .._registry import define, reference_runs
+from .._registry import Op, Sample, define, normal, reference_differentiates, reference_runs, register
 from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
 
 __all__ = ["compact_plu", "plu_weight"]
@@ -39,6 +40,22 @@ def reference(
     diagonal = sign.to(dtype) * log_diagonal.to(dtype).exp()
     product = (lower.to(dtype).tril(-1) + unit) @ (upper.to(dtype).triu(1) + diagonal.diag())
     return product.index_select(0, permutation)
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    randn = normal(device, dtype)
+
+    def factors(channels: int) -> tuple[torch.Tensor, ...]:
+        sign = torch.where(randn(channels) > 0, 1.0, -1.0).to(dtype)
+        return (*(randn(channels, channels) for _ in range(2)), 0.3 * randn(channels), sign, torch.randperm(channels).to(device))
+
+    for channels in (1, 2, 5, 37):
+        yield Sample(f"{channels}-channels", factors(channels))
+    yield Sample("no-channels", factors(0))
+    lower, upper, log_diagonal, sign, permutation = factors(6)
+    halves = log_diagonal.repeat_interleave(2)[::2], sign.repeat_interleave(2)[::2], permutation.repeat_interleave(2)[::2]
+    yield Sample("strided", (lower.t(), upper[:, ::2].repeat_interleave(2, 1), *halves))
+    yield Sample("mixed-dtypes", (lower, upper.to(torch.bfloat16), log_diagonal, sign.float(), permutation))
 
 
 def _output(lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -108,8 +125,8 @@ class _PLUWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return *(_differentiate if recorded else _backward)(grad, *ctx.saved_tensors), None, None
+        differentiated = _differentiate if reference_differentiates(grad) else _backward
+        return *differentiated(grad, *ctx.saved_tensors), None, None
 
 
 def plu_weight(
@@ -158,6 +175,9 @@ def plu_weight(
     return (_PLUWeight.apply if recording else _forward)(*factors)
 
 
+register(Op("plu_weight", plu_weight, reference, _samples, (_forward, _backward), per_sample=0))
+
+
 class _CompactPLU(torch.autograd.Function):
     """One node where autograd would have seven: views of the diagonal and sums of gradients take longer than the kernels."""
 
@@ -173,7 +193,7 @@ class _CompactPLU(torch.autograd.Function):
         lu, sign, permutation = ctx.saved_tensors
         if grad is None:
             return None if grad_sum is None else grad_sum * torch.eye(len(lu), dtype=lu.dtype, device=lu.device), None, None
-        differentiated = _differentiate if torch.is_grad_enabled() else _backward
+        differentiated = _differentiate if reference_differentiates(grad, grad_sum) else _backward
         dlower, dupper, dlog = differentiated(grad, lu, lu, lu.diagonal(), sign, permutation)
         dlu = dlower.add_(dupper)
         dlu.diagonal().add_(dlog if grad_sum is None else dlog + grad_sum)

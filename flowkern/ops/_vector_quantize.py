@@ -16,12 +16,15 @@ et al., "Restructuring Vector Quantization with the Rotation Trick" (2024), sect
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from .._registry import Op, Sample, normal, reference_differentiates, register, transformed
 from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
 from ._code_sums import code_sums
+from ._nearest_code import _forward as nearest_code_kernel
 from ._nearest_code import nearest_code
 
 __all__ = ["pass_gradient", "vector_quantize"]
@@ -81,8 +84,21 @@ def reference(
 ) -> Triple:
     """The definition in plain torch."""
     index, _ = nearest_code(x.detach(), codebook.detach())
-    quantized, commitment, codebook_term = _surrogate(x, codebook[index], rotation)
+    quantized, commitment, codebook_term = _surrogate(x, codebook.to(accumulation_dtype(x, codebook))[index], rotation)
     return quantized, index, _loss(commitment, codebook_term, beta, codebook_loss, x.numel())
+
+
+def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
+    randn = normal(device, dtype)
+    for rotation in (False, True):
+        kwargs = {"rotation": rotation}
+        suffix = "-rotation" if rotation else ""
+        yield Sample(f"rows{suffix}", (randn(9, 5), randn(7, 5)), kwargs)
+        yield Sample(f"images{suffix}", (randn(2, 3, 4, 8), randn(6, 8)), kwargs)
+        yield Sample(f"averaged{suffix}", (randn(6, 3), randn(4, 3)), {**kwargs, "codebook_loss": False, "beta": 1.0})
+    yield Sample("empty-batch", (randn(0, 4), randn(3, 4)))
+    yield Sample("strided", (randn(4, 6).t(), randn(9, 8)[::2, ::2]))
+    yield Sample("mixed-dtypes", (randn(6, 5), randn(8, 5, dtype=torch.bfloat16)))
 
 
 class _VectorQuantize(torch.autograd.Function):
@@ -110,7 +126,7 @@ class _VectorQuantize(torch.autograd.Function):
     ) -> Any:
         x, code, index, codebook = ctx.saved_tensors
         grads = grad, by_commitment, by_codebook
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if reference_differentiates(*grads):
             return *_differentiate(grads, x, code, index, codebook, ctx.rotation), None, None, None
         needs_x, needs_codebook = ctx.needs_input_grad[:2]
         dtype = accumulation_dtype(x, code)
@@ -139,9 +155,9 @@ def _differentiate(
     """The gradients of x and of the codebook by autograd of the reference, differentiable themselves."""
 
     def function(x: torch.Tensor, codebook: torch.Tensor | None = None) -> Triple:
-        return _surrogate(x, code if codebook is None else codebook[index], rotation)
+        return _surrogate(x, code if codebook is None else codebook.to(dtype)[index], rotation)
 
-    dtype = accumulation_dtype(x, code)
+    dtype = accumulation_dtype(x, code)  # in which the gradients of the rows of one code are summed too
     given = (grads[0], *(None if g is None else g.to(dtype) for g in grads[1:]))
     dx, *rest = differentiate(function, (x,) if codebook is None else (x, codebook), {}, given)
     return dx, rest[0] if rest else None
@@ -207,10 +223,13 @@ def vector_quantize(
         raise ValueError(
             f"x: expected shape (..., {codebook.shape[1]}), one value per column of the codebook, got {tuple(x.shape)}"
         )
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if transformed():
         return reference(x, codebook, beta=beta, codebook_loss=codebook_loss, rotation=rotation)
     rows = x.reshape(-1, x.shape[-1])
     index, sqdist = nearest_code(rows.detach(), codebook.detach())
     quantized, commitment, codebook_term = _VectorQuantize.apply(rows, codebook, index, sqdist, rotation)
     loss = _loss(commitment, codebook_term, beta, codebook_loss, rows.numel()).to(sqdist.dtype)
     return quantized.view(x.shape), index.view(x.shape[:-1]), loss
+
+
+register(Op("vector_quantize", vector_quantize, reference, _samples, (nearest_code_kernel,), per_sample=1))

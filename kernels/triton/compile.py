@@ -45,8 +45,6 @@ TARGETS = {
 }
 #: Bytes of shared memory that one program may have.
 _SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-#: Kernels of functions that are no op of the table: they return no log-determinant.
-HELPERS = ("dequantize", "discretized_logistic_mixture", "gaussian_kl", "masked_linear", "nearest_code", "plu_weight")
 _POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -208,10 +206,16 @@ def _run(job: _Job) -> list[tuple[str, Build]]:
     return builds
 
 
+def _compiled() -> list[str]:
+    """The ops that have Triton kernels of their own."""
+    kernels = {kernel.name: kernel for op in OPS.values() for kernel in op.kernels}
+    return [name for name in OPS if name in kernels and "triton" in kernels[name].implementations]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the number of builds with problems, at most 1."""
     parser = argparse.ArgumentParser(prog="python -m flowkern.kernels.compile", description="Compile the Triton kernels.")
-    parser.add_argument("ops", nargs="*", default=[*OPS, *HELPERS], help="the ops to compile, all by default")
+    parser.add_argument("ops", nargs="*", default=_compiled(), help="the ops to compile, all by default")
     parser.add_argument("--all", action="store_true", help="every configuration instead of a pairwise sample")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
