@@ -32,11 +32,14 @@ class Compose(Bijection):
             - ``"auto"``: as ``"reversible"``, until that turns out not to serve; then as ``"store"``.
         anchors: keep an exact state every so many bijections. None for four of them in all: fewer take less memory, more stop
             the error of the inverses earlier.
-        drift: the error of a rebuilt state, relative to its sample's size, above which a RuntimeWarning says which
-            bijections it comes from and how large it is, once; ``"auto"`` then computes these gradients from the exact
-            state and stores from there on. None for the square root of the epsilon of the coarsest dtype at work: 3e-4
-            for float32, 9e-2 for networks in bfloat16, whose own rounding is what their rebuilt inputs differ by.
-            Read at every anchor; on an accelerator in one backward of sixteen, because reading it waits for the device.
+        drift: the error of a rebuilt element, relative to its distance from the middle of its feature (an index of dimension 1)
+            or to the feature's spread over the batch, whichever is larger, above which a RuntimeWarning says which bijections
+            it comes from and how large it is, once; ``"auto"`` then computes these gradients from the exact state and stores
+            from there on. Errors of 32 roundings of the element itself are none. None for the square root of the epsilon of the
+            coarsest dtype at work: 3e-4 for float32, 9e-2 for networks in bfloat16, whose own rounding is what their
+            rebuilt inputs differ by. All elements are compared at every anchor; between anchors, those of a few samples in the
+            first run and in about one of sixteen. On an accelerator that is when the anchors are compared too, because reading
+            the drift waits for the device.
 
     What holds for reversible memory, in ``forward`` and in ``inverse`` alike:
 

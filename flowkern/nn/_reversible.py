@@ -2,9 +2,13 @@
 
 The chain is cut into segments, each one autograd Function that saves its input and its output alone. Its backward
 starts at the output and goes back bijection by bijection: ``Bijection.backward_step`` rebuilds the state before it and
-differentiates the one step between the two. The rebuilt input of the segment is compared with the saved one, so every segment's
-end is an exact anchor and the error of the inverses cannot pass it unseen. The inner states of a segment and the
-activations of its networks exist for one step at a time.
+differentiates the one step between the two. The inner states of a segment and the activations of its networks exist for one
+step at a time.
+
+Every segment's end is an exact anchor, and the errors of the inverses do not go beyond it. They are watched in two places.
+The rebuilt input of a segment is compared with the saved one, element by element. An inner state can have lost digits that the
+input has again: so now and then the forward keeps a few samples' values of each inner state, and the backward compares them
+with the rebuilt ones. An inner loss in other samples, or in a run that is not watched, is seen when its turn comes.
 
 Source: Gomez et al., "The Reversible Residual Network: Backpropagation Without Storing Activations" (2017), section 3; that
 inverses can explode: Behrmann et al., "Understanding and Mitigating Exploding Inverses in Invertible Neural Networks" (2021).
@@ -27,6 +31,7 @@ from torch.nn.parameter import is_lazy
 from ..ops._checks import accumulation_dtype
 from ._batch_norm import BatchNormFlow
 from ._bijection import Bijection, Pair, run
+from ._drift import drift, evenly, spot
 
 __all__ = ["MEMORY", "Keeper", "walk"]
 
@@ -35,8 +40,12 @@ MEMORY = ("store", "reversible", "auto")
 #: Segments of a chain where no ``anchors`` are given: few, for memory, and more than one, so that DDP can overlap.
 SEGMENTS = 4
 
-#: On an accelerator reading the drift waits for the device: it is read in one backward of so many.
-READ_EVERY = 16
+#: Inner states are watched in the first run and in about one of so many. On an accelerator so are the anchors, because reading
+#: the drift waits for the device.
+WATCH_EVERY = 16
+
+#: Roundings of an element, one after the other, that are no drift.
+ROUNDINGS = 32
 
 State = tuple[torch.Tensor, ...]
 Indexed = tuple[int, Bijection]
@@ -71,7 +80,7 @@ class Keeper:
         self.memory, self.anchors, self.drift = memory, anchors, drift
         self.stores = False  # "auto" has given up
         self._warned = False
-        self._reads: dict[tuple[int, bool], int] = {}
+        self._runs: dict[tuple[int, bool], int] = {}
 
     def run(
         self, chain: Sequence[Indexed], x: torch.Tensor, total: torch.Tensor, context: torch.Tensor | None, inverse: bool
@@ -91,20 +100,18 @@ class Keeper:
                 raise RuntimeError(f"Compose: memory='reversible' cannot serve here: {obstacle}; use memory='store' or 'auto'")
             return walk(bijections, x, context, inverse, total)
         length = self.anchors or -(-len(steps) // SEGMENTS)
+        key = id(bijections[0]), inverse
+        turn = self._runs[key] = self._runs.get(key, -1) + 1
         for start in range(0, len(steps), length):
-            segment = _Segment(steps[start : start + length], x.device, inverse)
+            segment = _Segment(steps[start : start + length], x.device, inverse, turn)
             x, total = _Reversible.apply(self, segment, x, total, context, *segment.parameters)
         return x, total
 
-    def reads(self, segment: _Segment) -> bool:
-        """Whether this backward of the segment compares the rebuilt state with the exact one."""
-        key = (id(segment.steps[0].bijection), segment.inverse)
-        count = self._reads[key] = self._reads.get(key, -1) + 1
-        return segment.device.type == "cpu" or count % READ_EVERY == 0
-
-    def bound(self, segment: _Segment, dtype: torch.dtype) -> float:
-        """The largest drift that passes, for a state of that dtype."""
-        return segment.epsilon(dtype) ** 0.5 if self.drift is None else self.drift
+    def bound(self, segment: _Segment, dtype: torch.dtype) -> tuple[float, float]:
+        """The largest drift that passes for a state of that dtype, and the relative error that is rounding alone."""
+        epsilon = segment.epsilon(dtype)
+        bound = epsilon**0.5 if self.drift is None else self.drift
+        return bound, min(bound, ROUNDINGS * epsilon)
 
     def report(self, segment: _Segment, problem: str) -> None:
         """Warn once that the segment's gradients are off, or that ``"auto"`` stores from now on."""
@@ -168,12 +175,14 @@ def _obstacle(steps: Sequence[_Step], inverse: bool) -> str | None:
 class _Segment:
     """Neighbouring steps of a chain, and the circumstances under which they were run."""
 
-    def __init__(self, steps: Sequence[_Step], device: torch.device, inverse: bool):
-        self.steps, self.device, self.inverse = steps, device, inverse
+    def __init__(self, steps: Sequence[_Step], device: torch.device, inverse: bool, turn: int = 0):
+        self.steps, self.device, self.inverse, self.turn = steps, device, inverse, turn
         self.parameters = list({id(p): p for step in steps for p in step.trained}.values())
         self.autocast = [_Autocast.now(kind) for kind in {device.type, "cpu"} if kind != "meta"]
         self.states: list[State] = []  # the random state before each step, and after the last
         self.versions: list[int] = []
+        self.watched = evenly(turn) * WATCH_EVERY < 1.0
+        self.spots: list[torch.Tensor] = []  # of the state before each step but the first, if they are watched
 
     def describe(self) -> str:
         first, last = (f"{step.index} ({type(step.bijection).__name__})" for step in (self.steps[0], self.steps[-1]))
@@ -199,13 +208,18 @@ class _Segment:
     def run(self, x: torch.Tensor, total: torch.Tensor, context: torch.Tensor | None) -> Pair:
         """Forward, without gradients, taking notes for the way back."""
         with self.as_it_was():
-            for step in self.steps:
+            for position, step in enumerate(self.steps):
                 self.remember()
+                if self.watched and position:
+                    self.spots.append(self.spot(x, position))
                 x, logabsdet = run(step.bijection, x, context, self.inverse)
                 total = total + logabsdet
         self.remember()
         self.versions = [_version(p) for step in self.steps for p in step.parameters]
         return x, total
+
+    def spot(self, x: torch.Tensor, position: int) -> torch.Tensor:
+        return spot(x, self.turn + position)
 
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
@@ -255,13 +269,16 @@ class _Replay:
         self.context = context
         self.collected: dict[int, torch.Tensor] = {}  # id of a parameter (or the context) -> its gradient
         self.position = 0
+        self.spots: list[torch.Tensor] = []  # of the rebuilt states, the last first
 
     def undo(self, y: torch.Tensor) -> torch.Tensor:
-        """From the output of the segment to its rebuilt input."""
+        """From the output of the segment to its rebuilt input, with the spots of the states between if they are watched."""
         for position in reversed(range(len(self.segment.steps))):
             self.position = position
             self.rewind()
             y = self._step.bijection.backward_step(y, self.context, self, self.segment.inverse)
+            if self.segment.watched and position:
+                self.spots.append(self.segment.spot(y, position))
         return y
 
     @property
@@ -350,11 +367,11 @@ class _Reversible(torch.autograd.Function):
 
 
 def _undo(keeper: Keeper, replay: _Replay, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Back to the segment's input, watching how far the rebuilt one is from the exact one."""
+    """Back to the segment's input, watching how far the rebuilt states are from the exact ones."""
     grad = replay.grad
     try:
         rebuilt = replay.undo(y)
-        problem = _drift(keeper, replay.segment, rebuilt, x) if keeper.reads(replay.segment) else None
+        problem = _drift(keeper, replay, rebuilt, x.detach())
     except NotImplementedError as error:
         if keeper.memory != "auto":
             raise
@@ -366,25 +383,17 @@ def _undo(keeper: Keeper, replay: _Replay, x: torch.Tensor, y: torch.Tensor) -> 
             replay.from_the_start(x)
 
 
-def _drift(keeper: Keeper, segment: _Segment, rebuilt: torch.Tensor, exact: torch.Tensor) -> str | None:
-    """What is wrong with the rebuilt state, if it is further from the exact one than the bound."""
-    if exact.numel() == 0 or exact.is_meta or not exact.is_floating_point():
+def _drift(keeper: Keeper, replay: _Replay, rebuilt: torch.Tensor, exact: torch.Tensor) -> str | None:
+    """What is wrong with the rebuilt states, if they are further from the exact ones than the bound."""
+    segment = replay.segment
+    if exact.is_meta or not exact.is_floating_point() or not (segment.watched or exact.is_cpu):
         return None
-    bound, drift = keeper.bound(segment, exact.dtype), float(_relative_error(rebuilt, exact.detach()))
-    if drift <= bound:
-        return None
-    return f"the rebuilt input is off by {drift:.1e} of its size, more than {bound:.1e}"
-
-
-def _relative_error(rebuilt: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """The largest over the samples of max|rebuilt - exact| / max|exact|; samples that are not finite do not count."""
-    samples = exact.shape[0]
-    error, size = (t.abs().reshape(samples, -1).amax(1) for t in (rebuilt - exact, exact))
-    counts = size.isfinite()
-    # A sample much smaller than the others is measured by them: its own digits are no matter.
-    floor = (1e-3 * size.where(counts, 0).amax()).clamp_min(torch.finfo(size.dtype).tiny)
-    drift = torch.where(counts, error / size.clamp_min(floor), 0)
-    return torch.where(drift.isnan(), torch.inf, drift).amax()
+    bound, kept = keeper.bound(segment, exact.dtype)
+    found, where = drift(rebuilt, exact, bound, kept), "the rebuilt input"
+    if found is None and replay.spots:
+        inner, exact = torch.cat(replay.spots, 1), torch.cat(segment.spots[::-1], 1)
+        found, where = drift(inner, exact, bound, kept), "a rebuilt state inside"
+    return None if found is None else f"{where} is off by {found:.1e} of its spread, more than {bound:.1e}"
 
 
 @dataclasses.dataclass(frozen=True)
