@@ -165,6 +165,7 @@ def test_rebuilt_from_its_configuration(tmp_path) -> None:
         (lambda: models.PixelCNN((1, 2, 2), dropout=1.0), "dropout"),
         (lambda: models.PixelCNN((1, 2, 2), kernel=4), "kernel: expected an odd number, got 4"),
         (lambda: models.PixelCNN((1, 2, 2), hidden=4).log_mass(torch.zeros(1, 1, 2, 3).long()), "x: expected shape"),
+        (lambda: models.PixelCNN((1, 2, 2), hidden=4).logits(torch.full((1, 1, 2, 2), -1)), "x: expected integers from 0 to 255"),
         (lambda: models.PixelCNN((1, 2, 2), hidden=4).draw(2, torch.ones(2, 1)), "context: got shape"),
         (lambda: models.PixelCNN((1, 2, 2), hidden=4, condition=2).draw(2), "condition: expected shape .*, got none"),
         (lambda: models.PixelCNN((1, 2, 2), hidden=4).draw(2, temperature=0.0), "temperature"),

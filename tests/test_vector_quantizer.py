@@ -412,3 +412,24 @@ def test_bad_input_is_named() -> None:
         made.decode(torch.ones(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"index: expected shape \(..., 2\) or fewer levels, got \(3, 5\)"):
         nn.ResidualVectorQuantizer(4, 8, 2).decode(torch.ones(3, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x: expected device cpu \(that of the codebook\), got meta"):
+        nn.VectorQuantizer(4, 8)(torch.randn(3, 4, device="meta"))
+
+
+QUANTIZERS = [nn.VectorQuantizer(4, 8), nn.VectorQuantizer(4, 8, heads=2), nn.ResidualVectorQuantizer(4, 8, 2)]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=["one", "heads", "residual"])
+def test_indices_that_are_no_codes_are_named(quantizer: Any) -> None:
+    for function in (quantizer.decode, *([quantizer.usage] if hasattr(quantizer, "usage") else [])):
+        index = torch.tensor([[0, 7], [3, 1]])
+        function(index)
+        function(index[:0])
+        for wrong in (-1, 8):
+            index[1, 0] = wrong
+            with pytest.raises(
+                ValueError, match=rf"index: expected codes from 0 to under 8, got {min(wrong, 0)} to {max(wrong, 7)}"
+            ):
+                function(index)
+        with pytest.raises(ValueError, match=r"index: expected device cpu \(that of the codebook\), got meta"):
+            function(index.to("meta"))

@@ -154,6 +154,20 @@ def test_a_context_needs_a_prior() -> None:
         model.encode(images(2, (1, 4, 6)))
 
 
+@pytest.mark.parametrize("cls", MODELS)
+def test_values_that_are_no_codes_are_named(cls: Any) -> None:
+    model = built(cls, prior=PRIOR)
+    codes = model.encode(images(2))
+    for i in range(len(codes)):
+        for wrong in (-1, model.codes):
+            changed = [c.clone() for c in codes]
+            changed[i][0, 0, 0] = wrong
+            with pytest.raises(ValueError, match=rf"index: expected codes from 0 to under {model.codes}, got"):
+                model.decode(*changed)
+            with pytest.raises(ValueError, match=rf"x: expected integers from 0 to {model.codes - 1}"):
+                model.prior.log_mass(changed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
 

@@ -96,12 +96,15 @@ class PixelCNN(DiscreteModel):
 
         Raises ValueError for other shapes and values.
         """
-        self.check_values(v)
         logits = self.logits(v, context, condition).to(accumulation_dtype(self.place))
         return -F.cross_entropy(logits, v, reduction="none").flatten(1).sum(1)
 
     def logits(self, v: torch.Tensor, context: torch.Tensor | None = None, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """The logits of each value given those before it: v (B, C, H, W) -> (B, levels, C, H, W), in one pass."""
+        """The logits of each value given those before it: v (B, C, H, W) -> (B, levels, C, H, W), in one pass.
+
+        Raises ValueError for other shapes and values.
+        """
+        self.check_values(v)
         h = v_stack = self._shown(v)
         for layer, bias in zip(self.layers, self._biases(v.shape[0], context, condition), strict=True):
             v_stack, h = layer(v_stack, h, bias)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import distributed, nn
 
 from .. import ops
-from ..ops._checks import accumulation_dtype, check_floating
+from ..ops._checks import accumulation_dtype, check_codes, check_floating, check_same_device
 from ..ops._code_sums import magnitudes
 from ..ops._ema_update import update_averages_
 from ..ops._opaque import opaque
@@ -262,6 +262,7 @@ class VectorQuantizer(nn.Module):
         last = _channels_last(x, self.dim, self.channels_first)
         rows = self._rows(last)
         if self.training and not self.known:
+            check_same_device("x", x, self.codebook, of="the codebook")
             self._initialize(rows.detach())
         parts = [self._quantize(rows[:, i], codes) for i, codes in enumerate(self._codes())]
         if self.heads == 1:
@@ -286,9 +287,10 @@ class VectorQuantizer(nn.Module):
     def decode(self, index: torch.Tensor) -> torch.Tensor:
         """The codes of these indices: quantized of forward, in the dtype of the codebook.
 
-        Raises TypeError for an index that is not int64, and ValueError for one without a last dimension of heads.
+        Raises TypeError for an index that is not int64, and ValueError for one without a last dimension of heads, on another
+        device or, where the values can be seen at no cost (on a CPU), with values that are no codes.
         """
-        _check_index(index, self.heads if self.heads > 1 else None)
+        self._check_index(index)
         codebook = self._codes()
         if self.heads == 1:
             return self._as_given(codebook[0][index])
@@ -296,14 +298,22 @@ class VectorQuantizer(nn.Module):
         return self._as_given(torch.cat(parts, -1))
 
     def usage(self, index: torch.Tensor) -> CodeUsage:
-        """How evenly these indices use the codes, of this process: perplexity and share that is used, means over heads."""
-        _check_index(index, self.heads if self.heads > 1 else None)
+        """How evenly these indices use the codes, of this process: perplexity and share that is used, means over heads.
+
+        Raises as ``decode`` does.
+        """
+        self._check_index(index)
         flat = index.reshape(-1, self.heads)
         counts = torch.zeros(self.codes, self.heads, device=index.device, dtype=torch.float64)
         counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.float64))
         probability = counts / max(1, flat.shape[0])
         entropy = -torch.special.xlogy(probability, probability).sum(0)
         return CodeUsage(entropy.exp().mean().float(), (counts > 0).double().mean().float())
+
+    def _check_index(self, index: torch.Tensor) -> None:
+        check_codes("index", index, self.codes, self.codebook, of="the codebook")
+        if self.heads > 1 and (index.ndim < 1 or index.shape[-1] != self.heads):
+            raise ValueError(f"index: expected shape (..., {self.heads}), got {tuple(index.shape)}")
 
     def _rows(self, last: torch.Tensor) -> torch.Tensor:
         """(N, heads, d), of norm 1 where that is asked for."""
@@ -368,13 +378,6 @@ def _check_arguments(dim: int, codes: int, heads: int, decay: float | None, init
         raise ValueError("VectorQuantizer: revive_below needs the counts of moving averages; give a decay")
 
 
-def _check_index(index: torch.Tensor, last: int | None) -> None:
-    if not isinstance(index, torch.Tensor) or index.dtype is not torch.int64:
-        raise TypeError(f"index: expected an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
-    if last is not None and (index.ndim < 1 or index.shape[-1] != last):
-        raise ValueError(f"index: expected shape (..., {last}), got {tuple(index.shape)}")
-
-
 class ResidualVectorQuantizer(nn.Module):
     """A sum of codes, each level quantizing what the levels before it left: forward(x) -> (quantized, index, loss).
 
@@ -422,8 +425,12 @@ class ResidualVectorQuantizer(nn.Module):
         return self._as_given(quantized), torch.stack(indices, -1), torch.stack(losses).sum()
 
     def decode(self, index: torch.Tensor) -> torch.Tensor:
-        """The sums of the codes of these indices, (..., levels) or, for those of the first levels alone, fewer."""
-        _check_index(index, None)
+        """The sums of the codes of these indices, (..., levels) or, for those of the first levels alone, fewer.
+
+        Raises TypeError and ValueError as ``VectorQuantizer.decode`` does.
+        """
+        first: VectorQuantizer = self.levels[0]  # type: ignore[assignment]
+        check_codes("index", index, first.codes, first.codebook, of="the codebook")
         if index.ndim < 1 or not 1 <= index.shape[-1] <= len(self.levels):
             raise ValueError(f"index: expected shape (..., {len(self.levels)}) or fewer levels, got {tuple(index.shape)}")
         parts = [level.decode(i) for level, i in zip(self.levels, index.unbind(-1), strict=False)]  # type: ignore[operator]

@@ -12,6 +12,7 @@ from .._registry import observed, transformed
 
 __all__ = [
     "accumulation_dtype",
+    "check_codes",
     "check_floating",
     "check_same_device",
     "differentiate",
@@ -33,10 +34,24 @@ def check_floating(name: str, x: torch.Tensor) -> None:
         raise TypeError(f"{name}: expected a floating dtype (float64, float32, bfloat16 or float16), got {x.dtype}")
 
 
-def check_same_device(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
-    """Raises ValueError unless ``value`` lives where ``x`` does."""
+def check_same_device(name: str, value: torch.Tensor, x: torch.Tensor, of: str = "x") -> None:
+    """Raises ValueError unless ``value`` lives where ``x``, the argument called ``of``, does."""
     if value.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} (that of x), got {value.device}")
+        raise ValueError(f"{name}: expected device {x.device} (that of {of}), got {value.device}")
+
+
+def check_codes(name: str, index: torch.Tensor, codes: int, x: torch.Tensor, of: str = "x") -> None:
+    """Raises TypeError unless ``index`` is an int64 tensor, and ValueError unless it lives where ``x`` does.
+
+    Where the values can be read at no cost, also ValueError for one that is no code: from 0 to codes - 1.
+    """
+    if not isinstance(index, torch.Tensor) or index.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+    check_same_device(name, index, x, of)
+    if index.numel() and values_can_be_read(index):
+        lowest, highest = (int(v) for v in index.aminmax())
+        if lowest < 0 or highest >= codes:
+            raise ValueError(f"{name}: expected codes from 0 to under {codes}, got {lowest} to {highest}")
 
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_floating, check_same_device, values_can_be_read
+from ._checks import check_codes, check_floating, check_same_device
 from ._code_sums import CodeSums, Reduce, alone
 
 __all__ = ["ema_update", "update_averages_"]
@@ -73,13 +73,12 @@ def ema_update(x: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, sums:
     Source: van den Oord et al., "Neural Discrete Representation Learning" (2017), appendix A.1.
     """
     check_floating("x", x)
-    if not isinstance(index, torch.Tensor) or index.dtype is not torch.int64:
-        raise TypeError(f"index: expected an int64 tensor, got {getattr(index, 'dtype', type(index).__name__)}")
     for name, value in (("counts", counts), ("sums", sums)):
         check_floating(name, value)
         check_same_device(name, value, x)
         if value.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: expected float32 or float64, got {value.dtype}")
+    check_codes("index", index, len(counts) if counts.ndim else 0, x)
     if x.ndim < 1 or index.shape != x.shape[:-1]:
         raise ValueError(f"index: expected shape {tuple(x.shape[:-1])}, one code per row of x, got {tuple(index.shape)}")
     expected = (len(counts), x.shape[-1]) if counts.ndim == 1 else None
@@ -89,10 +88,6 @@ def ema_update(x: torch.Tensor, index: torch.Tensor, counts: torch.Tensor, sums:
         )
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay: expected a number from 0 to 1, got {decay}")
-    if index.numel() and values_can_be_read(index):
-        lowest, highest = (int(v) for v in index.aminmax())
-        if lowest < 0 or highest >= len(counts):
-            raise ValueError(f"index: expected codes from 0 to under {len(counts)}, got {lowest} to {highest}")
     counts, sums = counts.clone(), sums.clone()
     update_averages_(x.reshape(-1, x.shape[-1]), index.reshape(-1), None, counts, sums, decay)
     return counts, sums
