@@ -287,6 +287,11 @@ def test_bad_input_is_named() -> None:
         ((x, weight, bias[:3], mask), ValueError, r"bias: expected shape \(4,\) for these degrees, got \(3,\)"),
         ((x, weight.to("meta"), bias, mask), ValueError, "weight: expected device cpu .* got meta"),
         ((x, weight, bias, out), TypeError, "in_degrees: expected an integer tensor, got NoneType"),
+        (
+            (x, weight, bias, out, into.to("meta")),
+            ValueError,
+            r"in_degrees: expected device cpu \(that of out_degrees\), got meta",
+        ),
         ((x, weight, bias, out.float(), into), TypeError, "out_degrees: expected an integer tensor, got torch.float32"),
         ((x, weight, bias, out, into[None]), ValueError, r"in_degrees: expected one degree per unit.* got shape \(1, 3\)"),
         ((x, weight, bias, mask, into), ValueError, "in_degrees, strict: expected neither beside a DegreeMask"),

@@ -344,6 +344,6 @@ def _check(z: torch.Tensor, parameters: Tensors, networks: Networks, contexts: S
 
 def _check_tensor(name: str, value: torch.Tensor, shape: tuple[int, ...], z: torch.Tensor) -> None:
     check_floating(name, value)
-    check_same_device(name, value, z)
+    check_same_device(name, value, z, of="z")
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")

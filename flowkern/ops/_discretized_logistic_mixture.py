@@ -328,6 +328,7 @@ def sample_discretized_logistic_mixture(
     for what, u, shape in zip(("components", "levels"), drawn_noise, shapes, strict=True):
         if u.shape != shape:
             raise ValueError(f"noise: expected shape {tuple(shape)} for the {what}, got {tuple(u.shape)}")
+        check_same_device("noise", u, params, of="params")
     inside = torch.finfo(torch.float32).eps / 4  # torch.rand may return 0
     of_component, of_level = (u.to(logits).clamp(inside, 1.0 - inside) for u in drawn_noise)
     chosen = (logits - temperature * torch.log(-torch.log(of_component))).argmax(1, keepdim=True).unsqueeze(1)

@@ -166,7 +166,7 @@ def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Se
     """
     check_floating("mean", mean)
     check_floating("log_scale", log_scale)
-    check_same_device("log_scale", log_scale, mean)
+    check_same_device("log_scale", log_scale, mean, of="mean")
     if mean.ndim < 2:
         raise ValueError(f"mean: expected (B, ...) of at least two dimensions, got shape {tuple(mean.shape)}")
     if log_scale.shape != mean.shape:

@@ -40,7 +40,7 @@ def _checked_degrees(name: str, degrees: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"{name}: expected an integer tensor, got {getattr(degrees, 'dtype', type(degrees).__name__)}")
     if degrees.ndim != 1:
         raise ValueError(f"{name}: expected one degree per unit, shape (N,), got shape {tuple(degrees.shape)}")
-    return degrees.detach().cpu().to(torch.int64)
+    return degrees
 
 
 def _panels(reach: list[int]) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ class DegreeMask(nn.Module):
         rows, columns: int32, the outputs and the inputs sorted by degree; None where they come sorted.
         unmasked, share: how many weights are not masked, and which share of all.
 
-    Raises TypeError for degrees that are not integer tensors and ValueError for those that are not 1-D.
+    Raises TypeError for degrees that are not integer tensors and ValueError for those that are not 1-D or not on one device.
     """
 
     out_degrees: torch.Tensor
@@ -77,8 +77,9 @@ class DegreeMask(nn.Module):
 
     def __init__(self, out_degrees: torch.Tensor, in_degrees: torch.Tensor, *, strict: bool = False):
         super().__init__()
-        home = out_degrees.device if isinstance(out_degrees, torch.Tensor) else None
-        out_degrees, in_degrees = _checked_degrees("out_degrees", out_degrees), _checked_degrees("in_degrees", in_degrees)
+        home = _checked_degrees("out_degrees", out_degrees).device
+        check_same_device("in_degrees", _checked_degrees("in_degrees", in_degrees), out_degrees, of="out_degrees")
+        out_degrees, in_degrees = (degrees.detach().cpu().to(torch.int64) for degrees in (out_degrees, in_degrees))
         from_low, columns = in_degrees.sort(stable=True)
         to_high, rows = out_degrees.sort(stable=True)
         reach = torch.searchsorted(from_low, to_high, right=not strict)

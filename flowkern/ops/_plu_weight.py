@@ -162,7 +162,7 @@ def plu_weight(
     for name, value in (("upper", upper), ("log_diagonal", log_diagonal), ("sign", sign), ("permutation", permutation)):
         if value is not permutation:
             check_floating(name, value)
-        check_same_device(name, value, lower)
+        check_same_device(name, value, lower, of="lower")
         expected = (channels, channels) if name == "upper" else (channels,)
         if value.shape != expected:
             raise ValueError(
