@@ -157,12 +157,53 @@ void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
-// The channel numbers of a mask, from each channel's rank among the transformed ones (-1 = kept).
+// The kernels go where tables say that come as tensors, and so hold whatever their owner wrote: they are looked at first.
+[[noreturn]] void refuse(const char* name, const std::string& expected, int64_t got) {
+  throw py::value_error(std::string(name) + ": expected " + expected + ", got " + std::to_string(got));
+}
+
+// Raises ValueError unless there are `count` numbers, one after the other in memory, from 0 to `end` - 1.
+const int32_t* check_table(const char* name, const Tensor& t, int64_t count, int64_t end) {
+  if (t.dims != 1 || t.dtype != Dtype::int32) throw py::value_error(std::string(name) + ": expected one dimension of int32");
+  if (t.size[0] != count) refuse(name, std::to_string(count) + " numbers", t.size[0]);
+  if (count > 1 && t.stride[0] != 1) refuse(name, "stride 1", t.stride[0]);
+  const int32_t* numbers = reinterpret_cast<const int32_t*>(t.data);
+  bool outside = false;
+  for (int64_t i = 0; i < count; ++i) outside |= (numbers[i] < 0) | (numbers[i] >= end);
+  for (int64_t i = 0; outside; ++i)
+    if (numbers[i] < 0 || numbers[i] >= end) refuse(name, "numbers from 0 to " + std::to_string(end - 1), numbers[i]);
+  return numbers;
+}
+
+// Raises ValueError for tables that no degrees have, as the top of flowkern/ops/_masked_linear.py defines them. `first`, `rows`
+// and `columns` may be absent.
+void check_degrees(const Tensor& x, const Tensor& weight, const Tensor& reach, const Tensor& first, const Tensor& rows,
+                   const Tensor& columns) {
+  const int64_t outputs = weight.size[0], inputs = weight.size[1];
+  if (x.size[1] != inputs) refuse("x", std::to_string(inputs) + " columns, as weight has", x.size[1]);
+  const int32_t* ends = check_table("reach", reach, outputs, inputs + 1);
+  bool falls = false;
+  for (int64_t r = 1; r < outputs; ++r) falls |= ends[r] < ends[r - 1];
+  if (falls) throw py::value_error("reach: expected numbers that never fall, as those of sorted outputs");
+  if (rows.data) check_table("rows", rows, outputs, outputs);
+  if (columns.data) check_table("columns", columns, inputs, inputs);
+  if (!first.data) return;
+  const int32_t* begins = check_table("first", first, inputs, outputs + 1);
+  for (int64_t c = 0; c < inputs; ++c) {
+    const int64_t r = begins[c];
+    if ((r > 0 && ends[r - 1] > c) || (r < outputs && ends[r] <= c)) refuse("first", "the first row of reach that sees a column", r);
+  }
+}
+
+// The channel numbers of a mask, from each channel's rank among the transformed ones (-1 = kept). `per_channel`: the numbers
+// in params for each transformed element; ValueError for a rank that needs others than there are.
 struct MaskIndex {
   std::vector<int32_t> moved, kept;
 
-  MaskIndex(const Tensor& rank, Coupling& c) {
+  MaskIndex(const Tensor& rank, Coupling& c, const Tensor& params, int64_t per_channel) {
     if (!rank.data) return;
+    if (rank.dims != 1 || rank.dtype != Dtype::int32) throw py::value_error("rank: expected one dimension of int32");
+    if (rank.size[0] != c.channels) refuse("rank", std::to_string(c.channels) + " channels", rank.size[0]);
     for (int64_t i = 0; i < rank.size[0]; ++i) {
       const int32_t r = reinterpret_cast<const int32_t*>(rank.data)[i * rank.stride[0]];
       (r < 0 ? kept : moved).push_back(int32_t(i));
@@ -170,6 +211,10 @@ struct MaskIndex {
     c.moved = moved.data();
     c.kept = kept.data();
     c.moved_count = int64_t(moved.size());
+    int64_t given = 1;
+    for (int i = 0; i < params.dims; ++i) given *= params.size[i];
+    if (given != per_channel * c.batch * c.moved_count * c.height * c.width)
+      refuse("rank", "as many transformed channels as there are parameters for", c.moved_count);
   }
 };
 
@@ -197,7 +242,7 @@ Affine affine(const Tensor& x, int split, int scale, double a, double b, int lay
 void affine_coupling_forward(const Tensor& x, const Tensor& params, const Tensor& y, const Tensor& logabsdet, const Tensor& rank,
                              int split, int scale, double a, double b, int layout, bool shift_first, bool inverse, int threads) {
   Affine c = affine(x, split, scale, a, b, layout, shift_first, inverse, threads);
-  const MaskIndex mask(rank, c);
+  const MaskIndex mask(rank, c, params, 2);
   std::vector<double> partial(size_t(in_use->affine_coupling_partials(c)));
   py::gil_scoped_release release;
   advise_huge_pages(y);
@@ -208,7 +253,7 @@ void affine_coupling_backward(const Tensor& grad, const Tensor& grad_logabsdet, 
                               const Tensor& dx, const Tensor& dparams, const Tensor& rank, int split, int scale, double a, double b,
                               int layout, bool shift_first, bool inverse, int threads) {
   Affine c = affine(x, split, scale, a, b, layout, shift_first, inverse, threads);
-  const MaskIndex mask(rank, c);
+  const MaskIndex mask(rank, c, params, 2);
   py::gil_scoped_release release;
   advise_huge_pages(dx);
   advise_huge_pages(dparams);
@@ -219,25 +264,26 @@ void additive_coupling_forward(const Tensor& x, const Tensor& shift, const Tenso
                                int threads) {
   Coupling c;
   describe(c, x, split, inverse, threads);
-  const MaskIndex mask(rank, c);
+  const MaskIndex mask(rank, c, shift, 1);
   py::gil_scoped_release release;
   advise_huge_pages(y);
   in_use->additive_coupling_forward(c, x, shift, y);
 }
 
-// Raises ValueError unless the permutation names rows: the kernels go where it says.
-void check_permutation(const Tensor& permutation) {
-  for (int64_t i = 0; i < permutation.size[0]; ++i) {
+// Raises ValueError unless the permutation names a row of the matrix for each of its rows.
+void check_permutation(const Tensor& permutation, int64_t count) {
+  if (permutation.dims != 1 || permutation.dtype != Dtype::int64)
+    throw py::value_error("permutation: expected one dimension of int64");
+  if (permutation.size[0] != count) refuse("permutation", std::to_string(count) + " rows", permutation.size[0]);
+  for (int64_t i = 0; i < count; ++i) {
     const int64_t row = reinterpret_cast<const int64_t*>(permutation.data)[i * permutation.stride[0]];
-    if (row < 0 || row >= permutation.size[0])
-      throw py::value_error("permutation: expected row numbers under " + std::to_string(permutation.size[0]) + ", got " +
-                            std::to_string(row));
+    if (row < 0 || row >= count) refuse("permutation", "row numbers under " + std::to_string(count), row);
   }
 }
 
 void plu_weight_forward(const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal, const Tensor& sign,
                         const Tensor& permutation, const Tensor& weight, int threads) {
-  check_permutation(permutation);
+  check_permutation(permutation, lower.size[0]);
   py::gil_scoped_release release;
   in_use->plu_weight_forward(lower, upper, log_diagonal, sign, permutation, weight, threads);
 }
@@ -245,7 +291,7 @@ void plu_weight_forward(const Tensor& lower, const Tensor& upper, const Tensor& 
 void plu_weight_backward(const Tensor& grad, const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal,
                          const Tensor& sign, const Tensor& permutation, const Tensor& dlower, const Tensor& dupper,
                          const Tensor& dlog_diagonal, int threads) {
-  check_permutation(permutation);
+  check_permutation(permutation, lower.size[0]);
   py::gil_scoped_release release;
   in_use->plu_weight_backward(grad, lower, upper, log_diagonal, sign, permutation, dlower, dupper, dlog_diagonal, threads);
 }
@@ -269,6 +315,7 @@ void invertible_linear_backward(const Tensor& grad, const Tensor& grad_logabsdet
 
 void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach, const Tensor& rows,
                            const Tensor& columns, const Tensor& y, int threads) {
+  check_degrees(x, weight, reach, Tensor(), rows, columns);
   py::gil_scoped_release release;
   advise_huge_pages(y);
   in_use->masked_linear_forward(x, weight, bias, reach, rows, columns, y, threads);
@@ -277,6 +324,7 @@ void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& 
 void masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach,
                             const Tensor& first, const Tensor& rows, const Tensor& columns, const Tensor& dx, const Tensor& dweight,
                             const Tensor& dbias, int threads) {
+  check_degrees(x, weight, reach, first, rows, columns);
   py::gil_scoped_release release;
   advise_huge_pages(dx);
   advise_huge_pages(dweight);
