@@ -90,7 +90,7 @@ def locate(n, m_n, C, H, W, kept, p_rank, SPLIT: tl.constexpr, CHANNELS_LAST: tl
     else:
         tl.static_assert(SPLIT == "mask")
         rank = tl.load(p_rank + c, mask=m_n, other=-1)
-        m_moved = rank >= 0
+        m_moved = (rank >= 0) & (rank < C - kept)  # whatever the table holds, it is a place among the parameters
     return c, h, w, m_n & m_moved, rank
 
 
@@ -217,7 +217,7 @@ def plan(
     """
     name = SPLITS[split] if split < len(SPLITS) else "mask"
     samples, channels, height, width = (*shape, 1, 1)[:4]
-    elements, kept = channels * height * width, channels - channels // 2
+    elements, kept = channels * height * width, channels - (moved if name == "mask" else channels // 2)
     _, by_channel, by_line, by_column = (list(axis) for axis in zip(*(s[:4] for s in (*whole, *parts)), strict=True))
 
     pixels = _joined(by_line, by_column, [height] * len(by_line), width)

@@ -26,8 +26,16 @@ STREAMING = False
 
 @triton.jit
 def unit(p_index, i, n):
-    # Where sorted unit i lies, as an offset that may be multiplied by any stride.
-    return (i if p_index is None else tl.load(p_index + i, mask=i < n, other=0)).to(tl.int64)
+    # Where sorted unit i lies, as an offset that may be multiplied by any stride. Whatever the table holds, it is a unit.
+    if p_index is not None:
+        i = tl.minimum(tl.maximum(tl.load(p_index + i, mask=i < n, other=0), 0), n - 1)
+    return i.to(tl.int64)
+
+
+@triton.jit
+def ends(p_reach, r, mask, N_IN):
+    # How many inputs the sorted outputs see: not more than there are, whatever the table holds.
+    return tl.minimum(tl.load(p_reach + r, mask=mask, other=0), N_IN)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -41,8 +49,8 @@ def forward_kernel(
     b = (tl.program_id(0) // n_blocks).to(tl.int64) * BATCH + tl.arange(0, BATCH)
     r = i_block * BLOCK + tl.arange(0, BLOCK)
     m_b, m_r = b < B, r < N_OUT
-    reach = tl.load(p_reach + r, mask=m_r, other=0)
-    furthest = tl.load(p_reach + tl.minimum(i_block * BLOCK + BLOCK, N_OUT) - 1)
+    reach = ends(p_reach, r, m_r, N_IN)
+    furthest = tl.minimum(tl.load(p_reach + tl.minimum(i_block * BLOCK + BLOCK, N_OUT) - 1), N_IN)
     o = unit(p_rows, r, N_OUT)
     total = tl.zeros((BATCH, BLOCK), ACC)
     for k in range(0, furthest, INNER):
@@ -71,10 +79,10 @@ def input_kernel(
     m_b, m_c = b < B, c < N_IN
     i = unit(p_columns, c, N_IN)
     total = tl.zeros((BATCH, BLOCK), ACC)
-    for k in range(tl.load(p_first + i_block * BLOCK), N_OUT, INNER):
+    for k in range(tl.maximum(tl.load(p_first + i_block * BLOCK), 0), N_OUT, INNER):
         r = k + tl.arange(0, INNER)
         m_r = r < N_OUT
-        reach = tl.load(p_reach + r, mask=m_r, other=0)
+        reach = ends(p_reach, r, m_r, N_IN)
         o = unit(p_rows, r, N_OUT)
         b_g = tl.load(p_grad + b[:, None] * g_b + o[None, :] * g_o, mask=m_b[:, None] & m_r[None, :], other=0.0).to(DOT)
         p_w = p_weight + o[:, None] * w_o + i[None, :] * w_i

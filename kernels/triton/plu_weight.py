@@ -47,6 +47,7 @@ def forward_kernel(
     i = tl.program_id(0) // n_blocks * BLOCK + tl.arange(0, BLOCK)
     j = (tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
     row = tl.load(p_permutation + i * s_permutation, mask=i < C, other=0).to(tl.int32)[:, None]
+    row = tl.minimum(tl.maximum(row, 0), C - 1)  # a row of L, whatever the permutation holds
     i = i[:, None]
     total = tl.zeros((BLOCK, BLOCK), ACC)
     for k in range(0, C, INNER):
