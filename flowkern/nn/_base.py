@@ -137,29 +137,55 @@ class Mixture(Base):
         return f"shape={self.shape}, components={len(self.logits)}"
 
 
-def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """``value`` with ``function`` applied, in place, to the tensors inside distributions, transforms and lists of them."""
+def _map_tensors(value: Any, function: Callable[[str, torch.Tensor], torch.Tensor | None], path: str = "") -> Any:
+    """``value`` with ``function`` applied, in place, to the tensors inside distributions, transforms and lists of them.
+
+    The function is told where each tensor is; where it gives None, the attribute goes.
+    """
     if isinstance(value, torch.Tensor):
-        return function(value)
+        return function(path, value)
     if isinstance(value, list):
-        return [_map_tensors(v, function) for v in value]
+        return [_map_tensors(v, function, f"{path}.{i}") for i, v in enumerate(value)]
     if isinstance(value, Distribution | Transform):
-        for name, entry in vars(value).items():
-            vars(value)[name] = _map_tensors(entry, function)
+        for name, entry in [*vars(value).items()]:
+            vars(value)[name] = mapped = _map_tensors(entry, function, f"{path}.{name}")
+            if mapped is None and entry is not None:
+                del vars(value)[name]
     return value
 
 
 class _Wrapped(Base):
-    """A ``torch.distributions.Distribution`` as a base. Its tensors move with ``.to()``, but are constants, not parameters."""
+    """A ``torch.distributions.Distribution`` as a base. Its tensors move with ``.to()``, but are constants, not parameters.
+
+    They are in no state_dict: wherever they go they are made of those that were given, and never hold what lay there. Raises
+    ValueError where these hold no values (on meta) and are to go elsewhere.
+    """
 
     def __init__(self, distribution: Distribution):
         super().__init__(distribution.batch_shape + distribution.event_shape)
         dims = len(distribution.batch_shape)
         self.distribution: Distribution = Independent(distribution, dims) if dims else distribution
+        self._given: dict[str, torch.Tensor] = {}
+        _map_tensors(self.distribution, self._note)
+
+    def _note(self, path: str, t: torch.Tensor) -> torch.Tensor:
+        self._given[path] = t.detach().clone()
+        return t
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Wrapped:
         super()._apply(fn, recurse)
-        _map_tensors(self.distribution, fn)
+
+        def move(path: str, t: torch.Tensor) -> torch.Tensor | None:
+            moved, source = fn(t), self._given.get(path)
+            if moved is t or moved.is_meta:
+                return moved
+            if source is None:
+                return None  # torch computes it from the others when it is asked for
+            if source.is_meta:
+                raise ValueError("base: expected a distribution of tensors that hold values, got one on meta; make it on the CPU")
+            return source.to(moved.device, moved.dtype)
+
+        _map_tensors(self.distribution, move)
         return self
 
     def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
