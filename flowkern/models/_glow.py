@@ -10,7 +10,7 @@ import torch
 
 from .. import nn, ops
 from ..nn._bijection import Bijection, Pair
-from ..ops._checks import check_floating
+from ..ops._checks import check_floating, has_values, host_tensor
 from ..ops._split import FeatureMask, kept_channels, moved_channels
 from ._model import FlowModel, preprocessing
 
@@ -161,7 +161,8 @@ class Glow(FlowModel):
             raise ValueError(
                 f"labels: expected integers of shape (B,) for {self.classes} classes, got {context.dtype} {tuple(context.shape)}"
             )
-        if not torch.compiler.is_compiling() and len(wrong := context[(context < 0) | (context >= self.classes)]):
+        readable = has_values(context) and not torch.compiler.is_compiling()
+        if readable and len(wrong := context[(context < 0) | (context >= self.classes)]):
             raise ValueError(
                 f"labels: expected 0 to {self.classes - 1}, got {wrong[0].item()} ({len(wrong)} of {len(context)} are no classes)"
             )
@@ -177,7 +178,7 @@ class Glow(FlowModel):
     @torch.no_grad()
     def _initialize_from(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
         waiting = [layer for layer in self._actnorms if not layer.is_initialized()]
-        if not waiting:
+        if not waiting or not has_values(x):
             return
         before = [{key: value.clone() for key, value in layer.state_dict().items()} for layer in waiting]
         try:
@@ -251,6 +252,6 @@ class _LastGaussian(torch.nn.Module):
 
 def _gaussian(channels: int, context: int | None, last: bool) -> Bijection:
     """eps = (z - mu) / sigma on the channels that leave: all of them after the last level."""
-    split = FeatureMask(torch.ones(channels, dtype=torch.bool)) if last else "channel"
+    split = FeatureMask(host_tensor("split", [True] * channels)) if last else "channel"
     net = _LastGaussian(channels, context) if last else _Gaussian(channels)
     return nn.AffineCoupling(net, split=split, scale=_DEVIATION, shift_first=True)

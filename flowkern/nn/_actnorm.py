@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from ..ops._checks import accumulation_dtype, check_floating
+from ..ops._checks import accumulation_dtype, check_floating, has_values
 from ._bijection import Bijection, Pair
 
 __all__ = ["ActNorm"]
@@ -52,7 +52,7 @@ class ActNorm(Bijection):
 
     def is_initialized(self) -> bool:
         """Whether the statistics were taken. It reads the flag from the device, until that is True."""
-        self.known = self.known or bool(self.initialized)
+        self.known = self.known or (has_values(self.initialized) and bool(self.initialized))
         return self.known
 
     def prepare(self, x: torch.Tensor) -> None:
@@ -64,7 +64,7 @@ class ActNorm(Bijection):
     @torch._disable_dynamo
     @torch.no_grad()
     def _initialize(self, x: torch.Tensor) -> None:
-        if self.is_initialized():
+        if not has_values(x) or self.is_initialized():
             return
         batch, mean, variance = _statistics(x)
         if batch < 2:

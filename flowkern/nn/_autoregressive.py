@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..ops._checks import accumulation_dtype
+from ..ops._checks import accumulation_dtype, has_values
 from ._bijection import Bijection, Pair
 from ._conditioner import _check_context
-from ._made import MADE, Degrees
+from ._made import MADE, Degrees, degrees_of
 from ._permutation import Permutation
 
 __all__ = ["Chains", "InverseAutoregressive", "MaskedAutoregressive"]
@@ -54,8 +54,7 @@ class _Autoregressive(Bijection):
         if len(masks) != len(self._masks) or any(a is not b for a, b in zip(masks, self._masks, strict=True)):
             self._masks = masks
             made, options = self.made, {"scale": self.scale, "gated": self.gated, "layout": "pair_scale_shift"}
-            degrees = tuple(made.in_degrees.tolist()), tuple(tuple(h.tolist()) for h in made.hidden_degrees)
-            self._network = ops.AutoregressiveNetwork(*degrees, made.activation, made.residual, **options)  # type: ignore[arg-type]
+            self._network = ops.AutoregressiveNetwork(*degrees_of(masks), made.activation, made.residual, **options)  # type: ignore[arg-type]
         return self._network
 
     @property
@@ -232,25 +231,27 @@ class Chains:
     """
 
     def __init__(self) -> None:
-        self._known: dict[bool, tuple[list[Any], list[Bijection]]] = {}
+        self._known: dict[bool, tuple[list[Any], list[torch.Tensor], list[Bijection]]] = {}
 
     def joined(self, bijections: Sequence[Bijection], inverse: bool) -> Sequence[Bijection]:
         """``bijections`` in the order of ``Compose.forward``, each such run as one if ``inverse`` is its slow direction."""
         slow = MaskedAutoregressive if inverse else InverseAutoregressive
         if torch.compiler.is_compiling() or sum(type(b) is slow for b in bijections) < 2:
             return bijections
-        key = [(id(b), _order_of(b)) for b in bijections]
+        orders = [b.order for b in bijections if isinstance(b, Permutation)]
+        if not all(map(has_values, orders)):
+            return bijections
+        key = [*map(id, bijections), *map(_version, orders)]
         known = self._known.get(inverse)
         if known is None or known[0] != key:
-            known = self._known[inverse] = key, _joined(bijections, slow)
-        return known[1]
+            # The orders are kept, so that no other tensor can have their place in memory.
+            known = self._known[inverse] = key, orders, _joined(bijections, slow)
+        return known[2]
 
 
-def _order_of(bijection: nn.Module) -> Any:
-    """What tells whether a permutation is another one than before: its values, or where reading them waits, their version."""
-    if not isinstance(bijection, Permutation):
-        return None
-    return bijection.order.tolist() if bijection.order.is_cpu else bijection.order._version
+def _version(order: torch.Tensor) -> Any:
+    """What tells whether an order is another one than before: its values, or where reading them waits, its own version."""
+    return order.tolist() if order.is_cpu else (id(order), order._version)
 
 
 def _joined(bijections: Sequence[Bijection], slow: type[_Autoregressive]) -> list[Bijection]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ __all__ = ["AdditiveCoupling", "AffineCoupling"]
 _SIGMOID = ops.ScaleMap.sigmoid()
 
 
+def _beside(conditioner: nn.Module, split: Split) -> Split:
+    """The split, its tensors where the conditioner's are: a mask is made on the host, the layer on the default device."""
+    if isinstance(split, str):
+        return split
+    device = next((p.device for p in conditioner.parameters()), split.rank.device)
+    return split if device == split.rank.device else copy.deepcopy(split).to(device)
+
+
 class _Coupling(Bijection):
     split: Split  # a FeatureMask becomes a submodule, so that it moves with .to()
 
@@ -26,7 +35,7 @@ class _Coupling(Bijection):
         if not isinstance(split, FeatureMask) and split not in SPLITS:
             raise ValueError(f"split: unknown {split!r}; expected a FeatureMask or one of {', '.join(map(repr, SPLITS))}")
         self.conditioner = conditioner
-        self.split = split
+        self.split = _beside(conditioner, split)
 
     def condition(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """The conditioner's output for the elements that the split keeps; the same for x and for its transform."""

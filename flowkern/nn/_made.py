@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -12,7 +13,7 @@ from torch import nn
 from .. import ops
 from ..ops import _autoregressive_sweep
 from ..ops._autoregressive_network import plans
-from ..ops._checks import accumulation_dtype
+from ..ops._checks import accumulation_dtype, host_tensor, on_host
 from ._conditioner import ACTIVATIONS, _check_context, _named_activation
 from ._masked_linear import MaskedLinear
 
@@ -20,6 +21,8 @@ __all__ = ["MADE"]
 
 #: A rule for the degrees of all hidden units, or the degrees themselves, one tensor for each hidden layer.
 Degrees = str | Sequence[torch.Tensor]
+#: (degrees of what a masked layer sees, of its own units, whether it sees lower ones alone).
+Seen = tuple[torch.Tensor, torch.Tensor, bool]
 DEGREES = ("sorted", "cyclic", "random")
 
 
@@ -46,7 +49,7 @@ def _hidden_degrees(
     """Those of every masked layer but the last. Units of degree 0 show the context, and nothing else, to the first feature."""
     widths = _widths(hidden, residual)
     if not isinstance(rule, str):
-        degrees = [torch.as_tensor(d).detach().cpu() for d in rule]
+        degrees = [host_tensor("degrees", d) for d in rule]
         if [d.shape for d in degrees] != [(w,) for w in widths] or any(d.is_floating_point() for d in degrees):
             raise ValueError(
                 f"degrees: expected integer tensors of lengths {widths}, got shapes {[tuple(d.shape) for d in degrees]}"
@@ -73,9 +76,10 @@ def _widths(hidden: Sequence[int], residual: bool) -> list[int]:
 
 def _order(order: str | torch.Tensor, features: int, generator: torch.Generator) -> torch.Tensor:
     if isinstance(order, torch.Tensor):
-        if order.shape != (features,) or not torch.equal(order.cpu().sort()[0], torch.arange(features)):
+        order = host_tensor("order", order)
+        if order.shape != (features,) or not torch.equal(order.sort()[0], torch.arange(features)):
             raise ValueError(f"order: expected each of 0..{features - 1} once, shape ({features},), got {order}")
-        return order.detach().cpu().long()
+        return order.long()
     if order not in ("sequential", "random"):
         raise ValueError(f"order: unknown name {order!r}; expected 'sequential', 'random' or a tensor")
     return torch.randperm(features, generator=generator) if order == "random" else torch.arange(features)
@@ -107,6 +111,11 @@ def _check_degrees(features: int, hidden: Sequence[torch.Tensor], residual: bool
         feeds = degrees <= highest
         _refuse(i, blind[i] & ~feeds, degrees, "sees nothing and feeds nothing")
         highest = max((float(d) for d in degrees[feeds]), default=-math.inf)
+
+
+def degrees_of(masks: Sequence[ops.DegreeMask]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """(those of the features, those of each hidden layer) of a MADE with these masks."""
+    return masks[0].degrees[1], tuple(mask.degrees[0] for mask in masks[:-1])
 
 
 class MADE(nn.Module):
@@ -168,18 +177,19 @@ class MADE(nn.Module):
         self.features, self.params_per_feature = features, params_per_feature
         self.hidden, self.residual, self.context = tuple(hidden), residual, context
         self.activation = _named_activation(activation)
-        generator = torch.Generator().manual_seed(seed)
-        masks = self._masks(_order(order, features, generator), degrees, generator)
-        self.layers = nn.ModuleList(MaskedLinear(mask.in_degrees, mask.out_degrees, strict=mask.strict) for mask in masks)
+        seen = self._degrees(order, degrees, torch.Generator().manual_seed(seed))
+        self.layers = nn.ModuleList(MaskedLinear(into, out, strict=strict) for into, out, strict in seen)
         self.context_layer = None if context is None else nn.Linear(context, hidden[0], bias=False)
 
-    def _masks(self, order: torch.Tensor, degrees: Degrees, generator: torch.Generator) -> list[ops.DegreeMask]:
-        hidden = _hidden_degrees(degrees, self.hidden, self.features, self.residual, self.context is not None, generator)
-        _check_degrees(self.features, hidden, self.residual)
-        all_degrees = [order + 1, *hidden]
-        masks = [ops.DegreeMask(out, into) for into, out in zip(all_degrees[:-1], hidden, strict=True)]
-        out = (order + 1).repeat_interleave(self.params_per_feature)
-        return [*masks, ops.DegreeMask(out, all_degrees[-1], strict=True)]
+    def _degrees(self, order: str | torch.Tensor, degrees: Degrees, generator: torch.Generator) -> list[Seen]:
+        """Those of each masked layer, on the CPU."""
+        with on_host():
+            order = _order(order, self.features, generator)
+            hidden = _hidden_degrees(degrees, self.hidden, self.features, self.residual, self.context is not None, generator)
+            _check_degrees(self.features, hidden, self.residual)
+            before = [order + 1, *hidden]
+            out = (order + 1).repeat_interleave(self.params_per_feature)
+        return [*((into, of, False) for into, of in itertools.pairwise(before)), (before[-1], out, True)]
 
     def masks(self) -> list[ops.DegreeMask]:
         """The masks of ``layers``."""
@@ -192,8 +202,9 @@ class MADE(nn.Module):
 
     def resample_masks(self, generator: torch.Generator) -> None:
         """Draw another order of the features and other degrees of the hidden units, as Germain et al. do in section 4."""
-        masks = self._masks(_order("random", self.features, generator), "random", generator)
-        self.use_masks([mask.to(next(self.parameters()).device) for mask in masks])
+        device = next(self.parameters()).device
+        seen = self._degrees("random", "random", generator)
+        self.use_masks([ops.DegreeMask(out, into, strict=strict).to(device) for into, out, strict in seen])
 
     @torch.no_grad()
     def sort_units(self) -> None:
@@ -224,9 +235,11 @@ class MADE(nn.Module):
 
     def levels(self) -> list[torch.Tensor]:
         """The features in the order in which they can be computed one after the other; those of one level all at once."""
-        last = self.masks()[-1].in_degrees.cpu().sort()[0]
-        seen = torch.searchsorted(last, self.in_degrees.cpu())
-        return [(seen == n).nonzero().flatten() for n in seen.unique()]
+        masks = self.masks()
+        with on_host():
+            last = torch.tensor(masks[-1].degrees[1]).sort()[0]
+            seen = torch.searchsorted(last, torch.tensor(masks[0].degrees[1]))
+            return [(seen == n).nonzero().flatten() for n in seen.unique()]
 
     @property
     def depth(self) -> int:
@@ -273,8 +286,7 @@ class MADE(nn.Module):
 
     def description(self) -> ops.AutoregressiveNetwork:
         """Its degrees and kind, for what orders the units; the scale and the layout of a flow are not among them."""
-        hidden = tuple(tuple(h.tolist()) for h in self.hidden_degrees)
-        return ops.AutoregressiveNetwork(tuple(self.in_degrees.tolist()), hidden, self.activation, self.residual)
+        return ops.AutoregressiveNetwork(*degrees_of(self.masks()), self.activation, self.residual)
 
     def _hidden(self, x: torch.Tensor, context: torch.Tensor | None, layers: Sequence[nn.Module]) -> torch.Tensor:
         act = ACTIVATIONS[self.activation]

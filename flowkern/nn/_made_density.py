@@ -60,7 +60,7 @@ class MADEDensity(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if len(self.mask_sets) > 1:
-            destination[f"{prefix}steps"] = torch.tensor(self.steps)
+            destination[f"{prefix}steps"] = torch.tensor(self.steps, device="cpu")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A number, not a buffer: it is read at each step, and a GPU would be waited for. Older states are without.
@@ -112,7 +112,7 @@ class MADEDensity(nn.Module):
             raise ValueError(f"temperature: expected more than 0, got {temperature}")
         context = _rows(context, n)
         x = next(self.network.parameters()).new_zeros((n, self.network.features))
-        which = torch.randint(len(self.mask_sets), (n,)).to(x.device)
+        which = torch.randint(len(self.mask_sets), (n,), device="cpu").to(x.device)
         for i, masks in enumerate(self.mask_sets):
             mine = (which == i).nonzero().flatten()
             self.network.use_masks([*masks.children()])

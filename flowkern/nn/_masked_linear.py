@@ -22,8 +22,9 @@ class MaskedLinear(nn.Module):
         bias: whether there is a b.
         strict: > instead of >=, for the last layer of a MADE.
 
-    Raises TypeError for degrees that are not integer tensors and ValueError for those that are not 1-D, and for an input
-    of a wrong shape. Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (2015), section 3.
+    Raises TypeError for degrees that are not integer tensors and ValueError for those that are not 1-D or hold no values, and
+    for an input of a wrong shape.
+    Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (2015), section 3.
     """
 
     def __init__(self, in_degrees: torch.Tensor, out_degrees: torch.Tensor, *, bias: bool = True, strict: bool = False):
@@ -33,6 +34,7 @@ class MaskedLinear(nn.Module):
         bound = max(1, shape[1]) ** -0.5
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound)) if bias else None
+        self.mask.to(self.weight.device)  # the default one, whatever that of the degrees
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.masked_linear(x, self.weight, self.bias, self.mask)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..ops._checks import accumulation_dtype
+from ..ops._checks import accumulation_dtype, has_values, host_tensor, on_host
 from ._bijection import Bijection, Pair
 
 __all__ = ["Permutation"]
@@ -15,18 +15,23 @@ __all__ = ["Permutation"]
 class Permutation(Bijection):
     """z[:, i] = x[:, order[i]] over the channels of images (B, C, H, W) or the features of vectors (B, D); logabsdet = 0.
 
-    The order is part of the state_dict. Raises ValueError if ``order`` is not a permutation of 0..n-1, and for an
-    input that has not n channels.
+    The order is part of the state_dict; one that holds no values (on meta) is to come from there. Raises ValueError if
+    ``order`` is not a permutation of 0..n-1, and for an input that has not n channels.
     """
 
     order: torch.Tensor  # (n,) int64
 
     def __init__(self, order: torch.Tensor | Sequence[int]):
         super().__init__()
-        order = torch.as_tensor(order).detach().clone()
-        if order.ndim != 1 or order.is_floating_point() or order.tolist() == [] or sorted(order.tolist()) != [*range(len(order))]:
-            raise ValueError(f"Permutation: order must hold each of 0..n-1 once, got {order.tolist()}")
-        self.register_buffer("order", order.long())
+        if isinstance(order, torch.Tensor) and not has_values(order):
+            self.register_buffer("order", order.detach().clone().long())
+            return
+        device = order.device if isinstance(order, torch.Tensor) else None
+        given = host_tensor("order", order)
+        numbers = given.tolist()
+        if given.ndim != 1 or given.is_floating_point() or numbers == [] or sorted(numbers) != [*range(len(numbers))]:
+            raise ValueError(f"Permutation: order must hold each of 0..n-1 once, got {numbers}")
+        self.register_buffer("order", torch.tensor(numbers, dtype=torch.int64, device=device))
 
     @classmethod
     def reverse(cls, n: int) -> Permutation:
@@ -36,7 +41,9 @@ class Permutation(Bijection):
     @classmethod
     def random(cls, n: int, seed: int) -> Permutation:
         """The permutation that ``seed`` gives; the global random state is left alone."""
-        return cls(torch.randperm(n, generator=torch.Generator().manual_seed(seed)))
+        with on_host():
+            numbers = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+        return cls(numbers)
 
     def _check(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim < 2 or x.shape[1] != len(self.order):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from ..ops._checks import accumulation_dtype
+from ..ops._checks import accumulation_dtype, has_values, host_tensor, on_host
 from ._bijection import Bijection, Pair
 
 __all__ = ["Logit", "Rescale", "Scaling"]
@@ -56,11 +56,25 @@ def _log_size(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return per_element.sum().expand(x.shape[0])
 
 
+def _constant(name: str, value: float | torch.Tensor, nonzero: bool = False) -> torch.Tensor:
+    """``value`` in the default dtype, as a tensor of its own; one that holds no values (on meta) is to be loaded."""
+    dtype = torch.get_default_dtype()
+    if isinstance(value, torch.Tensor) and not has_values(value):
+        return value.detach().to(dtype, copy=True)
+    given = host_tensor(name, value)
+    with on_host():
+        given = given.to(dtype)
+        if nonzero and not bool((given.isfinite() & (given != 0)).all()):
+            raise ValueError(f"Rescale: {name} must be finite and not zero, got {value}")
+        numbers = given.tolist()
+    return torch.tensor(numbers, dtype=dtype, device=value.device if isinstance(value, torch.Tensor) else None)
+
+
 class Rescale(Bijection):
     """z = scale * x + shift with constants: numbers, or tensors that broadcast to a sample.
 
     logabsdet = sum of log|scale| over a sample's elements, in nats. Any shape (B, ...).
-    Raises ValueError for a scale that is zero or not finite.
+    Both are part of the state_dict. Raises ValueError for a scale that is zero or not finite.
     """
 
     scale: torch.Tensor
@@ -68,10 +82,8 @@ class Rescale(Bijection):
 
     def __init__(self, scale: float | torch.Tensor, shift: float | torch.Tensor = 0.0):
         super().__init__()
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.get_default_dtype()))
-        self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.get_default_dtype()))
-        if not bool((self.scale.isfinite() & (self.scale != 0)).all()):
-            raise ValueError(f"Rescale: scale must be finite and not zero, got {scale}")
+        self.register_buffer("scale", _constant("scale", scale, nonzero=True))
+        self.register_buffer("shift", _constant("shift", shift))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         return (x * self.scale + self.shift).to(x.dtype), _log_size(self.scale, x)

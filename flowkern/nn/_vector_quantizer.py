@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import distributed, nn
 
 from .. import ops
-from ..ops._checks import accumulation_dtype, check_codes, check_floating, check_same_device
+from ..ops._checks import accumulation_dtype, check_codes, check_floating, check_same_device, has_values
 from ..ops._code_sums import magnitudes
 from ..ops._ema_update import update_averages_
 from ..ops._opaque import opaque
@@ -112,7 +112,7 @@ def _initialize_codes(
     if number == 0:
         raise ValueError("VectorQuantizer: the k-means initialization needs at least one row, over all processes")
     heads, codes, _ = codebook.shape
-    drawn = torch.randperm(number, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    drawn = torch.randperm(number, generator=torch.Generator().manual_seed(0), device="cpu").to(rows.device)
     drawn = drawn[torch.arange(codes, device=rows.device) % number] * heads
     numbers = drawn + torch.arange(heads, device=rows.device)[:, None]
     centres = _rows_of_all(rows.flatten(0, 1), numbers, start * heads, codebook)
@@ -261,7 +261,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> Triple:
         last = _channels_last(x, self.dim, self.channels_first)
         rows = self._rows(last)
-        if self.training and not self.known:
+        if self.training and not self.known and not rows.is_meta:
             check_same_device("x", x, self.codebook, of="the codebook")
             self._initialize(rows.detach())
         parts = [self._quantize(rows[:, i], codes) for i, codes in enumerate(self._codes())]
@@ -333,7 +333,7 @@ class VectorQuantizer(nn.Module):
         if self.decay is not None:
             averages = self.counts, self.sums
         _initialize_codes(rows, self.codebook.detach(), *averages, self.initialized, self.cosine)
-        self.known = True
+        self.known = has_values(rows)
 
     def _shaped(self, index: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         return index.view(last.shape[:-1] if self.heads == 1 else (*last.shape[:-1], self.heads))

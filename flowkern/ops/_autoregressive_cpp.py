@@ -11,7 +11,7 @@ import torch
 from .. import _backend
 from ._autoregressive_network import ACTIVATIONS, Plan, plans
 from ._autoregressive_sweep import Parameters, parameters_of
-from ._checks import accumulation_dtype
+from ._checks import accumulation_dtype, on_host
 
 __all__ = ["backward", "forward"]
 
@@ -95,7 +95,7 @@ def _table(text: str) -> torch.Tensor:
     numbers += plan.source
     for panel in plan.panels:
         numbers += [panel.begin, panel.end, *panel.known]
-    return torch.tensor(numbers, dtype=torch.int32)
+    return _numbers(numbers)
 
 
 class _Mask(NamedTuple):
@@ -114,10 +114,16 @@ def _masks(text: str) -> list[_Mask]:
     rows = [*orders[1:-1], [row for i in orders[-1] for row in (raw[i], shift[i])]]
     reaches = [*(layer.prefix for layer in plan.layers[1:-1]), [n for n in plan.layers[-1].prefix for _ in range(2)]]
     return [
-        _Mask(torch.tensor(reach, dtype=torch.int32), _unless_sorted(own), _unless_sorted(columns))
+        _Mask(_numbers(reach), _unless_sorted(own), _unless_sorted(columns))
         for reach, own, columns in zip(reaches, rows, orders, strict=False)
     ]
 
 
 def _unless_sorted(order: list[int]) -> torch.Tensor | None:
-    return None if order == [*range(len(order))] else torch.tensor(order, dtype=torch.int32)
+    return None if order == [*range(len(order))] else _numbers(order)
+
+
+def _numbers(values: list[int]) -> torch.Tensor:
+    """As the extension reads them; not on a default device, for they are kept."""
+    with on_host():
+        return torch.tensor(values, dtype=torch.int32)

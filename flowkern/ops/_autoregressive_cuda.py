@@ -16,7 +16,7 @@ import torch
 from .. import _backend
 from ._autoregressive_network import ACTIVATIONS, Plan, plans
 from ._autoregressive_sweep import parameters_of
-from ._checks import accumulation_dtype, empty_as
+from ._checks import accumulation_dtype, empty_as, on_host
 
 __all__ = ["forward"]
 
@@ -118,6 +118,7 @@ def _tile(
 
 
 @functools.lru_cache(maxsize=64)
+@on_host()
 def _program(text: str, contexts: tuple[bool, ...], device: torch.device) -> _Program:
     found = plans(text)
     weights, biases, terms, tables, units, staged = [], [], [], [], [], [0]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._registry import observed, transformed
 
@@ -18,6 +21,9 @@ __all__ = [
     "differentiate",
     "empty_as",
     "flatten_batch",
+    "has_values",
+    "host_tensor",
+    "on_host",
     "outside_autocast",
 ]
 
@@ -94,6 +100,30 @@ def outside_autocast(reference: Reference) -> Reference:
             return reference(x, *args, **kwargs)
 
     return cast(Reference, run)
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """Tensors made inside hold values and are on the CPU, whatever the default device and the fake tensor mode around it."""
+    with _disable_current_modes(), torch.device("cpu"):
+        yield
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Whether x holds values on some device: a tensor on meta does not, and a fake one neither."""
+    return not x.is_meta and not isinstance(x, FakeTensor)
+
+
+def host_tensor(name: str, values: Any) -> torch.Tensor:
+    """``values`` (a tensor, or numbers) as a tensor on the CPU, for what is made from them while a layer is built.
+
+    Raises ValueError for a tensor that holds no values.
+    """
+    if isinstance(values, torch.Tensor) and not has_values(values):
+        kind = "one on meta" if values.is_meta else "a fake one"
+        raise ValueError(f"{name}: expected a tensor that holds values, got {kind}; they are read here, make it on the CPU")
+    with on_host():
+        return torch.as_tensor(values).detach().cpu()
 
 
 def values_can_be_read(x: torch.Tensor) -> bool:

@@ -14,16 +14,16 @@ of b           sum g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .. import _backend
 from .._registry import Op, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
-from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
+from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, host_tensor, on_host, outside_autocast
+from ._tables import Tables
 
 __all__ = ["DegreeMask", "masked_linear"]
 
@@ -35,12 +35,11 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _PANEL_ROWS, _MOST_PANELS, _PANELS_FROM = 128, 8, 1024 * 512
 
 
-def _checked_degrees(name: str, degrees: torch.Tensor) -> torch.Tensor:
+def _check_degrees(name: str, degrees: torch.Tensor) -> None:
     if not isinstance(degrees, torch.Tensor) or degrees.is_floating_point() or degrees.is_complex():
         raise TypeError(f"{name}: expected an integer tensor, got {getattr(degrees, 'dtype', type(degrees).__name__)}")
     if degrees.ndim != 1:
         raise ValueError(f"{name}: expected one degree per unit, shape (N,), got shape {tuple(degrees.shape)}")
-    return degrees
 
 
 def _panels(reach: list[int]) -> tuple[int, ...]:
@@ -52,11 +51,11 @@ def _panels(reach: list[int]) -> tuple[int, ...]:
     return tuple(n for start, end in zip(starts, ends, strict=True) for n in (end, reach[start], reach[end - 1]))
 
 
-class DegreeMask(nn.Module):
+class DegreeMask(Tables):
     """The mask M[o, i] = out_degrees[o] >= in_degrees[i] (``strict``: >) of a masked linear layer, prepared once on the host.
 
-    A module, so that its index tensors move with ``.to()`` together with the layer that holds it; they are rebuilt from
-    the degrees and are not part of a state_dict. Any integers are degrees.
+    A module, so that its index tensors move with ``.to()`` together with the layer that holds it. They are made from
+    the degrees wherever it goes, and are not part of a state_dict. Any integers are degrees.
 
     Attributes:
         out_degrees, in_degrees: (O,), (I,) int64.
@@ -65,7 +64,8 @@ class DegreeMask(nn.Module):
         rows, columns: int32, the outputs and the inputs sorted by degree; None where they come sorted.
         unmasked, share: how many weights are not masked, and which share of all.
 
-    Raises TypeError for degrees that are not integer tensors and ValueError for those that are not 1-D or not on one device.
+    Raises TypeError for degrees that are not integer tensors and ValueError for those that are not 1-D, not on one device, or
+    hold no values.
     """
 
     out_degrees: torch.Tensor
@@ -77,38 +77,40 @@ class DegreeMask(nn.Module):
 
     def __init__(self, out_degrees: torch.Tensor, in_degrees: torch.Tensor, *, strict: bool = False):
         super().__init__()
-        home = _checked_degrees("out_degrees", out_degrees).device
-        check_same_device("in_degrees", _checked_degrees("in_degrees", in_degrees), out_degrees, of="out_degrees")
-        out_degrees, in_degrees = (degrees.detach().cpu().to(torch.int64) for degrees in (out_degrees, in_degrees))
-        from_low, columns = in_degrees.sort(stable=True)
-        to_high, rows = out_degrees.sort(stable=True)
-        reach = torch.searchsorted(from_low, to_high, right=not strict)
-        numbers = torch.arange(len(in_degrees))
-        tensors = {
-            "out_degrees": out_degrees,
-            "in_degrees": in_degrees,
-            "reach": reach.int(),
-            "first": torch.searchsorted(reach, numbers, right=True).int(),
-            "rows": None if torch.equal(to_high, out_degrees) else rows.int(),
-            "columns": None if torch.equal(from_low, in_degrees) else columns.int(),
-        }
-        for name, value in tensors.items():
-            self.register_buffer(name, None if value is None else value.to(home), persistent=False)
+        _check_degrees("out_degrees", out_degrees)
+        _check_degrees("in_degrees", in_degrees)
+        check_same_device("in_degrees", in_degrees, out_degrees, of="out_degrees")
+        out, into = host_tensor("out_degrees", out_degrees), host_tensor("in_degrees", in_degrees)
+        with on_host():
+            from_low, columns = into.sort(stable=True)
+            to_high, rows = out.sort(stable=True)
+            reach = torch.searchsorted(from_low, to_high, right=not strict)
+            first = torch.searchsorted(reach, torch.arange(len(into)), right=True)
+            tables = {
+                "out_degrees": out.long(),
+                "in_degrees": into.long(),
+                "reach": reach.int(),
+                "first": first.int(),
+                "rows": None if torch.equal(to_high, out) else rows.int(),
+                "columns": None if torch.equal(from_low, into) else columns.int(),
+            }
+            ends = reach.tolist()
         self.strict = strict
-        self.out_features, self.in_features = len(out_degrees), len(in_degrees)
-        self.unmasked = int(reach.sum())
-        self.sorted = tensors["rows"] is None and tensors["columns"] is None
-        self.panels = _panels(reach.tolist()) if self.sorted and len(out_degrees) * len(in_degrees) >= _PANELS_FROM else ()
-        self.indices = self._indices()
+        self.out_features, self.in_features = len(out), len(into)
+        self.unmasked = sum(ends)
+        self.sorted = tables["rows"] is None and tables["columns"] is None
+        self.panels = _panels(ends) if self.sorted and len(out) * len(into) >= _PANELS_FROM else ()
+        self.keep(out_degrees.device, **tables)
 
-    def _indices(self) -> tuple[Any, ...]:
-        """What the registered ops take of a mask; kept as a plain attribute, which is found ten times faster than a buffer."""
-        return self.reach, self.first, self.rows, self.columns, self.panels
+    def place(self, device: torch.device) -> None:
+        super().place(device)
+        # What the registered ops take of a mask: a plain attribute, which is found ten times faster than a buffer.
+        self.indices: tuple[Any, ...] = self.reach, self.first, self.rows, self.columns, self.panels
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DegreeMask:
-        super()._apply(fn, recurse)
-        self.indices = self._indices()
-        return self
+    @property
+    def degrees(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(out_degrees, in_degrees) as numbers: known without a look at any device."""
+        return self.numbers["out_degrees"][0], self.numbers["in_degrees"][0]  # type: ignore[index]
 
     @property
     def share(self) -> float:

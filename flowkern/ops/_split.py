@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+
+from ._checks import host_tensor, on_host
+from ._tables import Tables
 
 __all__ = [
     "SPLITS",
@@ -23,12 +25,12 @@ __all__ = [
 SPLITS = ("channel", "channel_swap", "checkerboard", "checkerboard_swap")
 
 
-class FeatureMask(nn.Module):
+class FeatureMask(Tables):
     """A split by a boolean mask over the channels (or features): True = transformed, False = kept.
 
-    A module, so that its index tensors move with ``.to()`` together with the layer that holds it; prepared once,
-    on the host. They are rebuilt from the mask and are not part of a state_dict. Raises TypeError for a mask that
-    is not boolean and ValueError for one that is not 1-D.
+    A module, so that its index tensors move with ``.to()`` together with the layer that holds it. They are made from the
+    mask wherever it goes, and are not part of a state_dict. Raises TypeError for a mask that is not boolean and ValueError
+    for one that is not 1-D, or holds no values.
     """
 
     rank: torch.Tensor  # (C,) int32: the place of a channel among the transformed ones, or -1 if it is kept
@@ -41,13 +43,12 @@ class FeatureMask(nn.Module):
             raise TypeError(f"FeatureMask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
         if mask.ndim != 1:
             raise ValueError(f"FeatureMask: expected a 1-D mask over the channels, got shape {tuple(mask.shape)}")
-        mask = mask.detach()
-        rank = torch.where(mask, mask.cumsum(0) - 1, -1).to(torch.int32)
-        self.register_buffer("rank", rank, persistent=False)
-        self.register_buffer("moved", mask.nonzero().flatten(), persistent=False)
-        self.register_buffer("kept", (~mask).nonzero().flatten(), persistent=False)
-        self.channels = mask.numel()
-        self.moved_count = int(mask.sum())
+        on = host_tensor("FeatureMask", mask)
+        with on_host():
+            rank = torch.where(on, on.cumsum(0) - 1, -1).to(torch.int32)
+            moved, kept = on.nonzero().flatten(), (~on).nonzero().flatten()
+        self.channels, self.moved_count = len(on), len(moved)
+        self.keep(mask.device, rank=rank, moved=moved, kept=kept)
 
     @classmethod
     def from_rank(cls, rank: torch.Tensor) -> FeatureMask:
