@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import distributed, nn
 
 from .. import ops
-from ..ops._checks import accumulation_dtype, check_codes, check_floating, check_same_device, has_values
+from ..ops._checks import accumulation_dtype, check_codes, check_floating, check_same_device
 from ..ops._code_sums import magnitudes
 from ..ops._ema_update import update_averages_
 from ..ops._opaque import opaque
@@ -333,7 +333,7 @@ class VectorQuantizer(nn.Module):
         if self.decay is not None:
             averages = self.counts, self.sums
         _initialize_codes(rows, self.codebook.detach(), *averages, self.initialized, self.cosine)
-        self.known = has_values(rows)
+        self.known = True
 
     def _shaped(self, index: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         return index.view(last.shape[:-1] if self.heads == 1 else (*last.shape[:-1], self.heads))

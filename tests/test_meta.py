@@ -1,0 +1,507 @@
+"""Models and layers built without memory (on meta, fake), given memory that holds anything (``to_empty``), and loaded.
+
+What is in no state_dict and indexes memory must be made anew: here such memory is poisoned, so that no test passes by luck.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import meta_fsdp
+import pytest
+import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from flowkern import _backend, models, nn, ops
+
+#: Smaller than the defaults, by the argument's name and the type of its default.
+SMALL: dict[str, Any] = {
+    "hidden": 8, "steps": 2, "layers": 2, "couplings": 2, "depth": 1, "blocks": 1, "latent": 4, "dim": 4, "codes": 5,
+    "components": 2, "flow_hidden": 8, "flow_layers": 2,
+}  # fmt: skip
+
+#: Settings with tensors of their own: (model, settings).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nice-random": ("nice", {"shape": 6, "hidden": 8, "permutation": "random", "context": 2}),
+    "glow-classes": ("glow", {"shape": (3, 8, 8), "steps": 2, "hidden": 8, "classes": 3, "preprocess": {"rescale": [2.0, -1.0]}}),
+    **{f"glow-{p}": ("glow", {"shape": (1, 4, 4), "steps": 2, "hidden": 8, "parametrization": p}) for p in nn.PARAMETRIZATIONS},
+    "maf-batch-norm": ("maf", {"shape": 5, "hidden": [8, 6], "permutation": "random", "batch_norm": True, "components": 3}),
+    "maf-residual": ("maf", {"shape": 5, "hidden": [8, 6], "layers": 2, "residual": True, "context": 2}),
+    "iaf-gated": ("iaf", {"shape": (1, 2, 3), "hidden": [8], "layers": 3, "gated": True, "permutation": "random"}),
+    "made-masks": ("made", {"shape": (1, 2, 3), "hidden": [8, 8], "masks": 3, "levels": 4, "context": 2}),
+    "pixelcnn-colours": ("pixelcnn", {"shape": (3, 4, 4), "hidden": 8, "layers": 2, "levels": 4, "context": 2}),
+    "dequantized-glow": ("dequantized", {"shape": (1, 4, 4), "levels": 4, "flow": "glow", "settings": {"steps": 2, "hidden": 8}}),
+    **{f"vae-prior-{p}": ("vae", {"shape": 6, "hidden": [8], "latent": 4, "prior": p, "components": 3, "flow_hidden": [8]})
+       for p in ("mixture", "vamp", "nice", "realnvp", "maf", "iaf")},
+    **{f"vae-posterior-{p}": ("vae", {"shape": 6, "hidden": [8], "latent": 4, "posterior": p, "flow_hidden": [8]})
+       for p in ("planar", "radial", "nice", "realnvp", "maf", "iaf")},
+    "vae-two-layers": ("vae", {"shape": (1, 4, 4), "hidden": [8], "latent": 4, "upper": 2, "levels": 4}),
+    "vae-conv": ("vae", {"shape": (1, 8, 8), "hidden": [8, 8], "latent": 4, "levels": 4, "network": "conv"}),
+    "vqvae-prior": ("vqvae", {"shape": (1, 8, 8), "levels": 4, "hidden": 8, "dim": 4, "codes": 5, "prior": {"layers": 2}}),
+    "vqvae2-loss": ("vqvae2", {"shape": (1, 16, 16), "levels": 4, "hidden": 8, "dim": 4, "codes": 5, "decay": None}),
+}  # fmt: skip
+
+
+def small(name: str) -> dict[str, Any]:
+    """Settings of any model of the registry: those of its signature, made small."""
+    cls = models.MODELS[name]
+    settings: dict[str, Any] = {"shape": (1, 8, 8), **cls.config_for(4)}
+    for argument, parameter in inspect.signature(cls.__init__).parameters.items():
+        if argument in SMALL:
+            several = isinstance(parameter.default, Sequence)
+            settings[argument] = (SMALL[argument],) * 2 if several else SMALL[argument]
+    return settings
+
+
+def presets() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+    for (name, preset), settings in models.PRESETS.items():
+        cls, shape, levels = models.MODELS[name], (1, 8, 8) if preset.startswith("digits") else (3, 8, 8), 17
+        yield f"{name}-{preset}", (name, {"shape": shape, **cls.config_for(levels), **settings})
+
+
+FAST: dict[str, tuple[str, dict[str, Any]]] = {name: (name, small(name)) for name in models.MODELS} | VARIANTS
+CASES = FAST | dict(presets())
+
+
+def inputs(model: models.Model, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x = torch.rand(batch, *model.shape)
+    return x, None if model.context is None else torch.randn(batch, model.context)
+
+
+def trained(case: str) -> models.Model:
+    """A model that is nothing like a new one, in evaluation mode: every tensor of its state is moved or learned."""
+    model = models.build(*CASES[case])
+    with torch.no_grad():
+        model.train().objective(*inputs(model, 8))
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def results(model: models.Model, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model.log_prob(x, context), model.sample(2, None if context is None else context[:2])
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    for a, e in zip(tensors_of(actual), tensors_of(expected), strict=True):
+        assert a.dtype is e.dtype
+        assert torch.equal(a, e)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for part in value for t in tensors_of(part)]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that ``to_empty`` gives holds NaN, and numbers that no index can be."""
+    empty_like = torch.empty_like
+
+    def poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        t = empty_like(*args, **kwargs)
+        if t.is_meta or t.dtype is torch.bool:
+            return t
+        return t.fill_(float("nan") if t.is_floating_point() else -(2**30))
+
+    monkeypatch.setattr(torch, "empty_like", poison)
+
+
+def emptied(module: torch.nn.Module) -> torch.nn.Module:
+    return module.to_empty(device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_model_gets_memory_and_is_loaded(case: str, poisoned: None) -> None:
+    twin = trained(case)
+    x, context = inputs(twin)
+    expected = results(twin, x, context)
+    assert all(t.isfinite().all() for t in expected)
+    with torch.device("meta"):
+        model = models.build(*CASES[case])
+        repr(model)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    for empty in (model, copy.deepcopy(twin).to("meta")):
+        emptied(empty).eval().load_state_dict(twin.state_dict())
+        assert_same(results(empty, x, context), expected)
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_model_of_fake_tensors(case: str) -> None:
+    twin = models.build(*CASES[case])
+    expected = twin.objective(*inputs(twin))
+    with FakeTensorMode():
+        model = models.build(*CASES[case])
+        assert all(isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers()))
+        x, context = inputs(model)
+        found = [model.train(training).objective(x, context) for training in (False, True)]
+        for actual in (*found, model.log_prob(x, context)):
+            assert isinstance(actual, FakeTensor)
+            assert (actual.shape, actual.dtype, actual.device) == (expected.shape, expected.dtype, expected.device)
+        found[1].sum().backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            assert p.grad is None or p.grad.shape == q.shape
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_model_called_on_meta(case: str) -> None:
+    with torch.device("meta"):
+        model = models.build(*CASES[case])
+        for training in (False, True):
+            objective = model.train(training).objective(*inputs(model))
+            assert objective.is_meta
+            assert objective.shape == (3,)
+
+
+def test_labels_of_fake_tensors() -> None:
+    with FakeTensorMode():
+        model = models.build(*CASES["glow-classes"])
+        assert model.log_prob(torch.rand(3, 3, 8, 8), torch.tensor([0, 1, 2]) + torch.zeros(3, dtype=torch.int64)).shape == (3,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+DEGREES = torch.tensor([1, 3, 2, 2]), torch.tensor([0, 2, 1, 1, 3])  # on the host, whatever the default device
+MANY = torch.arange(512), torch.arange(1024) // 2
+ORDER, FEATURES = torch.tensor([2, 0, 1, 3]), torch.tensor([True, False, True, True])
+
+
+def _coupling(cls: Any, outputs: int, split: Any = "channel", **kwargs: Any) -> torch.nn.Module:
+    return cls(nn.MLP(1 if isinstance(split, ops.FeatureMask) else 2, outputs, (5,), zero_init=False), split=split, **kwargs)
+
+
+def _vamp() -> nn.VAE:
+    """The prior's encoder and posterior belong to its VAE."""
+    encoder, posterior = nn.MLP(4, 4), nn.GaussianPosterior(2)
+    return nn.VAE(encoder, nn.MLP(2, 8), nn.Gaussian(), nn.VampPrior(encoder, posterior, torch.zeros(2, 4)), posterior)
+
+
+#: How to build each public module of flowkern.nn, and the shape of its input: more than one where tables differ.
+LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "ActNorm": (lambda: nn.ActNorm(4), (3, 4)),
+    "AdditiveCoupling": (lambda: _coupling(nn.AdditiveCoupling, 2), (3, 4)),
+    "AdditiveCoupling-mask": (lambda: _coupling(nn.AdditiveCoupling, 3, ops.FeatureMask(FEATURES)), (3, 4)),
+    "AffineCoupling": (lambda: _coupling(nn.AffineCoupling, 4), (3, 4)),
+    "AffineCoupling-mask": (lambda: _coupling(nn.AffineCoupling, 6, ops.FeatureMask(FEATURES)), (3, 4)),
+    "BatchNormFlow": (lambda: nn.BatchNormFlow(4), (3, 4)),
+    "Compose": (lambda: nn.Compose(nn.Permutation.reverse(4), nn.ActNorm(4)), (3, 4)),
+    "ConvDecoder": (lambda: nn.ConvDecoder(4, (1, 4, 4), 2, (5,)), (3, 4)),
+    "ConvEncoder": (lambda: nn.ConvEncoder((1, 4, 4), 2, (5,)), (3, 1, 4, 4)),
+    "ConvNet": (lambda: nn.ConvNet(2, 3, 5, zero_init=False), (3, 2, 4, 4)),
+    "DiagonalNormal": (lambda: nn.DiagonalNormal(4), (3, 4)),
+    "Flatten": (lambda: nn.Flatten((1, 2, 2)), (3, 1, 2, 2)),
+    "Flow": (lambda: nn.Flow(nn.Permutation.random(4, 0), nn.StandardNormal(4)), (3, 4)),
+    "FlowPosterior": (lambda: nn.FlowPosterior(2, nn.InverseAutoregressive(2, (5,))), (3, 4)),
+    "GatedMaskedConv": (lambda: nn.GatedMaskedConv(2), (3, 2, 4, 4)),
+    "GaussianPosterior": (lambda: nn.GaussianPosterior(2), (3, 4)),
+    "GlowStep": (lambda: nn.GlowStep(4, nn.ConvNet(2, 4, 5)), (3, 4, 2, 2)),
+    "HierarchicalPosterior": (lambda: nn.HierarchicalPosterior(2, 1, nn.MLP(2, 2, (5,))), (3, 4)),
+    "HierarchicalPrior": (lambda: nn.HierarchicalPrior(2, 2, nn.MLP(2, 4, (5,))), (3, 4)),
+    "InverseAutoregressive": (lambda: nn.InverseAutoregressive(4, (5, 6), order="random"), (3, 4)),
+    **{f"InvertibleLinear-{p}": (lambda p=p: nn.InvertibleLinear(4, p, bias=True), (3, 4)) for p in nn.PARAMETRIZATIONS},
+    "InvertibleConv1x1": (lambda: nn.InvertibleConv1x1(4), (3, 4, 2, 2)),
+    "Logit": (lambda: nn.Logit(), (3, 4)),
+    "MADE": (lambda: nn.MADE(4, (5, 6), degrees="random"), (3, 4)),
+    "MADE-cyclic": (lambda: nn.MADE(4, (5, 6, 6), degrees="cyclic", residual=False, order=ORDER), (3, 4)),
+    "MADEDensity": (lambda: nn.MADEDensity(4, (5,), masks=3), (3, 4)),
+    "MLP": (lambda: nn.MLP(4, 2, (5,)), (3, 4)),
+    "MaskedAutoregressive": (lambda: nn.MaskedAutoregressive(4, (5, 6)), (3, 4)),
+    "MaskedLinear": (lambda: nn.MaskedLinear(*DEGREES), (3, 4)),
+    "MaskedLinear-panels": (lambda: nn.MaskedLinear(*MANY), (3, 512)),
+    "Mixture": (lambda: nn.Mixture(4, 3), (3, 4)),
+    "MixtureLogisticCoupling": (lambda: _coupling(nn.MixtureLogisticCoupling, 16, components=2), (3, 4)),
+    "MultiScale": (lambda: nn.MultiScale(nn.Squeeze(), nn.Squeeze(), shape=(1, 4, 4)), (3, 1, 4, 4)),
+    "NormalizedLinear": (lambda: nn.NormalizedLinear(nn.ActNorm(4), nn.InvertibleConv1x1(4)), (3, 4, 2, 2)),
+    "Parallel": (lambda: nn.Parallel(nn.MLP(4, 2, (5,)), nn.MLP(4, 3, (5,))), (3, 4)),
+    "Permutation": (lambda: nn.Permutation([2, 0, 3, 1]), (3, 4)),
+    "Planar": (lambda: nn.Planar(4), (3, 4)),
+    "Radial": (lambda: nn.Radial(4), (3, 4)),
+    "Rescale": (lambda: nn.Rescale(2.0, -1.0), (3, 4)),
+    "ResNet": (lambda: nn.ResNet(2, 3, 5), (3, 2, 4, 4)),
+    "ResidualVectorQuantizer": (lambda: nn.ResidualVectorQuantizer(4, 5, 2), (3, 4)),
+    "Scaling": (lambda: nn.Scaling(4), (3, 4)),
+    "Squeeze": (lambda: nn.Squeeze(), (3, 1, 4, 4)),
+    "StandardNormal": (lambda: nn.StandardNormal(4), (3, 4)),
+    "UniformDequantization": (lambda: nn.UniformDequantization(), (3, 4)),
+    "VAE": (lambda: nn.VAE(nn.MLP(4, 4), nn.MLP(2, 8), nn.Gaussian(), nn.StandardNormal(2), nn.GaussianPosterior(2)), (3, 4)),
+    "VampPrior": (_vamp, (3, 4)),
+    "VariationalDequantization": (lambda: nn.VariationalDequantization((1, 4, 4), 4, hidden=5), (3, 1, 4, 4)),
+    "VectorQuantizer": (lambda: nn.VectorQuantizer(4, 5, heads=2), (3, 4)),
+    "VectorQuantizer-loss": (lambda: nn.VectorQuantizer(4, 5, decay=None, init="uniform", cosine=True), (3, 4)),
+}  # fmt: skip
+
+#: What others derive from, and what has no forward of its own.
+ABSTRACT = {"Base", "Bijection", "Posterior"}
+
+
+def test_every_public_module_is_among_the_layers() -> None:
+    public = {name for name, value in vars(nn).items() if inspect.isclass(value) and issubclass(value, torch.nn.Module)}
+    assert {name.split("-")[0] for name in LAYERS} == public - ABSTRACT
+
+
+def called(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Whatever the layer computes of x."""
+    torch.manual_seed(1)
+    if isinstance(layer, nn.Base):
+        return [layer.log_prob(x), layer.sample(3)]
+    if isinstance(layer, nn.Posterior):
+        return tensors_of(layer.sample_and_log_prob(x))
+    return tensors_of(layer(x, x) if isinstance(layer, nn.GatedMaskedConv) else layer(x))
+
+
+def moved(layer: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return layer
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_gets_memory_and_is_loaded(name: str, poisoned: None) -> None:
+    build, shape = LAYERS[name]
+    x, twin = torch.rand(shape), moved(build().eval())
+    expected = called(twin, x)
+    with torch.device("meta"):
+        on_meta = build().eval()
+    for layer in (on_meta, build().to("meta").eval(), copy.deepcopy(on_meta), build().eval()):
+        emptied(layer).load_state_dict(twin.state_dict())
+        assert_same(called(layer, x), expected)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for again in (pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+        emptied(again).load_state_dict(twin.state_dict())
+        assert_same(called(again, x), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_without_memory_has_shapes(name: str, training: bool) -> None:
+    build, shape = LAYERS[name]
+    expected = called(build().train(training), torch.rand(shape))
+    with FakeTensorMode():
+        fake = called(build().train(training), torch.rand(shape))
+    assert all(isinstance(t, FakeTensor) for t in fake)
+    with torch.device("meta"):
+        meta = called(build().train(training), torch.rand(shape))
+    for found in (fake, meta):
+        assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in expected]
+
+
+@pytest.mark.parametrize("cast", ["half", "double", "bfloat16"])
+def test_casts_leave_tables_alone(cast: str) -> None:
+    for layer in (nn.MaskedLinear(*DEGREES), nn.AffineCoupling(nn.MLP(1, 6), split=ops.FeatureMask(FEATURES))):
+        before = {name: t.clone() for name, t in layer.named_buffers()}
+        getattr(layer, cast)()
+        layer.type(torch.float64)  # of all tensors, those of integers included
+        after = dict(layer.named_buffers())
+        assert before.keys() == after.keys()
+        for name, t in before.items():
+            assert t.dtype is after[name].dtype
+            assert torch.equal(t, after[name])
+
+
+def test_no_table_is_in_a_state_dict() -> None:
+    assert list(nn.MaskedLinear(*DEGREES).state_dict()) == ["weight", "bias"]
+    assert not ops.FeatureMask(FEATURES).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda t: ops.DegreeMask(t.long(), DEGREES[0]), "out_degrees"),
+        (lambda t: ops.DegreeMask(DEGREES[0], t.long()), "in_degrees"),
+        (lambda t: ops.FeatureMask(t.bool()), "FeatureMask"),
+        (lambda t: nn.MADE(3, (4,), order=t.long()), "order"),
+        (lambda t: nn.MADE(3, (3,), degrees=[t.long()]), "degrees"),
+    ],
+)
+def test_tables_cannot_be_made_of_tensors_without_values(build: Callable[[torch.Tensor], Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor that holds values, got one on meta"):
+        build(torch.zeros(3, device="meta"))
+    with FakeTensorMode():
+        fake = torch.zeros(3)
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor that holds values, got a fake one"):
+        build(fake)
+
+
+def test_constants_without_values_are_loaded() -> None:
+    with torch.device("meta"):
+        layer = nn.Compose(nn.Rescale(torch.ones(4), torch.ones(4)), nn.Permutation(torch.arange(4)))
+    twin = nn.Compose(nn.Rescale(torch.rand(4) + 1, torch.rand(4)), nn.Permutation.random(4, 1))
+    emptied(layer).load_state_dict(twin.state_dict())
+    assert_same(layer(torch.ones(2, 4)), twin(torch.ones(2, 4)))
+
+
+def test_a_distribution_keeps_its_values(poisoned: None) -> None:
+    normal = torch.distributions.MultivariateNormal(torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))
+    z, expected = torch.rand(3, 2), normal.log_prob(torch.ones(3, 2))
+    flow = nn.Flow(nn.Scaling(2), normal)
+    covariance, precision = normal.covariance_matrix.clone(), normal.precision_matrix.clone()
+    for _ in range(2):
+        flow = emptied(flow.to("meta"))
+        flow.load_state_dict(nn.Scaling(2).state_dict(prefix="bijection."))
+        assert torch.equal(flow.base.log_prob(torch.ones(3, 2)), expected)
+        assert torch.equal(flow.base.distribution.covariance_matrix, covariance)
+        torch.testing.assert_close(flow.base.distribution.precision_matrix, precision)
+    assert flow.double().log_prob(z.double()).dtype is torch.float64
+    with torch.device("meta"):
+        empty = torch.distributions.Normal(torch.zeros(2), torch.ones(2), validate_args=False)
+    with pytest.raises(ValueError, match="base: expected a distribution of tensors that hold values"):
+        emptied(nn.Flow(nn.Scaling(2), empty))
+
+
+def test_tables_of_kernels_are_not_made_on_a_default_device() -> None:
+    """They are kept: one call under another default device must not spoil those of all later calls."""
+    layer = nn.MaskedAutoregressive(7, (11,), seed=5)
+    z = torch.randn(3, 7)
+    with torch.device("meta"):
+        x, _ = layer.inverse(z)
+        x.sum().backward()
+    torch.testing.assert_close(layer(x)[0], z)
+    density = nn.MADEDensity(3, (5,), masks=2)
+    density.steps = 1
+    with torch.device("meta"):
+        assert int(density.state_dict()["steps"]) == 1
+        assert not density.sample(2).is_meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels do not trust tables
+
+native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
+
+#: Numbers of memory that nobody has written, and those beside what is allowed.
+GARBAGE = (-1, -(2**30), 2**31 - 1)
+
+
+def _masked(mask: Sequence[Any], backward: bool, batch: int, dtype: torch.dtype = torch.float32) -> Any:
+    """The registered op on 5 outputs of 6 inputs."""
+    x, weight, bias, grad = (torch.randn(shape, dtype=dtype) for shape in ((batch, 6), (5, 6), (5,), (batch, 5)))
+    if backward:
+        return torch.ops.flowkern.masked_linear_backward.default(grad, x, weight, bias, *mask, True, True, True)
+    return torch.ops.flowkern.masked_linear.default(x, weight, bias, *mask)
+
+
+@native
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", ["reach", "first", "rows", "columns"])
+def test_masked_linear_refuses_tables_that_are_none(name: str, backward: bool) -> None:
+    mask = ops.DegreeMask(torch.tensor([3, 1, 2, 2, 5]), torch.tensor([2, 1, 4, 0, 3, 3]))
+    tables = dict(zip(("reach", "first", "rows", "columns", "panels"), mask.indices, strict=True))
+    if name == "first" and not backward:
+        return  # which the forward does not read
+    n = len(tables[name])
+    allowed = 6 if name == "reach" else 5 if name == "first" else n - 1
+    bad = [torch.full((n,), value, dtype=torch.int32) for value in (*GARBAGE, allowed + 1)]
+    bad += [tables[name][:-1], tables[name].long(), tables[name][None], torch.zeros(1, dtype=torch.int32).expand(n)]
+    bad += [tables[name].flip(0)] if name in ("reach", "first") else []
+    for batch in (1, 3, 40):
+        for table in bad:
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                _masked([*{**tables, name: table}.values()], backward, batch)
+        _masked(mask.indices, backward, batch)
+
+
+@native
+@pytest.mark.parametrize("backward", [False, True])
+def test_masked_linear_on_any_tables(backward: bool) -> None:
+    """Random tables, near ones that could be: each is refused, or gives outputs of the right shape."""
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(2000):
+        reach = torch.randint(-1, 8, (5,), generator=generator, dtype=torch.int32).sort()[0]
+        first, columns = (torch.randint(-1, n, (6,), generator=generator, dtype=torch.int32) for n in (7, 7))
+        rows = torch.randint(0, 6, (5,), generator=generator, dtype=torch.int32)
+        if torch.rand((), generator=generator) < 0.5:
+            reach, rows, columns = reach.clamp(0, 6), rows.clamp(0, 4), columns.clamp(0, 5)
+            first = torch.searchsorted(reach, torch.arange(6), right=True).int()
+        try:
+            found = tensors_of(_masked((reach, first, rows, columns, []), backward, int(refused % 2) * 7 + 1))
+        except ValueError:
+            refused += 1
+        else:
+            assert [t.shape[-1] for t in found] == ([6, 6, 5] if backward else [5])
+    assert 500 < refused < 1500
+
+
+@native
+def test_a_layer_whose_table_was_written_over() -> None:
+    layer = nn.MaskedLinear(*DEGREES)
+    layer.mask.reach.fill_(2**30)
+    with pytest.raises(ValueError, match=r"^reach: expected numbers from 0 to 4, got 1073741824"):
+        layer(torch.randn(3, 4))
+
+
+@native
+def test_couplings_refuse_ranks_that_need_other_parameters() -> None:
+    x, params, shift, grad = torch.randn(3, 4), torch.randn(3, 6), torch.randn(3, 3), torch.randn(3, 4)
+    right = ops.FeatureMask(FEATURES).rank
+    how = len(ops.SPLITS), 1, 2.0, 0.0, 0, False, False
+    calls: list[Callable[[torch.Tensor], Any]] = [
+        lambda rank: torch.ops.flowkern.affine_coupling.default(x, params, rank, *how),
+        lambda rank: torch.ops.flowkern.affine_coupling_backward.default(grad, None, x, params, rank, *how),
+        lambda rank: torch.ops.flowkern.additive_coupling.default(x, shift, rank, len(ops.SPLITS), False),
+    ]
+    for call in calls:
+        call(right)
+        for value in GARBAGE:
+            with pytest.raises(ValueError, match=r"^rank: expected as many transformed channels"):
+                call(torch.full((4,), value, dtype=torch.int32))
+        for rank in (right[:-1], right.repeat(2), right.long()):
+            with pytest.raises(ValueError, match=r"^rank: expected"):
+                call(rank)
+
+
+@native
+def test_plu_refuses_permutations_that_are_none() -> None:
+    square, vector = torch.randn(4, 4), torch.randn(4)
+    factors = square, square, vector, vector.sign()
+    for values in (*GARBAGE, 4):
+        for call in (
+            lambda p: torch.ops.flowkern.plu_weight.default(*factors, p),
+            lambda p: torch.ops.flowkern.plu_weight_backward.default(square, *factors, p),
+        ):
+            call(torch.arange(4))
+            for bad in (torch.full((4,), values), torch.arange(3), torch.arange(4).int()):
+                with pytest.raises(ValueError, match=r"^permutation: expected"):
+                    call(bad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes
+
+
+def test_sharded_on_meta_and_loaded(tmp_path: Path) -> None:
+    expected = {}
+    for name in meta_fsdp.MODELS:
+        model = models.build(*meta_fsdp.MODELS[name])
+        with torch.no_grad():
+            model.train()(meta_fsdp.data(name))
+            moved(model.eval())
+            torch.save(model.state_dict(), tmp_path / f"{name}.pt")
+            expected[name] = model(meta_fsdp.data(name))
+    script = Path(meta_fsdp.__file__)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=300, env=environment)
+    for rank in range(meta_fsdp.WORLD):
+        found = torch.load(tmp_path / f"rank{rank}.pt")
+        for name, log_prob in expected.items():
+            torch.testing.assert_close(found[name], log_prob)  # of other threads, whose sums are in other orders
