@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_accurate
+from test_scale_maps import MAPS, check_sweep
 
 import flowkern
 from flowkern import _backend, ops
@@ -177,6 +178,12 @@ def assert_right(dtype: torch.dtype, device: str = "cpu") -> None:
 def test_the_kernel_is_accurate(host: Host, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tile(monkeypatch, tile)
     assert_right(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", MAPS)
+def test_scale_maps(host: Host, name: str, dtype: torch.dtype) -> None:
+    check_sweep(lambda *args, contexts: run(Sample("", args, {"contexts": contexts})), name, dtype)
 
 
 @pytest.mark.parametrize("tile", [1, 4])

@@ -16,6 +16,7 @@ import test_likelihood_ops as test_likelihood_everywhere
 import test_masked_linear as test_masked_linear_everywhere
 import test_nearest_code as test_nearest_code_everywhere
 import test_plu_weight as test_plu_weight_everywhere
+import test_scale_maps as test_scale_maps_everywhere
 import torch
 import triton
 import triton.language as tl
@@ -226,6 +227,16 @@ def test_large_raw_scales(scale: ScaleMap) -> None:
     ):
         for i in range(8):  # one by one: the largest value would hide the others
             assert_accurate(a[i], exact[i], plain[i])
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", test_scale_maps_everywhere.MAPS)
+def test_scale_maps(name: str, dtype: torch.dtype, inverse: bool) -> None:
+    everywhere = test_scale_maps_everywhere
+    values = everywhere.by_coupling(everywhere.MAPS[name], everywhere.grid(dtype), inverse)
+    everywhere.assert_values(values, name, dtype, inverse)
+    everywhere.check_ends(everywhere.by_coupling, name, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -76,13 +76,14 @@ void times_slope(int activation, const A* before, A* grad, int64_t n) {
       });
     case 4:
       return slope_run(before, grad, n, [](A x) {
-        const A e = exp_(-abs_(x)), other = (x >= A(0) ? e : A(1)) / (A(1) + e);  // sigmoid(-x)
-        return (A(1) - other) * (A(1) + x * other);
+        const A e = exp_(-abs_(x)), inverse = A(1) / (A(1) + e), smaller = e * inverse;
+        return (x >= A(0) ? inverse : smaller) * (A(1) + x * (x >= A(0) ? smaller : inverse));  // sigmoid(-x), 1 - sigmoid(-x)
       });
     case 5:
       return slope_run(before, grad, n, [](A x) {
-        const A t = tanh_(x);
-        return A(1) - t * t;
+        A slope;
+        tanh_(x, slope);
+        return slope;
       });
     default:
       return slope_run(before, grad, n, [](A x) {

@@ -115,6 +115,8 @@ FLOWKERN_INLINE float copysign_(float magnitude, float sign) {
   return bit_cast<float>((bit_cast<uint32_t>(magnitude) & 0x7fffffffu) | (bit_cast<uint32_t>(sign) & 0x80000000u));
 }
 
+FLOWKERN_INLINE double copysign_(double magnitude, double sign) { return std::copysign(magnitude, sign); }
+
 FLOWKERN_INLINE float exp_(float x) {
   x = x > 89.f ? 89.f : x;  // exp overflows here
   x = x < -104.f ? -104.f : x;  // and is 0 here
@@ -147,12 +149,17 @@ FLOWKERN_INLINE float log1p_unit(float x) {
   return p * (x * x) + x;
 }
 
-FLOWKERN_INLINE float log_(float x) {
+// x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); returns k.
+FLOWKERN_INLINE float take_exponent(float x, float& f) {
   const bool subnormal = x < 0x1p-126f;
   const int32_t bits = bit_cast<int32_t>(subnormal ? x * 0x1p24f : x);
-  const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
-  const float f = bit_cast<float>(bits - exponent * 0x800000) - 1.f;
-  const float k = float(subnormal ? exponent - 24 : exponent);
+  const int32_t exponent = (bits - 0x3f3504f3) >> 23;
+  f = bit_cast<float>(bits - exponent * 0x800000) - 1.f;
+  return float(subnormal ? exponent - 24 : exponent);
+}
+
+// log x = k log 2 + log(1 + f).
+FLOWKERN_INLINE float log_of_parts(float x, float k, float f) {
   float p = -0.07634429633617401f;
   p = p * f + 0.12761549651622772f;
   p = p * f + -0.131601944565773f;
@@ -167,16 +174,45 @@ FLOWKERN_INLINE float log_(float x) {
   return x < 0.f ? NAN : y;
 }
 
-FLOWKERN_INLINE float tanh_(float x) {
+FLOWKERN_INLINE float log_(float x) {
+  float f;
+  const float k = take_exponent(x, f);
+  return log_of_parts(x, k, f);
+}
+
+// log x, given x - 1 too, which near x = 1 has digits that x has not.
+FLOWKERN_INLINE float log_(float x, float less_one) {
+  float f;
+  const float k = take_exponent(x, f);
+  return log_of_parts(x, k, k == 0.f ? less_one : f);
+}
+FLOWKERN_INLINE double log_(double x, double less_one) {
+  return less_one > -0.25 && less_one < 0.25 ? std::log1p(less_one) : std::log(x);
+}
+
+// tanh x for |x| < 0.625.
+FLOWKERN_INLINE float tanh_near(float x) {
   const float z = x * x;
   float p = -0.005704978480935097f;
   p = p * z + 0.020639078691601753f;
   p = p * z + -0.05373971164226532f;
   p = p * z + 0.13331441581249237f;
   p = p * z + -0.3333328068256378f;
-  const float small = p * z * x + x;
-  const float large = 1.f - 2.f / (exp_(2.f * abs_(x)) + 1.f);
-  return abs_(x) < 0.625f ? small : copysign_(large, x);
+  return p * z * x + x;
+}
+FLOWKERN_INLINE double tanh_near(double x) { return std::tanh(x); }
+
+// tanh x and its slope, in which 1 - tanh^2 would cancel.
+template <class A>
+FLOWKERN_INLINE A tanh_(A x, A& slope) {
+  const A e = exp_(A(-2) * abs_(x)), inverse = A(1) / (A(1) + e);
+  slope = A(4) * e * inverse * inverse;
+  return abs_(x) < A(0.625) ? tanh_near(x) : copysign_((A(1) - e) * inverse, x);
+}
+
+FLOWKERN_INLINE float tanh_(float x) {
+  float slope;
+  return tanh_(x, slope);
 }
 
 FLOWKERN_INLINE float atan_(float x) {

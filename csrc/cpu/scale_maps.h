@@ -50,8 +50,9 @@ struct SigmoidPlus {
   SigmoidPlus(double a, double b) : bias(A(a)), eps(A(b)) {}
   template <bool Reciprocal>
   FLOWKERN_INLINE A scale(A u, A& log_s) const {
-    const A v = u + bias, e = exp_(-abs_(v)), s = (v >= A(0) ? A(1) : e) / (A(1) + e) + eps;
-    log_s = log_(s);
+    const A v = u + bias, e = exp_(-abs_(v)), inverse = A(1) / (A(1) + e);
+    const A s = (v >= A(0) ? A(1) : e) * inverse + eps;
+    log_s = log_(s, v >= A(0) ? eps - e * inverse : s - A(1));
     return Reciprocal ? A(1) / s : s;
   }
   template <bool Reciprocal>
@@ -63,20 +64,21 @@ struct SigmoidPlus {
   }
 };
 
+// Below `tail` log s is u to the last digit; s itself goes on to 0, and its logarithm would be -infinity.
 template <class A>
 struct Softplus {
-  A eps;
-  Softplus(double a, double) : eps(A(a)) {}
+  A eps, tail;
+  Softplus(double a, double) : eps(A(a)), tail(a == 0 ? A(-40) : A(-HUGE_VAL)) {}
   template <bool Reciprocal>
   FLOWKERN_INLINE A scale(A u, A& log_s) const {
     const A s = (u > A(0) ? u : A(0)) + log1p_unit(exp_(-abs_(u))) + eps;
-    log_s = log_(s);
+    log_s = u < tail ? u : log_(s);
     return Reciprocal ? A(1) / s : s;
   }
   template <bool Reciprocal>
   FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
     const A e = exp_(-abs_(u)), s = (u > A(0) ? u : A(0)) + log1p_unit(e) + eps;
-    slope = (u >= A(0) ? A(1) : e) / ((A(1) + e) * s);
+    slope = u < tail ? A(1) : (u >= A(0) ? A(1) : e) / ((A(1) + e) * s);
     return Reciprocal ? A(1) / s : s;
   }
 };
@@ -92,8 +94,7 @@ struct Tanh {
   }
   template <bool Reciprocal>
   FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
-    const A t = tanh_(u * inverse_clamp);
-    slope = A(1) - t * t;
+    const A t = tanh_(u * inverse_clamp, slope);
     return exp_(Reciprocal ? -clamp * t : clamp * t);
   }
 };
@@ -115,17 +116,21 @@ struct Atan {
   }
 };
 
+// From `most` on log s is the bound to the last digit, and an infinite u would give infinity / infinity.
 template <class A>
 struct SoftClip {
-  A inverse_bound;
-  SoftClip(double a, double) : inverse_bound(A(1 / a)) {}
+  A inverse_bound, most;
+  SoftClip(double a, double) : inverse_bound(A(1 / a)), most(A(a * (sizeof(A) == 8 ? 1e300 : 1e30))) {}
+  FLOWKERN_INLINE A limited(A u) const { return u > most ? most : u < -most ? -most : u; }
   template <bool Reciprocal>
   FLOWKERN_INLINE A scale(A u, A& log_s) const {
+    u = limited(u);
     log_s = u / (A(1) + abs_(u * inverse_bound));
     return exp_(Reciprocal ? -log_s : log_s);
   }
   template <bool Reciprocal>
   FLOWKERN_INLINE A scale_and_slope(A u, A& slope) const {
+    u = limited(u);
     const A inverse = A(1) / (A(1) + abs_(u * inverse_bound));
     slope = inverse * inverse;
     return exp_(Reciprocal ? -u * inverse : u * inverse);

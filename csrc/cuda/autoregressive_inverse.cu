@@ -114,17 +114,21 @@ FLOWKERN_DEVICE A scale_of(int scale, A a, A b, A u, A& log_s) {
     case 0: log_s = u; break;
     case 1: {
       const A v = u + a, e = std::exp(-std::abs(v)), s = (v >= A(0) ? A(1) : e) / (A(1) + e) + b;
-      log_s = b == A(0) ? (v > A(0) ? A(0) : v) - std::log1p(e) : std::log(s);
+      log_s = b == A(0) ? (v > A(0) ? A(0) : v) - std::log1p(e) : v > A(0) ? std::log1p(b - e / (A(1) + e)) : std::log(s);
       return s;
     }
     case 2: {
       const A s = (u < A(0) ? A(0) : u) + std::log1p(std::exp(-std::abs(u))) + a;
-      log_s = std::log(s);
+      log_s = a == A(0) && u < A(-40) ? u : std::log(s);  // u to the last digit, where s goes on to 0
       return s;
     }
     case 3: log_s = a * std::tanh(u / a); break;
     case 4: log_s = A(0.636) * a * std::atan(u); break;
-    default: log_s = u / (A(1) + std::abs(u / a));
+    default: {
+      const A most = a * A(sizeof(A) == 8 ? 1e300 : 1e30);  // an infinite u would give infinity / infinity
+      const A limited = u > most ? most : u < -most ? -most : u;
+      log_s = limited / (A(1) + std::abs(limited / a));
+    }
   }
   return std::exp(log_s);
 }

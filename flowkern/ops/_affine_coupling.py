@@ -82,10 +82,10 @@ def reference(
     """The definition in plain torch, for x of shape (B, C) or (B, C, H, W)."""
     accumulate = accumulation_dtype(x, params)
     raw, shift = (restrict(p.to(accumulate), split) for p in named_layout(layout).split(params))
-    s, log_s = scale(raw)
+    s, log_s = scale.reciprocal(raw) if inverse else scale(raw)
     moved = take(x, split).to(accumulate)
     if inverse:
-        moved = moved / s - shift if shift_first else (moved - shift) / s
+        moved = moved * s - shift if shift_first else (moved - shift) * s
     else:
         moved = (moved + shift) * s if shift_first else moved * s + shift
     logabsdet = restrict(log_s, split).flatten(1).sum(1)

@@ -61,8 +61,9 @@ def reference(z: torch.Tensor, tensors: Tensors, networks: Networks, contexts: S
             steps[features] = step
         y = torch.zeros_like(x)
         for step in range(plan.depth):
-            s, shift, log_s = affine(network, *network_outputs(network, y, p))
-            y = torch.where(steps == step, (x - shift) / s, y)
+            raw, t = network_outputs(network, y, p)
+            _, shift, log_s = affine(network, raw, t)
+            y = torch.where(steps == step, (x - shift) * network.scale.reciprocal(raw)[0], y)
             logabsdet = logabsdet - torch.where(steps == step, log_s, torch.zeros_like(log_s)).sum(1)
         if network.permutation is not None:
             y = torch.empty_like(y).index_copy(1, torch.tensor(network.permutation, device=z.device), y)

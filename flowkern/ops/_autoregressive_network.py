@@ -51,7 +51,7 @@ ACTIVATIONS: dict[str, tuple[Function, Function]] = {
     "elu": (F.elu, lambda a: torch.exp(a.clamp(max=0))),
     "gelu": (F.gelu, _gelu_slope),
     "silu": (F.silu, _silu_slope),
-    "tanh": (torch.tanh, lambda a: 1 - torch.tanh(a) ** 2),
+    "tanh": (torch.tanh, lambda a: 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)),  # 1 - tanh^2 cancels
     "sigmoid": (torch.sigmoid, lambda a: torch.sigmoid(a) * torch.sigmoid(-a)),
 }
 

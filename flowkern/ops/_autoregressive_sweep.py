@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, Plan
-from ._parametrization import ScaleMap
+from ._parametrization import SOFTPLUS_TAIL, ScaleMap
 
 __all__ = ["Gradients", "Parameters", "affine", "generate", "invert", "parameters_of", "pull_back"]
 
@@ -165,9 +165,10 @@ def slope_of_log(scale: ScaleMap, u: torch.Tensor) -> torch.Tensor:
         v = u + scale.a
         return torch.sigmoid(-v) if scale.b == 0 else torch.sigmoid(v) * torch.sigmoid(-v) / scale(u)[0]
     if scale.kind == "softplus":
-        return torch.sigmoid(u) / scale(u)[0]
-    if scale.kind == "tanh":
-        return 1 - torch.tanh(u / scale.a) ** 2
+        slope = torch.sigmoid(u) / scale(u)[0]
+        return slope if scale.a > 0 else slope.masked_fill(u < SOFTPLUS_TAIL, 1.0)
+    if scale.kind == "tanh":  # 1 - tanh^2 cancels
+        return 4 * torch.sigmoid(2 * u / scale.a) * torch.sigmoid(-2 * u / scale.a)
     if scale.kind == "atan":
         return 0.636 * scale.a / (1 + u * u)
     return 1 / (1 + (u / scale.a).abs()) ** 2

@@ -13,6 +13,9 @@ __all__ = ["LAYOUTS", "ParamLayout", "ScaleMap", "check_scale", "named_layout"]
 
 _KINDS = ("exp", "sigmoid", "softplus", "tanh", "atan", "soft_clip")
 
+#: Below it log softplus(u) is u to the last digit of a float64; softplus itself goes on to 0.
+SOFTPLUS_TAIL = -40.0
+
 #: Every layout of (scale, shift) in a conditioner's output; the position in this tuple is its code in the kernels.
 LAYOUTS = (
     "scale_shift",
@@ -109,20 +112,50 @@ class ScaleMap:
 
     def __call__(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(s, log s) of raw outputs u, elementwise, differentiable any number of times."""
-        if self.kind == "sigmoid" and self.b == 0.0:
-            return torch.sigmoid(u + self.a), F.logsigmoid(u + self.a)
-        if self.kind in ("sigmoid", "softplus"):
-            s = torch.sigmoid(u + self.a) + self.b if self.kind == "sigmoid" else _softplus(u) + self.a
-            return s, s.log()
-        if self.kind == "exp":
-            log_s = u
-        elif self.kind == "tanh":
-            log_s = self.a * torch.tanh(u / self.a)
-        elif self.kind == "atan":
-            log_s = (0.636 * self.a) * torch.atan(u)
-        else:
-            log_s = u / (1.0 + (u / self.a).abs())
+        if self.kind == "sigmoid":
+            v = u + self.a
+            s = torch.sigmoid(v)
+            return (s, F.logsigmoid(v)) if self.b == 0.0 else (s + self.b, self._log_of_sigmoid(v))
+        if self.kind == "softplus":
+            if self.a > 0.0:
+                s = _softplus(u) + self.a
+                return s, s.log()
+            return _softplus(u), torch.where(u < SOFTPLUS_TAIL, u, _softplus(u.clamp(min=SOFTPLUS_TAIL)).log())
+        log_s = self._bounded_log(u)
         return log_s.exp(), log_s
+
+    def reciprocal(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1 / s, log s), as ``self(u)``: a quotient by s would have a derivative that overflows long before 1 / s does."""
+        if self.kind == "sigmoid" and self.b == 0.0:
+            v = u + self.a
+            return 1.0 + torch.exp(-v), F.logsigmoid(v)
+        if self.kind in ("sigmoid", "softplus"):
+            s, log_s = self(u)
+            if self.kind == "softplus" and self.a == 0.0:
+                tail = u < SOFTPLUS_TAIL
+                return torch.where(tail, torch.exp(-log_s), s.masked_fill(tail, 1.0).reciprocal()), log_s
+            return s.reciprocal(), log_s
+        log_s = self._bounded_log(u)
+        return torch.exp(-log_s), log_s
+
+    def _bounded_log(self, u: torch.Tensor) -> torch.Tensor:
+        """log s of the maps that are exp of something."""
+        if self.kind == "exp":
+            return u
+        if self.kind == "tanh":
+            return self.a * torch.tanh(u / self.a)
+        if self.kind == "atan":
+            return (0.636 * self.a) * torch.atan(u)
+        # At the limit log s is the bound to the last digit; an infinite u would give inf / inf.
+        most = self.a * (1e300 if u.dtype is torch.float64 else 1e30)
+        u = u.clamp(-most, most)
+        return u / (1.0 + (u / self.a).abs())
+
+    def _log_of_sigmoid(self, v: torch.Tensor) -> torch.Tensor:
+        """log(sigmoid(v) + eps), which is small where s is near 1: there by its distance from 1."""
+        above = v >= 0.0
+        near = torch.log1p(self.b - torch.sigmoid(-v.masked_fill(~above, 0.0)))
+        return torch.where(above, near, (torch.sigmoid(v) + self.b).log())
 
 
 def _softplus(u: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def odd_series(z, SIGN: tl.constexpr, TERMS: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    # For 0 <= x <= 1: 2 atanh(x / (2 + x)), whose argument is at most 1/3. The truncation is 1e-8 and 2e-17.
+    # For -0.5 <= x <= 1: 2 atanh(x / (2 + x)), whose argument is at most 1/3. The truncation is 1e-8 and 2e-17.
     TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 7
     return 2.0 * odd_series(x * reciprocal(2.0 + x), 1, TERMS)
 
@@ -105,11 +105,17 @@ def scale_map(u, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
             slope = s * rest / (s + B)
             s += B
             log_s = tl.log(s)
+            if B < 1.0:  # log s is small where s is near 1
+                above = v >= 0.0
+                log_s = tl.where(above, log1p(tl.where(above, B - rest, 0.0)), log_s)
     elif KIND == "softplus":
         e = exp(-tl.abs(u))
         s = tl.where(u < 0.0, 0.0, u) + log1p(e) + A
         log_s = tl.log(s)
         slope = tl.where(u < 0.0, e, 1.0) / ((1.0 + e) * s)
+        if A == 0.0:  # log s is u to the last digit, where s goes on to 0
+            log_s = tl.where(u < -40.0, u, log_s)
+            slope = tl.where(u < -40.0, 1.0, slope)
     else:
         if KIND == "exp":
             log_s = u
@@ -123,6 +129,8 @@ def scale_map(u, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
             slope = (0.636 * A) / (1.0 + u * u)
         else:
             tl.static_assert(KIND == "soft_clip")
+            MOST: tl.constexpr = A * (1e300 if u.dtype == tl.float64 else 1e30)  # an infinite u would give inf / inf
+            u = tl.where(u > MOST, MOST, tl.where(u < -MOST, -MOST, u))
             clip = 1.0 + tl.abs(u / A)
             log_s = u / clip
             slope = 1.0 / (clip * clip)
