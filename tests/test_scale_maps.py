@@ -191,3 +191,32 @@ def test_ends_of_the_reference(name: str, dtype: torch.dtype) -> None:
     with flowkern.backend("torch"):
         check_ends(by_coupling, name, dtype)
     check_ends(lambda scale, u, _: (*scale(u), slope_of_log(scale, u)), name, dtype)
+
+
+NO_NUMBERS = (torch.nan, torch.inf, -torch.inf, 1e39, 1e-39)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+def test_constants_must_be_numbers_of_float32(value: float) -> None:
+    makers: dict[str, Callable[[float], ScaleMap]] = {
+        "bias": lambda v: ScaleMap.sigmoid(v),
+        "eps": lambda v: ScaleMap.sigmoid(eps=v),
+        "clamp": ScaleMap.tanh,
+        "a": lambda v: ScaleMap("exp", v),
+        "b": lambda v: ScaleMap("sigmoid", 2.0, v),
+    }
+    more = [("eps", ScaleMap.softplus), ("clamp", ScaleMap.atan)]
+    for name, make in [*makers.items(), *more]:
+        with pytest.raises(
+            ValueError, match=f"ScaleMap: {name}: expected a .*number.* that float32 holds, got {re.escape(str(value))}"
+        ):
+            make(value)
+
+
+def test_constants_have_signs() -> None:
+    for name, make in (("eps", ScaleMap.softplus), ("b", lambda v: ScaleMap("sigmoid", 0.0, v))):
+        with pytest.raises(ValueError, match=f"ScaleMap: {name}: expected a number of at least 0 that float32 holds, got -0.5"):
+            make(-0.5)
+    with pytest.raises(ValueError, match="ScaleMap: clamp: expected a positive number that float32 holds, got 0"):
+        ScaleMap.tanh(0)
+    assert ops.ScaleMap.sigmoid(-0.5).a == -0.5

@@ -56,6 +56,8 @@ class ScaleMap:
             raise ValueError(
                 f"ScaleMap: {self.kind!r} needs its constant a > 0, got {self.a}; build it with ScaleMap.{self.kind}"
             )
+        for name, value in (("a", self.a), ("b", self.b)):
+            _check_constant(name, value, negative=(self.kind, name) == ("sigmoid", "a"))
 
     @classmethod
     def exp(cls) -> ScaleMap:
@@ -63,23 +65,26 @@ class ScaleMap:
 
     @classmethod
     def sigmoid(cls, bias: float = 2.0, eps: float = 0.0) -> ScaleMap:
-        """sigmoid(u + bias) + eps. Raises ValueError for eps < 0."""
-        return cls("sigmoid", float(bias), _at_least_zero("eps", eps))
+        """sigmoid(u + bias) + eps. Raises ValueError for eps < 0, and for a constant that float32 does not hold."""
+        return cls("sigmoid", _check_constant("bias", bias, negative=True), _check_constant("eps", eps))
 
     @classmethod
     def softplus(cls, eps: float = 1e-3) -> ScaleMap:
-        """softplus(u) + eps. Raises ValueError for eps < 0."""
-        return cls("softplus", _at_least_zero("eps", eps))
+        """softplus(u) + eps. Raises ValueError for eps < 0, and for one that float32 does not hold."""
+        return cls("softplus", _check_constant("eps", eps))
 
     @classmethod
     def tanh(cls, clamp: float) -> ScaleMap:
-        """exp(clamp * tanh(u / clamp)): s lies in [exp(-clamp), exp(clamp)]. Raises ValueError unless clamp > 0."""
-        return cls("tanh", _positive("clamp", clamp))
+        """exp(clamp * tanh(u / clamp)): s lies in [exp(-clamp), exp(clamp)]. Raises ValueError unless 0 < clamp < infinity."""
+        return cls("tanh", _check_constant("clamp", clamp, zero=False))
 
     @classmethod
     def atan(cls, clamp: float) -> ScaleMap:
-        """exp(0.636 * clamp * atan(u)): s lies in about [exp(-clamp), exp(clamp)]. Raises ValueError unless clamp > 0."""
-        return cls("atan", _positive("clamp", clamp))
+        """exp(0.636 * clamp * atan(u)): s lies in about [exp(-clamp), exp(clamp)].
+
+        Raises ValueError unless 0 < clamp < infinity.
+        """
+        return cls("atan", _check_constant("clamp", clamp, zero=False))
 
     @classmethod
     def soft_clip(cls, minimum: float = 1e-3) -> ScaleMap:
@@ -163,15 +168,13 @@ def _softplus(u: torch.Tensor) -> torch.Tensor:
     return torch.logaddexp(u, torch.zeros_like(u))
 
 
-def _at_least_zero(name: str, value: float) -> float:
-    if not value >= 0.0:
-        raise ValueError(f"ScaleMap: {name} must not be negative, got {value}")
-    return float(value)
-
-
-def _positive(name: str, value: float) -> float:
-    if not value > 0.0:
-        raise ValueError(f"ScaleMap: {name} must be positive, got {value}")
+def _check_constant(name: str, value: float, *, zero: bool = True, negative: bool = False) -> float:
+    """``value`` as a float. Raises ValueError for NaN and whatever else float32 does not hold, in which most kernels compute."""
+    limits = torch.finfo(torch.float32)
+    normal = limits.tiny <= abs(value) <= limits.max
+    if not (normal or (zero and value == 0)) or (value < 0 and not negative):
+        wanted = "a number" if negative else "a number of at least 0" if zero else "a positive number"
+        raise ValueError(f"ScaleMap: {name}: expected {wanted} that float32 holds, got {value}")
     return float(value)
 
 
