@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import mpmath
 import pytest
 import torch
 from comparison import assert_accurate
@@ -322,6 +323,39 @@ def check_gaussian_kl_near_the_prior(dtype: torch.dtype) -> None:
 def test_gaussian_kl_near_the_prior_on_every_isa(dtype: torch.dtype, isa: str) -> None:
     with flowkern.backend("cpp"):
         check_gaussian_kl_near_the_prior(dtype)
+
+
+def check_gaussian_kl_to_the_last_digits(dtype: torch.dtype) -> None:
+    """Element by element against mpmath, down to divergences that are far smaller than the rounding of what they are sums of."""
+    sizes = torch.cat([torch.logspace(-12, 0, 49, dtype=torch.float64), torch.tensor([0.2499, 0.2501, 0.4999, 0.5001, 3.0, 9.0])])
+    scales = torch.cat([torch.zeros(1, dtype=torch.float64), sizes, -sizes]).to(dtype)
+    mean, log_scale = (
+        v.reshape(-1, 1) for v in torch.meshgrid(torch.tensor([0.0, 1e-12, -1e-9, 1e-3, 2.0], dtype=dtype), scales, indexing="ij")
+    )
+    log_scale.requires_grad_()
+    kl = ops.gaussian_kl(mean, log_scale, seed=1)[1]
+    (slope,) = torch.autograd.grad(kl.sum(), log_scale)
+    with mpmath.workdps(60):
+        pairs = [
+            (mpmath.mpf(m), mpmath.mpf(s)) for m, s in zip(mean.flatten().tolist(), log_scale.flatten().tolist(), strict=True)
+        ]
+        exact = torch.tensor([float((m * m + mpmath.expm1(2 * s)) / 2 - s) for m, s in pairs], dtype=torch.float64)
+        exact_slope = torch.tensor([float(mpmath.expm1(2 * s)) for _, s in pairs], dtype=torch.float64)
+    relative = (12 if dtype is torch.float32 else 6) * torch.finfo(dtype).eps
+    torch.testing.assert_close(kl.double(), exact, rtol=relative, atol=0)
+    torch.testing.assert_close(slope.flatten().double(), exact_slope, rtol=relative * 4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_gaussian_kl_to_the_last_digits_on_every_isa(dtype: torch.dtype, isa: str) -> None:
+    with flowkern.backend("cpp"):
+        check_gaussian_kl_to_the_last_digits(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_gaussian_kl_to_the_last_digits_in_torch(dtype: torch.dtype) -> None:
+    with flowkern.backend("torch"):
+        check_gaussian_kl_to_the_last_digits(dtype)
 
 
 def test_gaussian_kl_far_from_the_prior() -> None:

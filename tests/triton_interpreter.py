@@ -296,6 +296,11 @@ def test_gaussian_kl_near_the_prior(dtype: torch.dtype, launches: list[_coupling
     assert len(launches) == 4 * 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_digits_of_the_likelihoods(dtype: torch.dtype) -> None:
+    test_likelihood_everywhere.check_gaussian_kl_to_the_last_digits(dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dequantize_to_half_precision(dtype: torch.dtype, launches: list[_coupling.Launch]) -> None:
     test_likelihood_everywhere.check_bins_of_half_precision(dtype, samples=4)

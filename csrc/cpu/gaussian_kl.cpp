@@ -10,25 +10,25 @@ namespace {
 
 constexpr int64_t chunk = 16384;  // elements of a task
 
-// exp(2 x) - 1 and exp(2 x) - 1 - 2 x, given exp(x). Near 0, where they cancel, by the series of the second.
-FLOWKERN_INLINE void exp_less_tangent(double x, double, double& less_one, double& less_tangent) {
-  less_one = std::expm1(2. * x);
-  less_tangent = less_one - 2. * x;
+constexpr double factorial(int k) { return k < 2 ? 1. : k * factorial(k - 1); }
+
+// 1 / first! + t / (first + 1)! + ... + t^(last - first) / last!
+template <int first, int last, class A>
+FLOWKERN_INLINE A exponential_series(A t) {
+  constexpr A constant = A(1. / factorial(first));
+  if constexpr (first == last) {
+    return constant;
+  } else {
+    return exponential_series<first + 1, last>(t) * t + constant;
+  }
 }
 
-FLOWKERN_INLINE void exp_less_tangent(float x, float root, float& less_one, float& less_tangent) {
-  const float t = 2.f * x;
-  float p = 1.f / 3628800.f;
-  p = p * t + 1.f / 362880.f;
-  p = p * t + 1.f / 40320.f;
-  p = p * t + 1.f / 5040.f;
-  p = p * t + 1.f / 720.f;
-  p = p * t + 1.f / 120.f;
-  p = p * t + 1.f / 24.f;
-  p = p * t + 1.f / 6.f;
-  p = p * t + 0.5f;
-  const float series = p * (t * t), far = root * root - 1.f;
-  const bool near = abs_(t) < 1.f;
+// exp(2 x) - 1 and exp(2 x) - 1 - 2 x, given exp(x). Near 0, where they cancel, by the series of the second.
+template <class A>
+FLOWKERN_INLINE void exp_less_tangent(A x, A root, A& less_one, A& less_tangent) {
+  constexpr int last = sizeof(A) == 8 ? 19 : 10;
+  const A t = A(2) * x, series = exponential_series<2, last>(t) * (t * t), far = root * root - A(1);
+  const bool near = abs_(t) < A(1);
   less_one = near ? t + series : far;
   less_tangent = near ? series : far - t;
 }
