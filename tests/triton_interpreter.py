@@ -12,6 +12,7 @@ from typing import Any
 
 import mpmath
 import pytest
+import test_absent_gradients as test_absent_gradients_everywhere
 import test_likelihood_ops as test_likelihood_everywhere
 import test_masked_linear as test_masked_linear_everywhere
 import test_nearest_code as test_nearest_code_everywhere
@@ -237,6 +238,21 @@ def test_scale_maps(name: str, dtype: torch.dtype, inverse: bool) -> None:
     values = everywhere.by_coupling(everywhere.MAPS[name], everywhere.grid(dtype), inverse)
     everywhere.assert_values(values, name, dtype, inverse)
     everywhere.check_ends(everywhere.by_coupling, name, dtype)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", test_scale_maps_everywhere.MAPS)
+def test_absent_gradients_of_affine_coupling(name: str, dtype: torch.dtype, inverse: bool) -> None:
+    test_absent_gradients_everywhere.check_affine(name, dtype, inverse)
+
+
+def test_absent_gradients() -> None:
+    test_absent_gradients_everywhere.check_affine_layouts()
+    for inverse in (False, True):
+        test_absent_gradients_everywhere.check_invertible_linear(inverse)
+    for dtype in DTYPES[:2]:
+        test_absent_gradients_everywhere.check_gaussian_kl(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -46,6 +46,19 @@ void differentiate(const void* address, const A* g, A glog, const A* x, const A*
   }
 }
 
+// The gradient of u by log s alone, where the output has none: zero times what overflows there would not be zero.
+template <class A, class Map>
+void differentiate_log(const void* address, const A*, A glog, const A*, const A* u, const A*, A* dx, A* du, A* dt, int64_t n) {
+  const Map map = *static_cast<const Map*>(address);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    A slope;
+    map.template scale_and_slope<false>(u[i], slope);
+    du[i] = slope * glog;
+    dx[i] = dt[i] = A(0);
+  }
+}
+
 template <class A>
 using Transform = A (*)(const void* map, const A* x, const A* u, const A* t, A* y, int64_t n);
 
@@ -60,7 +73,8 @@ using Differentiate = void (*)(const void* map, const A* g, A glog, const A* x, 
                                int64_t n);
 
 template <class A, class Map>
-Differentiate<A> differentiate_of(const Affine& c, const Map&) {
+Differentiate<A> differentiate_of(const Affine& c, bool of_output, const Map&) {
+  if (!of_output) return differentiate_log<A, Map>;
   if (c.inverse) return c.shift_first ? differentiate<A, true, true, Map> : differentiate<A, true, false, Map>;
   return c.shift_first ? differentiate<A, false, true, Map> : differentiate<A, false, false, Map>;
 }
@@ -113,11 +127,23 @@ void forward(const Affine& c, const Tensor& x, const Tensor& params, const Tenso
   }
 }
 
+// One zero, whatever the place.
+template <class A>
+Operand zeros() {
+  static const A zero = A(0);
+  Operand o;
+  o.data = const_cast<char*>(reinterpret_cast<const char*>(&zero));
+  o.dtype = dtype_of<A>();
+  o.whole = true;
+  return o;
+}
+
 template <class A>
 void backward(const Affine& c, const Tensor& grad, const Tensor& grad_logabsdet, const Tensor& x, const Tensor& params,
               const Tensor& dx, const Tensor& dparams) {
   const Halves h = halves(params, c), dh = halves(dparams, c);
-  const Operand moved_operands[] = {operand(grad, true), operand(x, true), h.raw, h.shift,
+  const bool of_output = grad.data;
+  const Operand moved_operands[] = {of_output ? operand(grad, true) : zeros<A>(), operand(x, true), h.raw, h.shift,
                                     operand(dx, true),   dh.raw,           dh.shift};
   const Operand kept_operands[] = {moved_operands[0], moved_operands[4], moved_operands[5], moved_operands[6]};
   const bool kept_params = c.split == Split::checkerboard || c.split == Split::checkerboard_swap;
@@ -130,6 +156,7 @@ void backward(const Affine& c, const Tensor& grad, const Tensor& grad_logabsdet,
       const int64_t sample = task / segments, s = task % segments;
       A glog = 0;
       if (grad_logabsdet.data) load_rows(operand(grad_logabsdet, true), sample * grad_logabsdet.stride[0], 1, nullptr, 1, 0, 1, &glog);
+      if (!of_output && c.inverse) glog = -glog;
       for (int k = 0; k < nests; ++k) {
         walk<A>(moved[k], 4, sample, segment_begin(moved[k], s, segments), segment_begin(moved[k], s + 1, segments),
                 Body<A>([&](A* const* p, int64_t n) {
@@ -144,7 +171,7 @@ void backward(const Affine& c, const Tensor& grad, const Tensor& grad_logabsdet,
       }
     });
   };
-  with_map<A>(c.scale, c.a, c.b, [&](const auto& map) { sweep(differentiate_of<A>(c, map), &map); });
+  with_map<A>(c.scale, c.a, c.b, [&](const auto& map) { sweep(differentiate_of<A>(c, of_output, map), &map); });
 }
 
 }  // namespace

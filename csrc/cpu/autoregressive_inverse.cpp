@@ -38,8 +38,9 @@ void solve(const Plan& plan, double a, double b, const A* u, const A* t, const A
   });
 }
 
-// The reverse, in place: v = -sum / s for the sum of all that enters, y becomes z, and u and t become their gradients, those
-// by z = s y + t (gated: s y + (1 - s) t) along v, and by log s along `grad_log`.
+// The reverse, in place: v = -sum / s for the sum of all that enters y, y becomes z, and u and t become their gradients, those
+// by z = s y + t (gated: s y + (1 - s) t) along v, and by log s along `grad_log`. Where nothing enters, the x that a scale of 0
+// has made infinite has no say.
 template <class A>
 void pull_affine(const Plan& plan, double a, double b, A* u, A* t, A* y, A* sum, const A* grad_log, int64_t n) {
   const bool gated = plan.gated;
@@ -48,10 +49,12 @@ void pull_affine(const Plan& plan, double a, double b, A* u, A* t, A* y, A* sum,
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       A slope;
-      const A s = map.template scale_and_slope<false>(u[i], slope), v = -sum[i] / s;
+      const A s = map.template scale_and_slope<false>(u[i], slope);
+      const bool nothing = sum[i] == A(0);
+      const A v = nothing ? A(0) : -sum[i] / s;
       const A moved = gated ? y[i] - t[i] : y[i], by_shift = gated ? A(1) - s : A(1);
       y[i] = s * y[i] + by_shift * t[i];
-      u[i] = slope * (s * moved * v + grad_log[i]);
+      u[i] = slope * ((nothing ? A(0) : -sum[i] * moved) + grad_log[i]);  // sum = -s v
       t[i] = by_shift * v;
       sum[i] = v;
     }
@@ -521,8 +524,12 @@ void begin_tile(const State<A>& state, const Pull& pull, int64_t first, int64_t 
   for (int64_t i = 0; pull.values && i < plan.linears; ++i)
     write_turned<A>(state.values(i), width, pull.values[i], plan.layers[i].order, plan.layers[i].count, first, samples);
   A* entering = state.entering(0);
-  read_tile<A>(pull.grad, plan.source, first, samples, entering, width);
-  for (int64_t j = 0; j < plan.layers[0].count * width; ++j) entering[j] = -entering[j];
+  if (pull.grad.data) {
+    read_tile<A>(pull.grad, plan.source, first, samples, entering, width);
+    for (int64_t j = 0; j < plan.layers[0].count * width; ++j) entering[j] = -entering[j];
+  } else {
+    std::memset(entering, 0, size_t(plan.layers[0].count * width) * sizeof(A));
+  }
   for (int64_t i = 1; i < plan.linears; ++i)
     std::memset(state.entering(i), 0, size_t(plan.layers[i].count * width) * sizeof(A));
 }

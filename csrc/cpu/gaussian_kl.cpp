@@ -47,16 +47,24 @@ A reparameterize(const A* mean, const A* log_scale, const A* noise, A* z, int64_
   return total;
 }
 
-template <class A>
+// A gradient that is absent is not taken for zero: zero times a scale that overflows is not zero.
+template <class A, bool OfZ, bool OfKl>
 void differentiate(const A* grad, A grad_kl, const A* mean, const A* log_scale, const A* noise, A* dmean, A* dlog_scale, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A scale = exp_(log_scale[i]), g = grad ? grad[i] : A(0), m = mean[i];
+    const A scale = exp_(log_scale[i]), g = OfZ ? grad[i] : A(0);
     A less_one, less_tangent;
     exp_less_tangent(log_scale[i], scale, less_one, less_tangent);
-    dmean[i] = g + grad_kl * m;
-    dlog_scale[i] = g * scale * noise[i] + grad_kl * less_one;
+    dmean[i] = OfKl ? g + grad_kl * mean[i] : g;
+    const A by_z = OfZ ? g * scale * noise[i] : A(0);
+    dlog_scale[i] = OfKl ? by_z + grad_kl * less_one : by_z;
   }
+}
+
+template <class A>
+auto differentiate_of(bool of_z, bool of_kl) {
+  if (of_z) return of_kl ? differentiate<A, true, true> : differentiate<A, true, false>;
+  return of_kl ? differentiate<A, false, true> : differentiate<A, false, false>;
 }
 
 // Calls f(task, sample, start, n) for pieces of at most a block of each task.
@@ -92,14 +100,15 @@ void forward(const Tensor& mean, const Tensor& log_scale, const Philox& philox, 
 template <class A>
 void backward(const Tensor& mean, const Tensor& log_scale, const Philox& philox, const Tensor& grad, const Tensor& grad_kl,
               const Tensor& dmean, const Tensor& dlog_scale, int threads) {
+  const auto run = differentiate_of<A>(grad.data, grad_kl.data);
   for_pieces(mean.size[0], mean.size[1], threads, [&](int64_t, int64_t sample, int64_t start, int64_t n) {
     A noise[block], g[block], m[block], s[block], dm[block], ds[block];
     normal_noise(philox, sample, start, n, noise);
     A of_kl = 0;
     if (grad_kl.data) of_kl = reinterpret_cast<const A*>(grad_kl.data)[sample * grad_kl.stride[0]];
     const Piece<A> to_mean{dmean, sample, start, n, dm}, to_log_scale{dlog_scale, sample, start, n, ds};
-    differentiate(grad.data ? Piece<A>{grad, sample, start, n, g}.read() : nullptr, of_kl, Piece<A>{mean, sample, start, n, m}.read(),
-                  Piece<A>{log_scale, sample, start, n, s}.read(), noise, to_mean.at(), to_log_scale.at(), n);
+    run(grad.data ? Piece<A>{grad, sample, start, n, g}.read() : nullptr, of_kl, Piece<A>{mean, sample, start, n, m}.read(),
+        Piece<A>{log_scale, sample, start, n, s}.read(), noise, to_mean.at(), to_log_scale.at(), n);
     to_mean.write();
     to_log_scale.write();
   });
@@ -111,7 +120,7 @@ bool in_double(const Tensor& mean, const Tensor& log_scale) {
 
 }  // namespace
 
-// All (B, N), kl and its gradient (B,) in the accumulation type; gradients that were not given are zero.
+// All (B, N), kl and its gradient (B,) in the accumulation type; gradients that were not given are absent.
 void gaussian_kl_forward(const Tensor& mean, const Tensor& log_scale, const Tensor& seed, int64_t offset, const Tensor& z,
                          const Tensor& kl, int threads) {
   (in_double(mean, log_scale) ? forward<double> : forward<float>)(mean, log_scale, Philox(seed, offset), z, kl, threads);

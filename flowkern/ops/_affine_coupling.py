@@ -154,7 +154,7 @@ def _outputs(x: torch.Tensor, params: torch.Tensor, *_: Any) -> Pair:
     return empty_as(x), x.new_empty((x.shape[0],), dtype=accumulation_dtype(x, params))
 
 
-def _gradients(grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, x: torch.Tensor, params: torch.Tensor, *_: Any) -> Pair:
+def _gradients(x: torch.Tensor, params: torch.Tensor, *_: Any) -> Pair:
     """What the backward returns, uninitialized: the fake, and what every kernel fills."""
     return empty_as(x), empty_as(params)
 
@@ -165,7 +165,11 @@ def _torch_forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -
 
 
 def _torch_backward(
-    grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, x: torch.Tensor, params: torch.Tensor, *configuration: Any
+    x: torch.Tensor,
+    params: torch.Tensor,
+    grad: torch.Tensor | None,
+    grad_logabsdet: torch.Tensor | None,
+    *configuration: Any,
 ) -> Pair:
     kwargs = _Configuration(*configuration).reference_kwargs()
     dx, dparams = differentiate(reference, (x.detach(), params.detach()), kwargs, (grad, grad_logabsdet))
@@ -179,9 +183,13 @@ def _cpp_forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> 
 
 
 def _cpp_backward(
-    grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, x: torch.Tensor, params: torch.Tensor, *configuration: Any
+    x: torch.Tensor,
+    params: torch.Tensor,
+    grad: torch.Tensor | None,
+    grad_logabsdet: torch.Tensor | None,
+    *configuration: Any,
 ) -> Pair:
-    dx, dparams = _gradients(grad, grad_logabsdet, x, params)
+    dx, dparams = _gradients(x, params)
     _backend.call_native("affine_coupling_backward", grad, grad_logabsdet, x, params, dx, dparams, *configuration)
     return dx, dparams
 
@@ -194,7 +202,7 @@ _forward = define(
     triton="affine_coupling.forward",
 )
 _backward = define(
-    f"affine_coupling_backward(Tensor grad, Tensor? grad_logabsdet, Tensor x, Tensor params, {_SCHEMA}) -> (Tensor, Tensor)",
+    f"affine_coupling_backward(Tensor x, Tensor params, Tensor? grad, Tensor? grad_logabsdet, {_SCHEMA}) -> (Tensor, Tensor)",
     fake=_gradients,
     torch_=_torch_backward,
     cpp=_cpp_backward,
@@ -205,7 +213,9 @@ _backward = define(
 class _AffineCoupling(torch.autograd.Function):
     """Saves the inputs: x is kept alive anyway by the conditioner that read a part of it.
 
-    ``outputs`` are the results, if they are known already.
+    ``outputs`` are the results, if they are known already. An output's gradient that is absent stays so: zeros in its place
+    would meet the infinity of a scale or an x that overflows, and become NaN. Only a compiled graph has zeros there, because
+    its backward is traced before anyone knows which of its outputs have a gradient.
     """
 
     @staticmethod
@@ -219,12 +229,10 @@ class _AffineCoupling(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
         x, params, rank = ctx.saved_tensors
         configuration = _Configuration(rank, *ctx.configuration)
-        if grad is None:
-            grad = torch.zeros_like(x)
         if reference_differentiates(grad, grad_logabsdet):
             grads = differentiate(reference, (x, params), configuration.reference_kwargs(), (grad, grad_logabsdet))
         else:
-            grads = _backward(grad, grad_logabsdet, x, params, *configuration)
+            grads = _backward(x, params, grad, grad_logabsdet, *configuration)
         return *grads, None, *([None] * len(configuration))
 
 

@@ -29,7 +29,7 @@ def forward(
 
 
 def backward(
-    grad: torch.Tensor,
+    grad: torch.Tensor | None,
     grad_logabsdet: torch.Tensor | None,
     x: torch.Tensor,
     tensors: Tensors,
@@ -52,8 +52,8 @@ def backward(
         if into is not None:
             _parameter_gradients(plan, p, values, grads, into)
         x, grad = z, v
-    if grad is not dz:
-        dz.copy_(grad)
+    if v is not dz:
+        dz.copy_(v)
 
 
 def _kept(plan: Plan, batch: int, like: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

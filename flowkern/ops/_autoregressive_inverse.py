@@ -107,10 +107,10 @@ def _outputs(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bo
 
 
 def _gradients(
-    grad: torch.Tensor,
-    grad_logabsdet: torch.Tensor | None,
     x: torch.Tensor,
     tensors: Tensors,
+    grad: torch.Tensor | None,
+    grad_logabsdet: torch.Tensor | None,
     text: str,
     contexts: Sequence[bool],
     needs_parameters: bool,
@@ -132,17 +132,17 @@ def _torch_forward(z: torch.Tensor, tensors: Tensors, text: str, contexts: Seque
 
 @outside_autocast
 def _torch_backward(
-    grad: torch.Tensor,
-    grad_logabsdet: torch.Tensor | None,
     x: torch.Tensor,
     tensors: Tensors,
+    grad: torch.Tensor | None,
+    grad_logabsdet: torch.Tensor | None,
     text: str,
     contexts: Sequence[bool],
     needs_parameters: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    dz, outputs = _gradients(grad, grad_logabsdet, x, tensors, text, contexts, needs_parameters)
+    dz, outputs = _gradients(x, tensors, grad, grad_logabsdet, text, contexts, needs_parameters)
     dtype, found = accumulation_dtype(x, *tensors), plans(text)
-    state, v = x.to(dtype).t(), grad.to(dtype).t()
+    state, v = x.to(dtype).t(), None if grad is None else grad.to(dtype).t()
     grad_log = None if grad_logabsdet is None else grad_logabsdet.to(dtype)
     given = parameters_of(tensors, [plan.network for plan in found], contexts)
     for plan, p, outs in zip(found, given, parameters_of(outputs, [plan.network for plan in found], contexts), strict=True):
@@ -151,6 +151,7 @@ def _torch_backward(
         if gradients.parameters is not None:
             for out, value in zip(_flat(outs), _flat(gradients.parameters), strict=True):
                 out.copy_(value)
+    assert v is not None
     return dz.copy_(v.t()), outputs
 
 
@@ -165,15 +166,15 @@ def _cpp_forward(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequenc
 
 
 def _cpp_backward(
-    grad: torch.Tensor,
-    grad_logabsdet: torch.Tensor | None,
     x: torch.Tensor,
     tensors: Tensors,
+    grad: torch.Tensor | None,
+    grad_logabsdet: torch.Tensor | None,
     text: str,
     contexts: Sequence[bool],
     needs_parameters: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    dz, outputs = _gradients(grad, grad_logabsdet, x, tensors, text, contexts, needs_parameters)
+    dz, outputs = _gradients(x, tensors, grad, grad_logabsdet, text, contexts, needs_parameters)
     wanted = outputs if needs_parameters else None
     _autoregressive_cpp.backward(grad, grad_logabsdet, x, tensors, text, contexts, dz, wanted)
     return dz, outputs
@@ -187,7 +188,7 @@ _forward = define(
     cuda=_autoregressive_cuda.forward,
 )
 _backward = define(
-    "autoregressive_inverse_backward(Tensor grad, Tensor? grad_logabsdet, Tensor x, Tensor[] tensors, str networks,"
+    "autoregressive_inverse_backward(Tensor x, Tensor[] tensors, Tensor? grad, Tensor? grad_logabsdet, str networks,"
     " bool[] contexts, bool needs_parameters) -> (Tensor, Tensor[])",
     fake=_gradients,
     torch_=_torch_backward,
@@ -197,7 +198,7 @@ _backward = define(
 
 
 class _AutoregressiveInverse(torch.autograd.Function):
-    """Saves the output alone."""
+    """Saves the output alone. An absent gradient stays absent but under a compiler, as in ``affine_coupling``."""
 
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, text: str, contexts: list[bool], *tensors: torch.Tensor) -> Pair:
@@ -210,18 +211,16 @@ class _AutoregressiveInverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
         x, *tensors = ctx.saved_tensors
-        if grad is None:
-            grad = torch.zeros_like(x)
         if reference_differentiates(grad, grad_logabsdet):
             dz, *grads = _differentiate(grad, grad_logabsdet, x, tensors, ctx.text, ctx.contexts)
             return dz, None, None, *grads
         needs = any(ctx.needs_input_grad[3:])
-        dz, grads = _backward(grad, grad_logabsdet, x, tensors, ctx.text, ctx.contexts, needs)
+        dz, grads = _backward(x, tensors, grad, grad_logabsdet, ctx.text, ctx.contexts, needs)
         return dz, None, None, *(grads if needs else (None for _ in tensors))
 
 
 def _differentiate(
-    grad: torch.Tensor,
+    grad: torch.Tensor | None,
     grad_logabsdet: torch.Tensor | None,
     x: torch.Tensor,
     tensors: Tensors,

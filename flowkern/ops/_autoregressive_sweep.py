@@ -176,13 +176,13 @@ def slope_of_log(scale: ScaleMap, u: torch.Tensor) -> torch.Tensor:
 
 def pull_back(
     x: torch.Tensor,
-    grad: torch.Tensor,
+    grad: torch.Tensor | None,
     grad_log: torch.Tensor | None,
     plan: Plan,
     parameters: Parameters,
     needs_parameters: bool,
 ) -> Gradients:
-    """From the inverse's output x back to z, with the gradients of x (features, B) and of logabsdet (B,)."""
+    """From the inverse's output x back to z, with the gradients of x (features, B) and of logabsdet (B,), if there are."""
     network, last = plan.network, plan.network.layers
     weights, biases, context = _Sorted.of(plan, parameters, x.dtype)
     masks = [_visible(plan, i, x.device) for i in range(1, last + 1)]
@@ -194,9 +194,14 @@ def pull_back(
     z = s * values[0] + shift
     # (s y + shift) by u is slope * s * (y - t or y); the log-determinant of the inverse is -sum log s.
     slope = slope_of_log(network.scale, u)
-    by_raw = slope * s * (values[0] - t if network.gated else values[0])
+    by_raw = slope * (values[0] - t if network.gated else values[0])
     by_shift = 1 - s if network.gated else torch.ones_like(s)
     from_log = None if grad_log is None else slope * grad_log
+    if grad is None:
+        grad = torch.zeros_like(x)
+        # What no unit sees has no say then, even where a scale of 0 has made it infinite.
+        unseen = slice(max(plan.layers[1].prefix, default=0), None)
+        s[unseen], by_raw[unseen] = 1, 0
     grad = grad.index_select(0, source)
     solved = torch.empty_like(grad)
     deltas = [torch.zeros_like(a) for a in before]
@@ -215,9 +220,11 @@ def pull_back(
                 got = above[i][columns.start - start : columns.stop - start]
                 got = torch.addmm(got, weights[i][rows, columns].t(), deltas[i + 1][rows])
                 if i == 0:
-                    solved[columns] = v = (grad[columns] - got) / s[columns]
+                    entering = grad[columns] - got  # s v
+                    solved[columns] = v = entering / s[columns]
                     outputs = deltas[last][2 * columns.start : 2 * columns.stop]
-                    outputs[0::2] = by_raw[columns] * v if from_log is None else by_raw[columns] * v + from_log[columns]
+                    by_u = by_raw[columns] * entering
+                    outputs[0::2] = by_u if from_log is None else by_u + from_log[columns]
                     outputs[1::2] = by_shift[columns] * v
                 else:
                     if network.activated(i):

@@ -138,6 +138,8 @@ _backward = define(
 
 
 class _GaussianKL(torch.autograd.Function):
+    """Makes the noise again. An absent gradient stays absent but under a compiler, as in ``affine_coupling``."""
+
     @staticmethod
     def forward(ctx: Any, mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> Pair:
         ctx.set_materialize_grads(False)

@@ -142,7 +142,7 @@ class _Configuration(NamedTuple):
     needs_x: bool = True
     needs_weight: bool = True
 
-    def gradients(self, grad: torch.Tensor, grad_logabsdet: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def gradients(self, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Those of x, weight, bias and logabsdet by autograd of the reference; differentiable where that is recorded."""
         optional = [t for t in (self.bias, self.known) if t is not None]
 
@@ -172,9 +172,9 @@ def _outputs(
     return empty_as(x), x.new_empty((x.shape[0],), dtype=accumulate), found
 
 
-def _gradients(grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, *configuration: Any) -> Quadruple:
+def _gradients(*arguments: Any) -> Quadruple:
     """What the backward returns, uninitialized: the fake, and what every kernel fills. Empty where nothing is needed."""
-    c = _Configuration(*configuration)
+    c = _Configuration(*arguments[:-2])
     nothing = (0,)
     return (
         empty_as(c.x) if c.needs_x else c.x.new_empty(nothing),
@@ -200,8 +200,23 @@ def _torch_forward(
     return y.copy_(results[0]), logabsdet.copy_(results[1]), found
 
 
-def _torch_backward(grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, *configuration: Any) -> Quadruple:
-    outputs = _gradients(grad, grad_logabsdet, *configuration)
+def fill_by_logabsdet(outputs: Quadruple, c: _Configuration, grad_logabsdet: torch.Tensor | None) -> None:
+    """The gradients where y has none, which is not taken for zero: an infinite x or W^-1 would make it NaN."""
+    _, dweight, _, dknown = (out.zero_() for out in outputs)
+    if grad_logabsdet is None:
+        return
+    pixels = c.x.shape[2:].numel()
+    total = (-pixels if c.inverse else pixels) * grad_logabsdet.sum(dtype=torch.float64)
+    if c.known is not None:
+        dknown.copy_(total)
+    elif c.needs_weight:
+        assert c.weight_inverse is not None
+        dweight.copy_(total * c.weight_inverse.double().t())
+
+
+def _torch_backward(*arguments: Any) -> Quadruple:
+    *configuration, grad, grad_logabsdet = arguments
+    outputs = _gradients(*arguments)
     detached = _Configuration(*(t.detach() if isinstance(t, torch.Tensor) else t for t in configuration))  # type: ignore[arg-type]
     for out, value in zip(outputs, detached.gradients(grad, grad_logabsdet), strict=True):
         if value is not None and out.shape == value.shape:
@@ -229,9 +244,13 @@ def _cpp_forward(
     return y, logabsdet, found
 
 
-def _cpp_backward(grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, *configuration: Any) -> Quadruple:
-    outputs = dx, dweight, dbias, dknown = _gradients(grad, grad_logabsdet, *configuration)
+def _cpp_backward(*arguments: Any) -> Quadruple:
+    *configuration, grad, grad_logabsdet = arguments
+    outputs = dx, dweight, dbias, dknown = _gradients(*arguments)
     c = _Configuration(*configuration)
+    if grad is None:
+        fill_by_logabsdet(outputs, c, grad_logabsdet)
+        return outputs
     filled = (
         _some(dx, c.needs_x),
         _some(dweight, c.needs_weight),
@@ -253,7 +272,7 @@ _forward = define(
     triton="invertible_linear.forward",
 )
 _backward = define(
-    f"invertible_linear_backward(Tensor grad, Tensor? grad_logabsdet, {_INPUTS}, bool needs_x, bool needs_weight)"
+    f"invertible_linear_backward({_INPUTS}, bool needs_x, bool needs_weight, Tensor? grad, Tensor? grad_logabsdet)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_gradients,
     torch_=_torch_backward,
@@ -265,7 +284,8 @@ _backward = define(
 class _InvertibleLinear(torch.autograd.Function):
     """Saves the input in both directions: the gradient of W for the inverse follows from sum g x^T too.
 
-    ``outputs`` are the results, if they are known already; W^-1 must then be given where the backward needs it.
+    ``outputs`` are the results, if they are known already; W^-1 must then be given where the backward needs it. An absent
+    gradient stays absent but under a compiler, as in ``affine_coupling``.
     """
 
     @staticmethod
@@ -293,12 +313,10 @@ class _InvertibleLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
         configuration = _Configuration(*ctx.saved_tensors, *ctx.flags)
-        if grad is None:
-            grad = torch.zeros_like(configuration.x)
         if reference_differentiates(grad, grad_logabsdet):
             dx, dweight, dbias, dknown = configuration.gradients(grad, grad_logabsdet)
         else:
-            dx, dweight, dbias, dknown = _backward(grad, grad_logabsdet, *configuration)
+            dx, dweight, dbias, dknown = _backward(*configuration, grad, grad_logabsdet)
         weighted = configuration.needs_weight
         return (
             dx if configuration.needs_x else None,

@@ -101,7 +101,10 @@ def backward_kernel(
     o_x = n if LINEAR else c * x_c + h * x_h + w * x_w
     o_params = n * u_w if CHECKERBOARD and LINEAR else rank * u_c + h * u_h + w * u_w
     o_dparams = n * d_w if CHECKERBOARD and LINEAR else rank * d_c + h * d_h + w * d_w
-    b_grad = tl.load(p_grad + i_b * g_b + o_grad, mask=m_inside, other=0.0)
+    if p_grad is None:  # and not zeros, which would meet the infinity of a scale or an x that overflows
+        b_grad = tl.zeros((ROWS, ELEMENTS), p_dx.dtype.element_ty)
+    else:
+        b_grad = tl.load(p_grad + i_b * g_b + o_grad, mask=m_inside, other=0.0)
     if SKIP and keeps(i_tile, N, H, W, kept, SPLIT, ELEMENTS, WIDE):
         tl.store(p_dx + i_b * N + n, b_grad, mask=m_inside)
         return
@@ -116,7 +119,10 @@ def backward_kernel(
     else:
         dx = grad * s
         z = z + shift if SHIFT_FIRST else z
-    dlog_s = dx * z
+    if p_grad is None:
+        dx, dlog_s = grad, grad
+    else:
+        dlog_s = dx * z
     if p_grad_logabsdet is not None:
         dlog_s += load_samples(p_grad_logabsdet, grad_logabsdet_b, B, n_tiles, ROWS)
     draw = dlog_s * slope
@@ -180,17 +186,17 @@ def _forward_launch(
 
 
 def _backward_launch(
-    grad: torch.Tensor,
-    grad_logabsdet: torch.Tensor | None,
     x: torch.Tensor,
     params: torch.Tensor,
+    grad: torch.Tensor | None,
+    grad_logabsdet: torch.Tensor | None,
     configuration: _Configuration,
     dx: torch.Tensor,
     dparams: torch.Tensor,
 ) -> Launch:
     rank, *settings = configuration
     double = torch.float64 in (x.dtype, params.dtype)
-    whole, parts = (grad.stride(), x.stride()), (params.stride(), dparams.stride())
+    whole, parts = ((x if grad is None else grad).stride(), x.stride()), (params.stride(), dparams.stride())
     how = _plan(x.shape, not dx.is_contiguous(), double, whole, parts, params.shape[1], *settings)
     step = 0 if grad_logabsdet is None else grad_logabsdet.stride(0)
     how = how._replace(integers=(step, *how.integers))
@@ -210,12 +216,16 @@ def forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> tuple
 
 
 def backward(
-    grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, x: torch.Tensor, params: torch.Tensor, *configuration: Any
+    x: torch.Tensor,
+    params: torch.Tensor,
+    grad: torch.Tensor | None,
+    grad_logabsdet: torch.Tensor | None,
+    *configuration: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx, dparams): ``flowkern::affine_coupling_backward``."""
-    dx, dparams = _gradients(grad, grad_logabsdet, x, params)
+    dx, dparams = _gradients(x, params)
     if x.numel() > 0:
-        _backward_launch(grad, grad_logabsdet, x, params, _Configuration(*configuration), dx, dparams).run()
+        _backward_launch(x, params, grad, grad_logabsdet, _Configuration(*configuration), dx, dparams).run()
     return dx, dparams
 
 
@@ -251,5 +261,6 @@ def compile_cases(
     configuration = _Configuration(rank, code, s.code, s.a, s.b, LAYOUTS.index(layout), shift_first, inverse)
     outputs = _outputs(x, params)
     yield "forward", _forward_launch(x, params, configuration, *outputs)
-    gradients = _gradients(outputs[0], outputs[1], x, params)
-    yield "backward", _backward_launch(*outputs, x, params, configuration, *gradients)
+    gradients = _gradients(x, params)
+    yield "backward", _backward_launch(x, params, *outputs, configuration, *gradients)
+    yield "backward-of-logabsdet", _backward_launch(x, params, None, outputs[1], configuration, *gradients)

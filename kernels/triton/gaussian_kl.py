@@ -75,9 +75,15 @@ def differentiate(p_grad, grad_kl, p_mean, p_scale, p_dmean, p_dscale, mask, noi
     log_scale = tl.load(p_scale, mask=mask, other=0.0).to(ACC)
     scale = exp(log_scale)
     less_one, _ = exp_less_tangent(log_scale, scale)
-    grad = tl.zeros_like(mean) if p_grad is None else tl.load(p_grad, mask=mask, other=0.0).to(ACC)
-    tl.store(p_dmean, narrow(grad + grad_kl * mean, p_dmean.dtype.element_ty), mask=mask)
-    d_log_scale = grad * scale * noise + grad_kl * less_one
+    # An absent gradient is not taken for zero: zero times a scale that overflows is not zero.
+    d_mean, d_log_scale = tl.zeros_like(mean), tl.zeros_like(mean)
+    if p_grad is not None:
+        d_mean = tl.load(p_grad, mask=mask, other=0.0).to(ACC)
+        d_log_scale = d_mean * scale * noise
+    if grad_kl is not None:
+        d_mean += grad_kl * mean
+        d_log_scale += grad_kl * less_one
+    tl.store(p_dmean, narrow(d_mean, p_dmean.dtype.element_ty), mask=mask)
     tl.store(p_dscale, narrow(d_log_scale, p_dscale.dtype.element_ty), mask=mask)
 
 
@@ -89,7 +95,7 @@ def backward_kernel(
 ):  # fmt: skip
     i_b, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
     n0, n1, n2, n3 = normal_noise(p_seed, offset, i_b, i_tile, GROUPS, ACC)
-    grad_kl = 0.0 if p_grad_kl is None else tl.load(p_grad_kl + i_b * k_b).to(ACC)
+    grad_kl = None if p_grad_kl is None else tl.load(p_grad_kl + i_b * k_b).to(ACC)
     i_b = i_b.to(tl.int64)
     for w in tl.static_range(0, 4):
         n = elements(i_tile, GROUPS) + 16 * w
@@ -176,4 +182,7 @@ def compile_cases(length: int, form: str, dtypes: str) -> Iterator[tuple[str, La
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     z, kl = _outputs(mean, log_scale)
     yield "forward", _forward_launch(mean, log_scale, seed, 0, z)[0]
-    yield "backward", _backward_launch(mean, log_scale, seed, 0, z, kl, _gradients(mean, log_scale))
+    gradients = _gradients(mean, log_scale)
+    yield "backward", _backward_launch(mean, log_scale, seed, 0, z, kl, gradients)
+    yield "backward-of-z", _backward_launch(mean, log_scale, seed, 0, z, None, gradients)
+    yield "backward-of-kl", _backward_launch(mean, log_scale, seed, 0, None, kl, gradients)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flowkern.ops._invertible_linear import _Configuration, _gradients, _outputs
+from flowkern.ops._invertible_linear import _Configuration, _gradients, _outputs, fill_by_logabsdet
 
 from ._coupling import DTYPES, FORMS, Launch, Plan, Strides, example, sample_strides
 from .lang import narrow
@@ -249,10 +249,14 @@ def forward(
     return y, logabsdet, found
 
 
-def backward(grad: torch.Tensor, grad_logabsdet: torch.Tensor | None, *configuration: Any) -> tuple[torch.Tensor, ...]:
+def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """(dx, dweight, dbias, dlogabsdet): ``flowkern::invertible_linear_backward``."""
-    dx, dweight, dbias, dknown = outputs = _gradients(grad, grad_logabsdet, *configuration)
+    *configuration, grad, grad_logabsdet = arguments
+    dx, dweight, dbias, dknown = outputs = _gradients(*arguments)
     c = _Configuration(*configuration)
+    if grad is None:
+        fill_by_logabsdet(outputs, c, grad_logabsdet)
+        return outputs
     dtype = _outputs(c.x, c.weight, c.bias, None, None, False, False)[1].dtype
     pixels = -c.x.shape[2:].numel() if c.inverse else c.x.shape[2:].numel()
     log_gradient = 0.0 if grad_logabsdet is None else pixels * grad_logabsdet.sum(dtype=torch.float64)
