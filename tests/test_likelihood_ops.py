@@ -79,6 +79,30 @@ def test_mixture_is_accurate_on_every_isa(dtype: torch.dtype, isa: str) -> None:
         check_mixture(dtype)
 
 
+def check_mixture_with_an_offset(dtype: torch.dtype) -> None:
+    """What all logits have in common has no say, exactly: the logits are such that adding it rounds nothing."""
+    x, params = image((2, 3, 4, 8), 3, dtype=dtype)
+    params[:, :3] = (4 * params[:, :3]).round() / 4
+    plain = values_and_gradient(ops.discretized_logistic_mixture, x, params)
+    for offset in (1e6, -1e6):
+        moved = params.clone()
+        moved[:, :3] += offset
+        for actual, expected in zip(values_and_gradient(ops.discretized_logistic_mixture, x, moved), plain, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_mixture_with_an_offset_on_every_isa(dtype: torch.dtype, isa: str) -> None:
+    with flowkern.backend("cpp"):
+        check_mixture_with_an_offset(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_mixture_with_an_offset_in_torch(dtype: torch.dtype) -> None:
+    with flowkern.backend("torch"):
+        check_mixture_with_an_offset(dtype)
+
+
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_mixture_sums_to_one_over_all_levels(backend: str) -> None:
     """The bins of all levels are everything there is, given the channels before."""

@@ -227,12 +227,17 @@ double mix(const Shape& s, const Rows<A>& params, const Rows<A>* gradient, A sca
     sum[i] = sum_logit[i] = missing[i] = A(0);
   }
   for (int64_t k = 0; k < s.components; ++k) {
-    const A *logit = params.read(k), *log_mass = w.joint + k * tile;
+    const A* logit = params.read(k);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) top_logit[i] = logit[i] > top_logit[i] ? logit[i] : top_logit[i];
+  }
+  // Logits count from the largest from here on: a large number that all have in common would swallow the log masses.
+  for (int64_t k = 0; k < s.components; ++k) {
+    const A *logit = params.at(k), *log_mass = w.joint + k * tile;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const A joint = logit[i] + log_mass[i];
+      const A joint = logit[i] - top_logit[i] + log_mass[i];
       top[i] = joint > top[i] ? joint : top[i];
-      top_logit[i] = logit[i] > top_logit[i] ? logit[i] : top_logit[i];
     }
   }
   for (int64_t k = 0; k < s.components; ++k) {
@@ -240,7 +245,7 @@ double mix(const Shape& s, const Rows<A>& params, const Rows<A>* gradient, A sca
     A* log_mass = w.joint + k * tile;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const A prior = exp_(logit[i] - top_logit[i]), joint = exp_(logit[i] + log_mass[i] - top[i]);
+      const A less = logit[i] - top_logit[i], prior = exp_(less), joint = exp_(less + log_mass[i] - top[i]);
       sum_logit[i] += prior;
       sum[i] += joint;
       missing[i] += prior * one_minus_exp(-log_mass[i], exp_(log_mass[i]));
@@ -251,7 +256,7 @@ double mix(const Shape& s, const Rows<A>& params, const Rows<A>* gradient, A sca
   for (int64_t i = 0; i < n; ++i) {
     // Where nearly all of the mass is there, the rest says how much to more digits.
     const A rest = missing[i] / sum_logit[i];
-    total += rest < A(0.25) ? log1p_(-rest) : top[i] - top_logit[i] + log_(sum[i] / sum_logit[i]);
+    total += rest < A(0.25) ? log1p_(-rest) : top[i] + log_(sum[i] / sum_logit[i]);
   }
   for (int64_t k = 0; gradient && k < s.components; ++k) {
     const A *logit = params.at(k), *joint = w.joint + k * tile;

@@ -214,13 +214,14 @@ def kernel(
         f2, dm2, ds2 = bin_mass(level2, high, low, scale2, LAST, LOG_BIN, COMPAT)
         log_mass += f1 + f2
 
-    top_logit = tl.max(logit, 0)[None, :]
+    # Logits count from the largest: a large number that all have in common would swallow the log masses.
+    logit -= tl.max(logit, 0)[None, :]
     top = tl.max(logit + log_mass, 0)[None, :]
-    prior = exp(logit - top_logit)
+    prior = exp(logit)
     joint = exp(logit + log_mass - top)
     sum_prior = tl.sum(prior, 0)[None, :]
     sum_joint = tl.sum(joint, 0)[None, :]
-    value = top - top_logit + tl.log(sum_joint / sum_prior)
+    value = top + tl.log(sum_joint / sum_prior)
     if tl.float32 == ACC:
         # Where nearly all of the mass is there, what is missing says how much to more digits.
         missing = tl.sum(-expm1(log_mass) * prior, 0)[None, :] / sum_prior
