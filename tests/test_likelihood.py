@@ -122,3 +122,24 @@ def test_colours_depend_on_one_another() -> None:
     drawn = fine.image_sample(maps.expand(20_000, -1, -1, -1))
     error = drawn.std(0) / 20_000**0.5
     assert ((drawn.mean(0) - fine.image_mean(maps)[0]).abs() <= 5 * error).all()
+
+
+def test_mixtures_share_out_their_gradient_in_full() -> None:
+    """Far out, where the log densities are huge: components that are alike add up to the gradient of one."""
+    x = torch.full((50,), 3000.0)
+    params = torch.randn(50, 15)
+    params[:, 5:10], params[:, 10:] = 0.0, 0.0
+    params.requires_grad_()
+    (grad,) = torch.autograd.grad(nn.GaussianMixture(5).log_prob(x, params).sum(), params)
+    torch.testing.assert_close(grad[:, 5:10].sum(1), x)
+    z = (1000.0 * torch.randn(50, 2)).requires_grad_()
+    mixture = nn.Mixture(2, 4)
+    encoder = torch.nn.Linear(3, 4)
+    vamp = nn.VampPrior(encoder, nn.GaussianPosterior(2), torch.randn(4, 3))
+    with torch.no_grad():
+        for parameter in (*mixture.parameters(), *vamp.parameters(), *encoder.parameters()):
+            parameter.zero_()
+        mixture.logits.normal_()
+        vamp.logits.normal_()
+    for density in (mixture, vamp):
+        torch.testing.assert_close(torch.autograd.grad(density.log_prob(z).sum(), z)[0], -z.detach())

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributions import Distribution, Independent, Transform
 
 from ..ops._checks import accumulation_dtype
+from ..ops._discretized_logistic_mixture import log_sum
 
 __all__ = ["Base", "DiagonalNormal", "Mixture", "StandardNormal", "as_base"]
 
@@ -122,7 +123,7 @@ class Mixture(Base):
         eps = (self.check(z).unsqueeze(1) - self.loc) * (-self.log_scale).exp()
         log_volume = self.log_scale.to(eps.dtype).flatten(1).sum(1)
         weights = self.logits.to(eps.dtype).log_softmax(0)
-        return (normal_log_prob(eps, len(self.shape)) - log_volume + weights).logsumexp(1)
+        return log_sum(normal_log_prob(eps, len(self.shape)) - log_volume + weights)
 
     def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
         raise NotImplementedError("Mixture: the draw of a component has no derivative; use sample")

@@ -11,7 +11,7 @@ from torch import nn
 from .. import ops
 from ..ops import ScaleMap
 from ..ops._checks import values_can_be_read
-from ..ops._discretized_logistic_mixture import _parts
+from ..ops._discretized_logistic_mixture import _parts, log_sum
 
 __all__ = [
     "LIKELIHOODS",
@@ -140,7 +140,7 @@ class GaussianMixture(Likelihood):
 
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         logits, mean, raw = params.chunk(3, -1)
-        return (logits.log_softmax(-1) + _normal(x[..., None], mean, raw)).logsumexp(-1)
+        return log_sum(logits.log_softmax(-1) + _normal(x[..., None], mean, raw), -1)
 
     def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         logits, mean, raw = params.chunk(3, -1)

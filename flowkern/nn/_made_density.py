@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..ops._checks import accumulation_dtype
+from ..ops._discretized_logistic_mixture import log_sum
 from ._flow import _rows
 from ._likelihood import likelihood
 from ._made import MADE
@@ -95,7 +96,7 @@ class MADEDensity(nn.Module):
             self.steps += 1
             return self._log_prob(masks, x, context)
         parts = [self._log_prob(masks, x, context) for masks in self.mask_sets]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0) - math.log(len(parts))
+        return parts[0] if len(parts) == 1 else log_sum(torch.stack(parts), 0) - math.log(len(parts))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         return self.log_prob(x, context)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..ops._checks import accumulation_dtype
+from ..ops._discretized_logistic_mixture import log_sum
 from ._base import Base, StandardNormal, as_base, draw_components
 from ._flow import Flow, _rows
 from ._likelihood import Likelihood
@@ -117,7 +118,7 @@ class VampPrior(Base):
         posterior = self._modules_of_vae[1]
         # (B, K, L): one row of h for each component.
         log_q = posterior.log_prob(z[:, None].expand(-1, h.shape[0], -1), h)
-        return (log_q + self.logits.to(log_q.dtype).log_softmax(0)).logsumexp(1)
+        return log_sum(log_q + self.logits.to(log_q.dtype).log_softmax(0))
 
     def rsample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
         raise NotImplementedError("VampPrior: the draw of a component has no derivative; use sample")
@@ -335,7 +336,7 @@ def _per_sample(rate: torch.Tensor) -> torch.Tensor:
 
 
 def _log_mean_exp(log_weight: torch.Tensor) -> torch.Tensor:
-    return log_weight.logsumexp(0) - math.log(len(log_weight))
+    return log_sum(log_weight, 0) - math.log(len(log_weight))
 
 
 def _with_value(surrogate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -95,13 +95,13 @@ def reference(x: torch.Tensor, params: torch.Tensor, *, levels: int = 256, compa
         position = 2.0 * level.to(wide) / (levels - 1) - 1.0
         means = _shifted(means, coefficients[0].to(wide), position)
     log_mass = _log_mass(level, means, log_scales.to(dtype), levels, compat is not None).sum(1)
-    return _log_sum(torch.log_softmax(logits.to(dtype), 1) + log_mass).flatten(1).sum(1)
+    return log_sum(torch.log_softmax(logits.to(dtype), 1) + log_mass).flatten(1).sum(1)
 
 
-def _log_sum(joint: torch.Tensor) -> torch.Tensor:
-    """logsumexp over the components of (B, K, H, W). Its own derivative, exp(joint - result), does not sum to 1 for huge ones."""
-    top = joint.detach().amax(1, keepdim=True).clamp(min=torch.finfo(joint.dtype).min)
-    return top.squeeze(1) + (joint - top).exp().sum(1).log()
+def log_sum(joint: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """logsumexp, of components. Its own derivative, exp(joint - result), does not sum to 1 for huge ones."""
+    top = joint.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(joint.dtype).min)
+    return top.squeeze(dim) + (joint - top).exp().sum(dim).log()
 
 
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
