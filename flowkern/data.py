@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import gzip
 import hashlib
+import math
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -204,14 +206,16 @@ def _decode(path: Path, size: int) -> np.ndarray | str:
     from PIL import Image, ImageOps
 
     try:
+        if not path.is_file():
+            return "it is no file"  # a pipe would be waited for
         with Image.open(path) as image:
             if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"):
                 return f"mode {image.mode!r} has more than 8 bits"
             gray = image.mode in ("1", "L", "LA")
             upright = ImageOps.exif_transpose(image).convert("L" if gray else "RGB")
             pixels = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS))
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
+    except Exception as error:  # a decoder of a damaged file may raise anything
+        return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     return pixels[None] if gray else pixels.transpose(2, 0, 1)
 
 
@@ -265,7 +269,7 @@ def _idx(path: Path, rank: int) -> np.ndarray:
             f"data: {path} starts with 0x{magic:08x} ({len(raw)} bytes); expected the magic number 0x{0x800 + rank:08x}"
         )
     sizes = tuple(int(n) for n in np.frombuffer(raw, ">u4", rank, 4))
-    expected = 4 + 4 * rank + int(np.prod(sizes, dtype=np.int64))
+    expected = 4 + 4 * rank + math.prod(sizes)
     if len(raw) != expected:
         raise ValueError(f"data: {path} has {len(raw)} bytes; expected {expected} for sizes {sizes}")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(sizes)
@@ -292,19 +296,43 @@ def _held_out(name: str, values: np.ndarray, labels: np.ndarray, test: Split, cl
     return Dataset(name, 256, Split(values[:cut], labels[:cut]), Split(values[cut:], labels[cut:]), test, classes)
 
 
-def _npy(path: Path) -> Dataset:
+def _npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, dtype, the number of bytes that a .npy file holds behind its header), as the header says it.
+
+    Raises ValueError for a file without such a header.
+    """
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        values = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"data: {path} is not a whole .npy file: {error}") from error
-    came = f"data: {path} holds {getattr(values, 'dtype', type(values).__name__)} of shape {getattr(values, 'shape', '?')}"
-    if not isinstance(values, np.ndarray):
-        raise ValueError(f"{came}; expected one array (.npy), not an archive")
-    images = values.dtype == np.uint8 and values.ndim in (3, 4)
-    if not images and not (np.issubdtype(values.dtype, np.floating) and values.ndim == 2):
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":
+                raise ValueError("it is an archive (.npz); expected one array")
+            file.seek(0)
+            version = np.lib.format.read_magic(file)
+            if version not in readers:
+                raise ValueError(f"format {'.'.join(map(str, version))}; expected 1.0 or 2.0")
+            shape, _, dtype = readers[version](file)
+            rest = os.fstat(file.fileno()).st_size - file.tell()
+    except Exception as error:  # a header is a Python literal, and its parser may raise anything
+        raise ValueError(f"data: {path} is not a whole .npy file: {' '.join(str(error).split())}") from error
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"data: {path} is not a whole .npy file: shape {shape}; expected whole numbers of at least 0")
+    return shape, dtype, rest
+
+
+def _npy(path: Path) -> Dataset:
+    if not path.is_file():
+        raise ValueError(f"data: {path} is not a file")
+    shape, dtype, rest = _npy_header(path)
+    came = f"data: {path} holds {dtype} of shape {shape}"
+    images = dtype == np.uint8 and len(shape) in (3, 4)
+    if not images and not (np.issubdtype(dtype, np.floating) and len(shape) == 2):
         raise ValueError(f"{came}; expected uint8 (N, H, W) or (N, C, H, W) images, or float (N, D) vectors")
-    if values.size == 0 or len(values) < 3:
+    if math.prod(shape) == 0 or shape[0] < 3:
         raise ValueError(f"{came}; expected at least 3 samples that are not empty")
+    # Before anything is allocated: a header may claim any size.
+    if (needed := math.prod(shape) * dtype.itemsize) > rest:
+        raise ValueError(f"data: {path} is not a whole .npy file: {dtype} of shape {shape} is {needed} bytes, got {rest}")
+    values = np.load(path, allow_pickle=False)
     if images:
         values = values if values.ndim == 4 else values[:, None]
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("PIL")
 pytest.importorskip("sklearn")
 
-from PIL import Image  # noqa: E402
+from PIL import Image, ImageOps, features  # noqa: E402
 
 from flowkern import data  # noqa: E402
 from flowkern.training import negative_log_likelihood  # noqa: E402
@@ -71,7 +72,7 @@ def test_folder_reads_what_it_can_and_reports_the_rest(tmp_path):
     _write_images(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(10)])
     (tmp_path / "cat" / "text.png").write_text("no image")
     whole = (tmp_path / "dog" / "0.png").read_bytes()
-    (tmp_path / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "dog" / "cut.png").write_bytes(whole[:-30] + bytes(255 - b for b in whole[-30:]))
     Image.fromarray(np.full((9, 9), 70_000 % 65536, np.uint16)).save(tmp_path / "deep.png")
     (tmp_path / "readme.txt").write_text("not looked at")
     (tmp_path / "dog" / "._0.png").write_bytes(b"left by a file system")
@@ -87,6 +88,43 @@ def test_folder_reads_what_it_can_and_reports_the_rest(tmp_path):
     # The colour of an image tells its class: i < 10 are cats.
     for split in (folder.train, folder.val, folder.test):
         assert ((split.values[:, 0, 0, 0] >= 10) == split.labels).all()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, MemoryError, AttributeError, RecursionError])
+def test_whatever_a_decoder_raises_is_a_line_for_that_file(tmp_path, monkeypatch, error):
+    _write_images(tmp_path, [f"{i}.png" for i in range(4)])
+    fit = ImageOps.fit
+
+    def decode(image: Image.Image, *rest: object) -> Image.Image:
+        if image.size[0] == 22:
+            raise error("in two\nlines")
+        return fit(image, *rest)
+
+    monkeypatch.setattr(ImageOps, "fit", decode)
+    lines: list[str] = []
+    data.load(f"folder:{tmp_path}", size=4, report=lines.append)
+    assert lines == [
+        f"data: skipped {tmp_path / '2.png'}: {error.__name__}: in two lines",
+        f"data: skipped 1 of 4 images below {tmp_path}",
+    ]
+
+
+def test_images_of_kinds_that_the_decoder_does_not_know(tmp_path):
+    """Of formats whose decoders raise more than OSError: a DDS of unknown pixels, an AVIF of damaged pixels; and a pipe."""
+    _write_images(tmp_path, [f"{i}.png" for i in range(3)])
+    header = [124, 0x1007, 8, 8, 0, 0, 0, *[0] * 11, 32, 4, int.from_bytes(b"ABCD", "little"), *[0] * 5, 0x1000, *[0] * 4]
+    (tmp_path / "x.dds").write_bytes(b"DDS " + np.array(header, "<u4").tobytes() + bytes(64))
+    names = ["x.dds", "pipe.png"]
+    os.mkfifo(tmp_path / "pipe.png")
+    if features.check("avif"):
+        Image.new("RGB", (40, 40), (9, 99, 200)).save(tmp_path / "x.avif")
+        whole = (tmp_path / "x.avif").read_bytes()
+        (tmp_path / "x.avif").write_bytes(whole[:-30] + bytes(255 - b for b in whole[-30:]))
+        names.append("x.avif")
+    lines: list[str] = []
+    data.load(f"folder:{tmp_path}", size=4, report=lines.append)
+    for name in names:
+        assert sum(name in line for line in lines) == 1, (name, lines)
 
 
 def test_folder_split_depends_on_the_names_alone(tmp_path):
@@ -251,11 +289,66 @@ def test_npy_refuses_bad_rows_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match=r"is not a whole .npy file"):
         data.load(f"npy:{path}")
     np.save(path, np.array([{}]), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"is not a whole .npy file"):
+    with pytest.raises(ValueError, match="holds object of shape"):
         data.load(f"npy:{path}")
     np.savez(tmp_path / "x.npz", a=values)
-    with pytest.raises(ValueError, match="not an archive"):
+    with pytest.raises(ValueError, match="it is an archive"):
         data.load(f"npy:{tmp_path / 'x.npz'}")
+
+
+def _write_header(path: Path, shape: str, descr: str = "'<f4'", behind: int = 4000) -> None:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(behind))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"shape": "(1000000000000, 4)"}, r"float32 of shape \(1000000000000, 4\) is 16000000000000 bytes, got 4000"),
+        ({"shape": f"({2**62}, {2**62})"}, "bytes, got 4000"),
+        ({"shape": f"({10**18}, {10**18}, 8)", "descr": "'|u1'"}, "bytes, got 4000"),
+        ({"shape": "(True, 30)"}, r"shape \(True, 30\); expected whole numbers of at least 0"),
+        ({"shape": "(30, True)"}, r"shape \(30, True\); expected whole numbers of at least 0"),
+        ({"shape": "(-1, 4)"}, r"shape \(-1, 4\); expected whole numbers of at least 0"),
+        ({"shape": "(-30, -4)"}, "expected whole numbers of at least 0"),
+        ({"shape": "(30.0, 4)"}, "is not a whole .npy file"),
+        ({"shape": "(1000000000000, 0)"}, "expected at least 3 samples that are not empty"),
+        ({"shape": "(30, 4)", "descr": "'|O'"}, r"holds object of shape \(30, 4\)"),
+        ({"shape": "(30, 4)", "descr": "'<c8'"}, r"holds complex64 of shape \(30, 4\)"),
+        ({"shape": "(30, 4)", "descr": "[('a', '<f4')]"}, "expected uint8"),
+        ({"shape": "(30, 4)", "descr": "'nonsense'"}, "is not a whole .npy file"),
+        ({"shape": "(" * 3000}, "is not a whole .npy file"),
+        ({"shape": "(30, 4)", "behind": 479}, r"is 480 bytes, got 479"),
+    ],
+)
+def test_npy_headers_are_not_believed(tmp_path, monkeypatch, header, message):
+    _write_header(tmp_path / "x.npy", **header)
+    monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("it was read before its header was checked"))
+    with pytest.raises(ValueError, match=message):
+        data.load(f"npy:{tmp_path / 'x.npy'}")
+
+
+def test_npy_in_any_order_of_memory(tmp_path):
+    values = np.arange(720, dtype=np.int64).astype(np.uint8).reshape(30, 4, 6)
+    vectors = np.random.default_rng(0).normal(size=(30, 4))
+    for array in (values, vectors):
+        loaded = []
+        for variant in (array, np.asfortranarray(array), array.astype(array.dtype.newbyteorder())):
+            np.save(tmp_path / "x.npy", variant)
+            loaded.append(data.load(f"npy:{tmp_path / 'x.npy'}"))
+        for other in loaded[1:]:
+            for part in ("train", "val", "test"):
+                assert (getattr(other, part).values == getattr(loaded[0], part).values).all()
+                batches = [data.batch_of(d, part, np.arange(2), seed=0, epoch=0).x for d in (loaded[0], other)]
+                assert torch.equal(*batches)
+
+
+def test_npy_is_a_file(tmp_path):
+    (tmp_path / "folder.npy").mkdir()
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name in ("folder", "pipe"):
+        with pytest.raises(ValueError, match=rf"{name}\.npy is not a file"):
+            data.load(f"npy:{tmp_path / name}.npy")
 
 
 @pytest.mark.parametrize("source", ["", "nope", "digits:x", "folder", "folder:", "mnist"])
