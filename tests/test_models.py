@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
 import math
 import os
 import re
+import zipfile
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 
 from flowkern import models, nn, ops
 from flowkern._version import __version__
+from flowkern.models._budget import Budget
 
 # name -> (model, configuration)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -204,6 +207,62 @@ def test_presets_build(preset: tuple[str, str]) -> None:
     assert model.sample(2).shape == (2, 1, 8, 8)
 
 
+#: A small model of each name, with every setting that it has by name.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "nice": {"shape": 5, "hidden": 8, "context": 2},
+    "realnvp": {"shape": (1, 4, 4), "couplings": 2, "hidden": 4, "depth": 1, "levels": 2, "context": 2},
+    "glow": {"shape": (1, 4, 4), "levels": 1, "steps": 1, "hidden": 4, "classes": 2},
+    "made": {"shape": 5, "hidden": [8], "levels": 4, "context": 2},
+    "maf": {"shape": 5, "layers": 2, "hidden": [8], "components": 2, "context": 2, "permutation": "none"},
+    "iaf": {"shape": 5, "layers": 2, "hidden": [8], "context": 2},
+    "vae": {"shape": (1, 4, 4), "levels": 4, "hidden": [8], "latent": 2, "upper": 2, "context": 2},
+    "pixelcnn": {"shape": (1, 4, 4), "levels": 4, "hidden": 4, "layers": 2, "context": 2, "condition": 2},
+    "pixelvae": {"shape": (1, 4, 4), "levels": 4, "hidden": [8], "pixelcnn": {"hidden": 4, "layers": 1}, "context": 2},
+    "vqvae": {"shape": (1, 4, 4), "levels": 4, "hidden": 4, "blocks": 1, "downsample": 1, "dim": 2, "codes": 4},
+    "vqvae2": {"shape": (1, 4, 4), "levels": 4, "hidden": 4, "blocks": 1, "downsample": 1, "dim": 2, "codes": 4},
+    "dequantized": {"shape": (1, 4, 4), "levels": 4, "settings": {"hidden": 4, "couplings": 1}, "hidden": 4, "couplings": 1},
+}
+
+
+def numbers(name: str, kind: type = int) -> list[str]:
+    """The settings of the model that are numbers of that kind, or several."""
+    config = models.build(name, SETTINGS[name]).config
+    found = {key: value[0] if isinstance(value, list) and value else value for key, value in config.items()}
+    return [key for key, value in found.items() if isinstance(value, kind) and not isinstance(value, bool) and key != "seed"]
+
+
+def with_number(name: str, setting: str, value: float) -> dict[str, Any]:
+    config = json.loads(json.dumps(models.build(name, SETTINGS[name]).config))
+    return {**config, setting: [value, *config[setting][1:]] if isinstance(config[setting], list) else value}
+
+
+#: Of which there may be none.
+MAY_BE_ZERO = {"depth", "blocks"}
+
+
+def test_every_model_has_settings() -> None:
+    assert set(SETTINGS) == set(models.MODELS)
+
+
+@pytest.mark.parametrize("value", [-1, 0])
+@pytest.mark.parametrize(("name", "setting"), [(name, setting) for name in SETTINGS for setting in numbers(name)])
+def test_sizes_are_checked(name: str, setting: str, value: int) -> None:
+    if setting in MAY_BE_ZERO and value == 0:
+        models.build(name, with_number(name, setting, value))
+        return
+    if setting == "flow_hidden":  # which only a flow as prior or posterior has
+        return
+    with pytest.raises(ValueError, match=rf"{setting}.* got .*{value}"):
+        models.build(name, with_number(name, setting, value))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "dropout" in numbers(name, float)])
+def test_dropout_is_checked(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"dropout: expected at least 0 and less than 1, got {value}"):
+        models.build(name, with_number(name, "dropout", value))
+
+
 def test_errors_of_models() -> None:
     with pytest.raises(ValueError, match="model: unknown name 'glow2'"):
         models.build("glow2", {"shape": 4})
@@ -289,6 +348,104 @@ def test_damaged_foreign_and_newer_files_are_refused(tmp_path) -> None:
     assert "width" in refused(path)
     with pytest.raises(FileNotFoundError):
         models.load(tmp_path / "none.ckpt")
+
+
+def checkpoint(name: str = "nice", **entries: Any) -> dict[str, Any]:
+    """The content of a whole one, with some entries exchanged."""
+    model = models.build(name, SETTINGS[name])
+    described = {"name": name, "config": json.loads(json.dumps(model.config))}
+    return {"flowkern": __version__, "model": described, "state_dict": dict(model.state_dict()), **entries}
+
+
+@pytest.mark.parametrize("number", [10**5, 10**9, 2**62, 10**30])
+@pytest.mark.parametrize(("name", "setting"), [(name, setting) for name in SETTINGS for setting in numbers(name)])
+def test_configurations_that_the_weights_cannot_fill(tmp_path, name: str, setting: str, number: int) -> None:
+    """Refused before much is made, whatever the setting, unless it changes nothing."""
+    content = checkpoint(name)
+    content["model"]["config"] = with_number(name, setting, number)
+    torch.save(content, tmp_path / "m.ckpt")
+    if setting in ("shape", "components", "flow_layers", "flow_hidden", "levels"):
+        with contextlib.suppress(ValueError):  # no parameter need depend on them
+            models.load(tmp_path / "m.ckpt")
+        return
+    assert "cannot rebuild the model" in refused(tmp_path / "m.ckpt")
+
+
+def test_a_budget_is_kept_before_memory_is_taken(monkeypatch) -> None:
+    """What is refused was never asked for: neither a tensor of 10^10 elements nor the thousandth parameter."""
+    state = checkpoint()["state_dict"].values()
+    made = []
+    init = torch.nn.Linear.__init__
+    monkeypatch.setattr(torch.nn.Linear, "__init__", lambda self, *a, **k: (made.append(a), init(self, *a, **k))[1])
+    for settings in ({"hidden": 10**5}, {"depth": 10**9}, {"couplings": 10**9}):
+        made.clear()
+        with pytest.raises(ValueError, match=r"much larger than the \d+ bytes"), Budget(state):
+            models.build("nice", {**SETTINGS["nice"], **settings})
+        assert len(made) < 100
+    with pytest.raises(ValueError, match="much larger"), Budget(state):
+        torch.ones(10**5, 1) * torch.ones(10**5)
+    with Budget(state):
+        models.build("nice", SETTINGS["nice"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {name: value.int() for name, value in state.items()}, "expected a floating dtype, got torch.int32"),
+        (lambda state: {name: value.to(torch.complex64) for name, value in state.items()}, "got torch.complex64"),
+        (lambda state: {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}, "got torch.float8_e4m3fn"),
+        (lambda state: {name: value > 0 for name, value in state.items()}, "got torch.bool"),
+        (lambda state: {7: value for value in state.values()}, "expected strings as keys, got 7"),
+        (lambda state: {("a",): value for value in state.values()}, r"expected strings as keys, got \('a',\)"),
+        (lambda state: {name: 3.0 for name in state}, "expected a tensor, got float"),
+        (lambda state: {name: value.to("meta") for name, value in state.items()}, "expected a dense tensor with values"),
+        (lambda state: {name: value.to_sparse() for name, value in state.items()}, "expected a dense tensor with values"),
+        (lambda state: [*state.values()], "state_dict is missing"),
+    ],
+)
+def test_weights_of_other_kinds_are_refused(tmp_path, change, message: str) -> None:
+    path = tmp_path / "m.ckpt"
+    content = checkpoint()
+    torch.save({**content, "state_dict": change(content["state_dict"])}, path)
+    assert re.search(message, refused(path))
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"name": [], "config": {}},
+        {"name": "nice", "config": 3},
+        {"name": "nice", "config": {1: 2}},
+        {"name": "nice", "config": {"shape": [[[4]]]}},
+        {"name": "nice", "config": {"shape": 4, "preprocess": 3}},
+        {"name": "glow", "config": {"shape": [1, 8, 8], "scale": "x"}},
+        {"name": "vae", "config": {"shape": 4, "objective": {"kind": []}}},
+    ],
+)
+def test_configurations_of_other_kinds_are_refused(tmp_path, described: dict[str, Any]) -> None:
+    torch.save(checkpoint(model=described), tmp_path / "m.ckpt")
+    refused(tmp_path / "m.ckpt")
+
+
+@pytest.mark.parametrize("entry", ["plan", "data"])
+def test_what_a_run_adds_is_a_dict(tmp_path, entry: str) -> None:
+    torch.save(checkpoint(**{entry: [1]}), tmp_path / "m.ckpt")
+    assert f"{entry}: expected a dict, got list" in refused(tmp_path / "m.ckpt")
+
+
+def test_compressed_files_are_refused(tmp_path) -> None:
+    """Unpacked they might be of any size."""
+    torch.save(checkpoint(), tmp_path / "m.ckpt")
+    with zipfile.ZipFile(tmp_path / "m.ckpt") as whole, zipfile.ZipFile(tmp_path / "c.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    assert "it is compressed" in refused(tmp_path / "c.ckpt")
+
+
+def test_names_that_are_not_utf8(tmp_path) -> None:
+    path = tmp_path / os.fsdecode(b"m\xff\xe9.ckpt")
+    models.save(models.NICE(4, hidden=8), path)
+    assert models.load(path).shape == (4,)
 
 
 def test_extra_keys_are_kept_for_the_trainer(tmp_path) -> None:

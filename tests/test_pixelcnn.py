@@ -161,7 +161,7 @@ def test_rebuilt_from_its_configuration(tmp_path) -> None:
     ("make", "message"),
     [
         (lambda: models.PixelCNN((5,)), r"shape: expected \(C, H, W\)"),
-        (lambda: models.PixelCNN((1, 2, 2), levels=1), "levels, layers, hidden"),
+        (lambda: models.PixelCNN((1, 2, 2), levels=1), "levels: expected at least 2, got 1"),
         (lambda: models.PixelCNN((1, 2, 2), dropout=1.0), "dropout"),
         (lambda: models.PixelCNN((1, 2, 2), kernel=4), "kernel: expected an odd number, got 4"),
         (lambda: models.PixelCNN((1, 2, 2), hidden=4).log_mass(torch.zeros(1, 1, 2, 3).long()), "x: expected shape"),

@@ -440,7 +440,7 @@ def test_errors_of_models() -> None:
         models.VAE(3, levels=17, likelihood="bernoulli")
     with pytest.raises(ValueError, match=r"objective: expected the fields of nn\.Objective, got 'iwae'"):
         models.VAE(3, objective="iwae")
-    with pytest.raises(ValueError, match="latent, upper: expected at least 1, got -1"):
+    with pytest.raises(ValueError, match="latent: expected at least 1, got -1"):
         models.VAE(3, latent=-1)
     with pytest.raises(ValueError, match="levels: expected at least 2, got 0"):
         models.VAE(3, levels=0)

@@ -132,13 +132,13 @@ def test_rebuilt_with_its_codebooks(cls: Any, tmp_path: Path) -> None:
     [
         (models.VQVAE, (5,), {}, r"shape: expected \(C, H, W\)"),
         (models.VQVAE, (1, 6, 6), {"downsample": 2}, "can be halved 2 times"),
-        (models.VQVAE, (1, 4, 4), {"downsample": 0}, "can be halved"),
+        (models.VQVAE, (1, 4, 4), {"downsample": 0}, "downsample: expected at least 1, got 0"),
         (models.VQVAE2, (1, 4, 4), {"downsample": 1, "top_downsample": 2}, "can be halved 3 times"),
         (models.VQVAE2, (1, 4, 4), {"top_downsample": 0}, "top_downsample"),
         (models.VQVAE, (1, 4, 4), {"likelihood": "normal"}, "likelihood: unknown name 'normal'"),
         (models.VQVAE, (1, 4, 4), {"codes": 1}, "levels, codes"),
         (models.VQVAE, (1, 4, 4), {"context": 3}, "context: only the prior"),
-        (models.VQVAE, (1, 4, 4), {"prior": {"layers": 0}}, "levels, layers, hidden"),
+        (models.VQVAE, (1, 4, 4), {"prior": {"layers": 0}}, "layers: expected at least 1, got 0"),
     ],
 )
 def test_refusals(cls: Any, shape: tuple[int, ...], settings: dict[str, Any], message: str) -> None:

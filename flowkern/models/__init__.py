@@ -2,6 +2,7 @@
 
 from ._autoregressive import IAF as IAF
 from ._autoregressive import MAF as MAF
+from ._budget import Budget as Budget
 from ._checkpoint import load as load
 from ._checkpoint import read_checkpoint as read_checkpoint
 from ._checkpoint import save as save

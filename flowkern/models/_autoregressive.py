@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import nn, ops
+from ..nn._base import check_sizes
 from ..nn._bijection import Bijection
 from ._model import FlowModel, model_shape, preprocessing
 
@@ -18,15 +19,14 @@ _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 PERMUTATIONS = ("reverse", "random", "none")
 
 
-def _between(permutation: str, features: int, layers: int, seed: int) -> list[list[Bijection]]:
-    """What stands between two layers: nothing, or a permutation. Raises ValueError for an unknown name."""
-    if permutation not in PERMUTATIONS:
-        raise ValueError(f"permutation: unknown name {permutation!r}; expected one of {', '.join(map(repr, PERMUTATIONS))}")
-    if permutation == "none":
-        return [[] for _ in range(layers - 1)]
-    if permutation == "reverse":
-        return [[nn.Permutation.reverse(features)] for _ in range(layers - 1)]
-    return [[nn.Permutation.random(features, seed + i)] for i in range(layers - 1)]
+def _behind(permutation: str, features: int, layers: int, seed: int) -> Iterator[list[Bijection]]:
+    """What stands behind each layer: nothing, or a permutation behind all but the last."""
+    for i in range(layers - 1):
+        if permutation == "none":
+            yield []
+        else:
+            yield [nn.Permutation.reverse(features) if permutation == "reverse" else nn.Permutation.random(features, seed + i)]
+    yield []
 
 
 class _AutoregressiveFlow(FlowModel):
@@ -50,16 +50,16 @@ class _AutoregressiveFlow(FlowModel):
         **network: Any,
     ):
         sizes, _ = model_shape(shape, flatten=True)
-        if layers < 1:
-            raise ValueError(f"layers: expected at least 1, got {layers}")
+        check_sizes(layers=layers, context=context)
         features = math.prod(sizes)
         scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
         built = preprocessing(preprocess)
         if len(sizes) == 3:
             c, h, w = sizes
             built.append(nn.Flatten((c, h, w)))
-        between = [*_between(permutation, features, layers, seed), []]
-        for permuted in between:
+        if permutation not in PERMUTATIONS:
+            raise ValueError(f"permutation: unknown name {permutation!r}; expected one of {', '.join(map(repr, PERMUTATIONS))}")
+        for permuted in _behind(permutation, features, layers, seed):
             built.append(layer(features, tuple(hidden), context=context, scale=scale, **network))
             if batch_norm:
                 built.append(nn.BatchNormFlow(features))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._version import __version__
+from ..ops._checks import FLOATING
+from ._budget import Budget
 from ._model import Model
 from ._registry import build, name_of
 
@@ -72,7 +74,11 @@ def save(model: Model, path: StrPath) -> None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+    return tuple(map(int, re.findall(r"\d{1,9}", version)[:3]))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _reason_against(content: Any) -> str | None:
@@ -84,22 +90,39 @@ def _reason_against(content: Any) -> str | None:
     model, state = content.get("model"), content.get("state_dict")
     if not isinstance(model, dict) or not {"name", "config"} <= model.keys() or not isinstance(state, dict):
         return "the model or its state_dict is missing"
+    for name in ("plan", "data"):
+        if not isinstance(content.get(name, {}), dict):
+            return f"{name}: expected a dict, got {type(content[name]).__name__}"
+    return next((reason for item in state.items() if (reason := _reason_against_weight(*item))), None)
+
+
+def _reason_against_weight(name: Any, value: Any) -> str | None:
+    if not isinstance(name, str):
+        return f"state_dict: expected strings as keys, got {name!r}"
+    if not isinstance(value, torch.Tensor):
+        return f"state_dict: {name!r}: expected a tensor, got {type(value).__name__}"
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return f"state_dict: {name!r}: expected a dense tensor with values, got {value.dtype} {value.layout} on {value.device}"
     return None
 
 
 def _unpack(path: StrPath) -> Any:
     """The content of a zip file of torch's, after a look at its checksums, which torch.load leaves out."""
     with zipfile.ZipFile(path) as archive:
+        # torch does not compress: what is larger unpacked than on disk would be so at any factor.
+        if any(entry.file_size > entry.compress_size for entry in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:  # torch takes no names of files that are not UTF-8
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_checkpoint(path: StrPath) -> dict[str, Any]:
     """The content of a checkpoint as a dict with ``"flowkern"``, ``"model"``, ``"state_dict"`` and whatever else it holds.
 
     Tensors come to the CPU. Nothing in the file is executed (``weights_only``). Raises ValueError with the path and the
-    reason for a truncated, damaged, foreign or newer file, and FileNotFoundError for none.
+    reason for a truncated, damaged, foreign or newer file, and OSError (FileNotFoundError for none) if it cannot be read.
     """
     with open(path, "rb") as file:
         magic = file.read(2)
@@ -109,8 +132,8 @@ def read_checkpoint(path: StrPath) -> dict[str, Any]:
         )
     try:
         content = _unpack(path)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a checkpoint: the file is damaged or foreign: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file may lead zipfile, torch and pickle to anything
+        raise ValueError(f"{path}: not a checkpoint: the file is damaged or foreign: {_first_line(error)}") from error
     if reason := _reason_against(content):
         raise ValueError(f"{path}: not a readable checkpoint: {reason}")
     return content
@@ -125,11 +148,22 @@ def load(path: StrPath) -> Model:
     content = read_checkpoint(path)
     model, state = content["model"], content["state_dict"]
     try:
-        flow = build(model["name"], model["config"])
+        with Budget(state.values()):
+            flow = build(model["name"], model["config"])
         dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+        _check_dtypes(flow, state)
         if len(dtypes) == 1:
             flow = flow.to(*dtypes)
         flow.load_state_dict(state)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: cannot rebuild the model: {error}") from error
+    except Exception as error:  # so may a configuration lead a constructor
+        raise ValueError(f"{path}: cannot rebuild the model: {str(error) or type(error).__name__}") from error
     return flow.eval()
+
+
+def _check_dtypes(model: Model, state: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError for a value that would be converted to another kind of number; between floating dtypes it may be."""
+    for name, own in model.state_dict().items():
+        came = state[name].dtype if name in state else own.dtype
+        if came != own.dtype and not (own.is_floating_point() and came in FLOATING):
+            expected = "a floating dtype" if own.is_floating_point() else own.dtype
+            raise ValueError(f"state_dict: {name!r}: expected {expected}, got {came}")

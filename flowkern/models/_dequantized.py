@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import nn
+from ..nn._base import check_sizes
 from ._glow import Glow
 from ._model import DiscreteModel, FlowModel
 from ._realnvp import RealNVP
@@ -58,6 +59,7 @@ class DequantizedFlow(DiscreteModel):
             raise ValueError(f"dequantization: unknown name {dequantization!r}; expected one of {expected}")
         if context is not None:
             raise ValueError(f"context: expected None, got {context}")
+        check_sizes(couplings=couplings, hidden=hidden)
         self.flow = _FLOWS[flow](shape, **{"preprocess": {"logit": 0.005}, **(settings or {})})
         self.shape, self.levels, self.context = self.flow.shape, levels, None
         if dequantization == "uniform":

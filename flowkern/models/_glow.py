@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from .. import nn, ops
+from ..nn._base import check_sizes
 from ..nn._bijection import Bijection, Pair
 from ..ops._checks import check_floating, has_values, host_tensor
 from ..ops._split import FeatureMask, kept_channels, moved_channels
@@ -72,9 +73,9 @@ class Glow(FlowModel):
     ):
         sizes = _image_shape(shape)
         levels = _check_levels(sizes, levels)
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
+        check_sizes(steps=steps)
         context = _context_size(classes, context)
+        check_sizes(hidden=hidden, context=context)
         scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
         network: dict[str, Any] = {"hidden": hidden, "activation": activation, "dropout": dropout}
 
@@ -208,7 +209,7 @@ def _check_levels(shape: tuple[int, int, int], levels: int | None) -> int:
         raise ValueError(f"levels: expected at least 1, got {levels}")
     if levels > possible:
         raise ValueError(
-            f"levels: {levels} of them need a height and width divisible by {2**levels}, got {h} x {w}; at most {possible} fit"
+            f"levels: {levels} of them need a height and width divisible by 2^{levels}, got {h} x {w}; at most {possible} fit"
         )
     return levels
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import nn
+from ..nn._base import check_sizes
 from ._model import DiscreteModel, model_shape
 
 __all__ = ["MADE"]
@@ -45,6 +46,7 @@ class MADE(DiscreteModel):
     ):
         super().__init__()
         self.shape, _ = model_shape(shape, flatten=True)
+        check_sizes(context=context)
         self.levels, self.context = levels, context
         network: dict[str, Any] = {
             "hidden": [*hidden],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import nn
-from ..nn._base import as_shape
+from ..nn._base import as_shape, check_sizes
 from ..nn._bijection import Bijection
 from ..nn._likelihood import check_values
 from ..ops._checks import values_can_be_read
@@ -235,9 +236,10 @@ def conditioner(
 ) -> nn.MLP | nn.ResNet:
     """The network of a coupling: for images a ``ResNet`` of ``depth`` blocks, else an ``MLP`` of ``depth`` hidden layers."""
     inputs = kept_channels(split, channels)
+    check_sizes(0, depth=depth)
     if image:
         return nn.ResNet(inputs, outputs, hidden, depth, **options)
-    return nn.MLP(inputs, outputs, (hidden,) * depth, **options)
+    return nn.MLP(inputs, outputs, itertools.repeat(hidden, depth), **options)
 
 
 def architecture(
@@ -252,12 +254,12 @@ def architecture(
     preprocess: Mapping[str, Any] | None,
 ) -> list[Bijection]:
     """The layers of a coupling flow over ``shape``: preprocessing, then the image or the vector architecture."""
+    check_sizes(couplings=couplings)
     layers = preprocessing(preprocess)
     if image:
         c, h, w = shape
         levels = default_levels(h, w) if levels is None else levels
-        if levels < 1:
-            raise ValueError(f"levels: expected at least 1, got {levels}")
+        check_sizes(levels=levels)
         return [*layers, image_bijection(make, (c, h, w), couplings, levels)]
     if len(shape) == 3:
         layers.append(nn.Flatten(shape))

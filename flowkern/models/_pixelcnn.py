@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import nn
-from ..nn._base import as_shape
+from ..nn._base import as_shape, check_share, check_sizes
 from ..nn._conditioner import _check_context
 from ..nn._flow import _rows
 from ..nn._masked_conv import Window
@@ -63,10 +63,9 @@ class PixelCNN(DiscreteModel):
         self.shape = as_shape(shape)
         if len(self.shape) != 3:
             raise ValueError(f"shape: expected (C, H, W), got {tuple(self.shape)}")
-        if levels < 2 or layers < 1 or hidden < 1:
-            raise ValueError(f"levels, layers, hidden: expected at least 2, 1 and 1, got {levels}, {layers} and {hidden}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+        check_sizes(2, levels=levels)
+        check_sizes(layers=layers, hidden=hidden, context=context, condition=condition)
+        check_share(dropout=dropout)
         channels, height, width = self.shape
         self.levels, self.context, self.condition = levels, context, condition
         self.config = {

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from .. import nn
 from ..nn._flow import _rows
 from ._pixelcnn import PixelCNN
-from ._vae import VAE
+from ._vae import VAE, _encoder
 
 __all__ = ["PixelVAE"]
 
@@ -75,6 +76,20 @@ class PixelVAE(VAE):
         for name in ("upper", "likelihood"):
             del self.config[name]
         self.config["pixelcnn"] = dict(pixelcnn or {})
+
+    @staticmethod
+    def _networks(
+        name: str,
+        shape: tuple[int, ...],
+        inputs: int,
+        latent: int,
+        likelihood: nn.Likelihood,
+        hidden: tuple[int, ...],
+        blocks: int,
+        **options: Any,
+    ) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """The encoder; the decoder follows when all settings are known."""
+        return _encoder(name, shape, inputs, hidden, blocks, **options), torch.nn.Identity()
 
     def _seen(self, z: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """What the PixelCNN is given: z (B, L), and context (B, K)."""

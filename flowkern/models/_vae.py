@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import nn
+from ..nn._base import check_sizes
 from ..nn._likelihood import likelihood as named_likelihood
 from ..nn._likelihood import start
 from ._autoregressive import IAF, MAF
@@ -83,8 +84,8 @@ class VAE(nn.VAE, DiscreteModel):
             raise ValueError(f"likelihood: {likelihood!r} is for discrete values; expected levels")
         if output.discrete and output.levels != levels:
             raise ValueError(f"likelihood: {likelihood!r} is for {output.levels} levels, got {levels}")
-        if latent < 1 or (upper is not None and upper < 1):
-            raise ValueError(f"latent, upper: expected at least 1, got {latent} and {upper}")
+        check_sizes(latent=latent, upper=upper, components=components, flow_layers=flow_layers, context=context)
+        check_sizes(0, blocks=blocks)
         if not isinstance(objective or {}, Mapping):
             raise ValueError(f"objective: expected the fields of nn.Objective, got {objective!r}")
         if upper is not None and (prior, posterior) != ("standard", "gaussian"):
@@ -98,7 +99,7 @@ class VAE(nn.VAE, DiscreteModel):
             approximate = _posterior(posterior, latent, flow_layers, flow_widths)
         else:
             approximate = nn.HierarchicalPosterior(latent, upper, nn.MLP(latent, 2 * upper, widths, **options))
-        encoder, decoder = _networks(
+        encoder, decoder = self._networks(
             network,
             sizes,
             approximate.inputs,
@@ -137,6 +138,25 @@ class VAE(nn.VAE, DiscreteModel):
             "objective": dataclasses.asdict(self.training_objective),
             "context": context,
         }
+
+    @staticmethod
+    def _networks(
+        name: str,
+        shape: tuple[int, ...],
+        inputs: int,
+        latent: int,
+        likelihood: nn.Likelihood,
+        hidden: tuple[int, ...],
+        blocks: int,
+        **options: Any,
+    ) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """(encoder to the posterior's ``inputs``, decoder to the likelihood's parameters)."""
+        # What is drawn first stays first.
+        if name == "conv":
+            encoder = _encoder(name, shape, inputs, hidden, blocks, **options)
+            return encoder, _decoder(name, shape, latent, likelihood, hidden, blocks, **options)
+        decoder = _decoder(name, shape, latent, likelihood, hidden, blocks, **options)
+        return _encoder(name, shape, inputs, hidden, blocks, **options), decoder
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         return self.log_prob(x, context)
@@ -207,30 +227,41 @@ class VAE(nn.VAE, DiscreteModel):
         return nn.VAE.sample(self, n, context, temperature).view(n, *self.shape)
 
 
-def _networks(
+def _check_network(name: str, shape: tuple[int, ...]) -> None:
+    if name not in NETWORKS:
+        raise ValueError(f"network: unknown name {name!r}; expected one of {', '.join(map(repr, NETWORKS))}")
+    if name == "conv" and len(shape) != 3:
+        raise ValueError(f"network: 'conv' is for images (C, H, W), got shape {shape}")
+
+
+def _encoder(
+    name: str, shape: tuple[int, ...], inputs: int, hidden: tuple[int, ...], blocks: int, **options: Any
+) -> torch.nn.Module:
+    """To the posterior's ``inputs``. Raises ValueError for an unknown name and for what is no image under ``"conv"``."""
+    _check_network(name, shape)
+    if name == "conv":
+        return nn.ConvEncoder(shape, inputs, hidden, blocks, **options)
+    return nn.MLP(math.prod(shape), inputs, hidden, **options, zero_init=False)
+
+
+def _decoder(
     name: str,
     shape: tuple[int, ...],
-    inputs: int,
     latent: int,
     likelihood: nn.Likelihood,
     hidden: tuple[int, ...],
     blocks: int,
     **options: Any,
-) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """(encoder to the posterior's ``inputs``, decoder to the likelihood's parameters)."""
-    if name not in NETWORKS:
-        raise ValueError(f"network: unknown name {name!r}; expected one of {', '.join(map(repr, NETWORKS))}")
+) -> torch.nn.Module:
+    """To the likelihood's parameters. Raises as ``_encoder``."""
+    _check_network(name, shape)
     if name == "conv":
-        if len(shape) != 3:
-            raise ValueError(f"network: 'conv' is for images (C, H, W), got shape {shape}")
-        encoder = nn.ConvEncoder(shape, inputs, hidden, blocks, **options)
         images = nn.ConvDecoder(latent, shape, likelihood.maps(shape[0]), hidden[::-1], blocks, **options)
         start(images.network[-1], likelihood.bias(shape[0]))  # type: ignore[arg-type]
-        return encoder, images
-    features, options = math.prod(shape), options | {"zero_init": False}
-    vectors = nn.MLP(latent, features * likelihood.params, hidden, **options)
+        return images
+    vectors = nn.MLP(latent, math.prod(shape) * likelihood.params, hidden, **options, zero_init=False)
     start(vectors.layers[-1], likelihood.bias())  # type: ignore[arg-type]
-    return nn.MLP(features, inputs, hidden, **options), vectors
+    return vectors
 
 
 def _flow(name: str, features: int, layers: int, hidden: tuple[int, ...], context: int | None = None) -> FlowModel:

@@ -10,7 +10,7 @@ import torch
 
 from .. import nn
 from ..nn._autoencoder import downsampling, upsampling
-from ..nn._base import as_shape
+from ..nn._base import as_shape, check_sizes
 from ..nn._likelihood import likelihood as named_likelihood
 from ..nn._likelihood import start
 from ..ops._checks import accumulation_dtype
@@ -180,7 +180,9 @@ class _CodeModel(DiscreteModel):
             raise ValueError(f"shape: expected (C, H, W), got {tuple(self.shape)}")
         levels, codes, likelihood = settings["levels"], settings["codes"], settings["likelihood"]
         channels, height, width = self.shape
-        if height % (1 << least_downsample) or width % (1 << least_downsample) or network["downsample"] < 1:
+        check_sizes(hidden=network["hidden"], downsample=network["downsample"], dim=settings["dim"], context=settings["context"])
+        check_sizes(0, blocks=network["blocks"], commitment=settings["commitment"])
+        if height % (1 << least_downsample) or width % (1 << least_downsample):
             halved = f"{least_downsample} times (downsample)"
             raise ValueError(f"shape: expected a height and a width that can be halved {halved}, got {height} x {width}")
         if likelihood not in LIKELIHOODS:
@@ -382,8 +384,7 @@ class VQVAE2(_CodeModel):
         prior: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
-        if top_downsample < 1:
-            raise ValueError(f"top_downsample: expected at least 1, got {top_downsample}")
+        check_sizes(downsample=downsample, top_downsample=top_downsample)
         settings: dict[str, Any] = {"levels": levels, "dim": dim, "codes": codes, "decay": decay, "commitment": commitment}
         settings |= {"likelihood": likelihood, "components": components}
         settings |= {"prior": None if prior is None else dict(prior), "context": context}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ._base import as_shape
+from ._base import as_shape, check_share, check_sizes
 from ._conditioner import ACTIVATIONS, _check_context, _named_activation
 
 __all__ = ["ConvDecoder", "ConvEncoder", "downsampling", "upsampling"]
@@ -32,6 +32,7 @@ class _Block(nn.Module):
 
     def __init__(self, channels: int, dropout: float, activation: str):
         super().__init__()
+        check_share(dropout=dropout)
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 1)
         self.dropout = nn.Dropout(dropout)
@@ -45,10 +46,17 @@ def _blocks(channels: int, blocks: int, dropout: float, activation: str) -> list
     return [*(_Block(channels, dropout, activation) for _ in range(blocks)), _Activation(activation)]
 
 
+def _check_widths(hidden: Sequence[int], blocks: int) -> None:
+    check_sizes(0, blocks=blocks)
+    for width in hidden:
+        check_sizes(hidden=width)
+
+
 def downsampling(
     inputs: int, hidden: Sequence[int], blocks: int, *, dropout: float = 0.0, activation: str = "relu"
 ) -> nn.Sequential:
     """A convolution of stride 2 for each width, then residual blocks: (B, inputs, H, W) -> (B, hidden[-1], h, w)."""
+    _check_widths(hidden, blocks)
     layers: list[nn.Module] = []
     for before, width in itertools.pairwise([inputs, *hidden]):
         layers += [nn.Conv2d(before, width, 4, 2, 1), _Activation(activation)]
@@ -60,6 +68,7 @@ def upsampling(
     inputs: int, hidden: Sequence[int], outputs: int, blocks: int, *, dropout: float = 0.0, activation: str = "relu"
 ) -> nn.Sequential:
     """Residual blocks, then a transposed convolution for each width: (B, inputs, h, w) -> (B, outputs, H, W)."""
+    _check_widths(hidden, blocks)
     layers = [nn.Conv2d(inputs, hidden[0], 3, padding=1), *_blocks(hidden[0], blocks, dropout, activation)]
     for before, width in itertools.pairwise([*hidden, hidden[-1]]):
         layers += [nn.ConvTranspose2d(before, width, 4, 2, 1), _Activation(activation)]
@@ -105,6 +114,7 @@ class ConvEncoder(nn.Module):
     ):
         super().__init__()
         self.shape, self.context = tuple(shape), context
+        check_sizes(context=context)
         channels, height, width = _halved(shape, len(hidden))
         self.network = downsampling(channels, hidden, blocks, dropout=dropout, activation=activation)
         self.last = nn.Linear(hidden[-1] * height * width + (context or 0), out_features)
@@ -141,6 +151,7 @@ class ConvDecoder(nn.Module):
     ):
         super().__init__()
         self.context = context
+        check_sizes(context=context)
         _, height, width = _halved(shape, len(hidden))
         self.inner = hidden[0], height, width
         self.first = nn.Linear(in_features + (context or 0), math.prod(self.inner))

@@ -26,6 +26,20 @@ def as_shape(shape: Shape) -> tuple[int, ...]:
     return sizes
 
 
+def check_sizes(least: int = 1, **sizes: int | None) -> None:
+    """Raises ValueError, with its name, for a size below ``least``; None is none."""
+    for name, size in sizes.items():
+        if size is not None and not size >= least:
+            raise ValueError(f"{name}: expected at least {least}, got {size}")
+
+
+def check_share(**shares: float) -> None:
+    """Raises ValueError, with its name, for a number that is not in [0, 1)."""
+    for name, share in shares.items():
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"{name}: expected at least 0 and less than 1, got {share}")
+
+
 class Base(nn.Module):
     """A distribution over latents of one ``shape``; derive from it to write your own.
 

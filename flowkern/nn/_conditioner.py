@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
 from ..ops._autoregressive_network import ACTIVATIONS as _WITH_SLOPES
+from ._base import check_share, check_sizes
 
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "Parallel", "ResNet"]
 
@@ -36,6 +37,12 @@ def _zero(layer: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def _checked(hidden: Iterable[int]) -> Iterator[int]:
+    for width in hidden:
+        check_sizes(hidden=width)
+        yield width
+
+
 class MLP(nn.Module):
     """Linear layers with an activation (and dropout) between them: (B, in_features) -> (B, out_features).
 
@@ -45,14 +52,15 @@ class MLP(nn.Module):
         activation: one of ``ACTIVATIONS``.
         zero_init: start the last layer at zero, so that a coupling starts as (nearly) the identity.
 
-    Raises ValueError for an unknown activation, and for a context that is missing, not expected or of a wrong shape.
+    Raises ValueError for sizes below 1, a dropout outside [0, 1), an unknown activation, and for a context that is missing, not
+    expected or of a wrong shape.
     """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        hidden: Sequence[int] = (256, 256),
+        hidden: Iterable[int] = (256, 256),
         *,
         context: int | None = None,
         activation: str = "relu",
@@ -60,7 +68,9 @@ class MLP(nn.Module):
         zero_init: bool = True,
     ):
         super().__init__()
-        widths = [in_features + (context or 0), *hidden, out_features]
+        check_sizes(in_features=in_features, out_features=out_features, context=context)
+        check_share(dropout=dropout)
+        widths = itertools.chain([in_features + (context or 0)], _checked(hidden), [out_features])
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.dropout = nn.Dropout(dropout)
         self.activation = _named_activation(activation)
@@ -112,7 +122,8 @@ class ResNet(nn.Module):
         activation, dropout: as for ``MLP``.
         zero_init: whether the last convolution starts at zero.
 
-    Raises ValueError for an unknown activation, and for a context that is missing, not expected or of a wrong shape.
+    Raises ValueError for sizes below 1, a dropout outside [0, 1), an unknown activation, and for a context that is missing, not
+    expected or of a wrong shape.
     Source: He et al., "Identity Mappings in Deep Residual Networks" (2016).
     """
 
@@ -129,6 +140,9 @@ class ResNet(nn.Module):
         zero_init: bool = True,
     ):
         super().__init__()
+        check_sizes(in_channels=in_channels, out_channels=out_channels, hidden=hidden, context=context)
+        check_sizes(0, blocks=blocks)
+        check_share(dropout=dropout)
         self.activation = _named_activation(activation)
         self.context = context
         self.first = nn.Conv2d(in_channels, hidden, 3, padding=1)
@@ -160,7 +174,8 @@ class ConvNet(nn.Module):
         dropout: of whole channels, before the last convolution.
         zero_init: start the last convolution at zero, so that a coupling starts as (nearly) the identity.
 
-    Raises ValueError for an unknown activation, and for a context that is missing, not expected or of a wrong shape.
+    Raises ValueError for sizes below 1, a dropout outside [0, 1), an unknown activation, and for a context that is missing, not
+    expected or of a wrong shape.
     Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), section 5.1.
     """
 
@@ -176,6 +191,8 @@ class ConvNet(nn.Module):
         zero_init: bool = True,
     ):
         super().__init__()
+        check_sizes(in_channels=in_channels, out_channels=out_channels, hidden=hidden, context=context)
+        check_share(dropout=dropout)
         self.activation = _named_activation(activation)
         self.context = context
         self.first = nn.Conv2d(in_channels, hidden, 3, padding=1)

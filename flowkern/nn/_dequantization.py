@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..ops._checks import accumulation_dtype
-from ._base import normal_log_prob
+from ._base import check_sizes, normal_log_prob
 from ._bijection import Bijection, Pair
 from ._compose import Compose
 from ._conditioner import ConvNet
@@ -42,7 +42,7 @@ class VariationalDequantization(nn.Module):
         hidden: channels of their networks, which see v besides.
         flow: g itself instead, a bijection over (C, H, W) whose context (B, C H W) is v from -1 to 1; its ``inverse`` is run.
 
-    Raises ValueError for a shape that is not (C, H, W).
+    Raises ValueError for a shape that is not (C, H, W), and for sizes below 1.
     Source: Ho et al., "Flow++" (2019), section 3.1.
     """
 
@@ -50,6 +50,7 @@ class VariationalDequantization(nn.Module):
         super().__init__()
         if len(shape) != 3 or levels < 2:
             raise ValueError(f"shape, levels: expected (C, H, W) and at least 2, got {tuple(shape)} and {levels}")
+        check_sizes(couplings=couplings, hidden=hidden)
         self.shape, self.levels = tuple(shape), levels
         channels = self.shape[0]
         self.flow = flow or Compose(
