@@ -427,6 +427,34 @@ def test_configurations_of_other_kinds_are_refused(tmp_path, described: dict[str
     refused(tmp_path / "m.ckpt")
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "buffer", "change", "message"),
+    [
+        ("glow", {"shape": (1, 4, 4), "steps": 1, "hidden": 4}, "sign", torch.zeros_like, "1 or -1 everywhere"),
+        ("glow", {"shape": (1, 4, 4), "steps": 1, "hidden": 4}, "permutation", torch.zeros_like, "each of 0..3 once"),
+        ("glow", {"shape": (1, 4, 4), "steps": 1, "hidden": 4}, "permutation", lambda p: p + 10**6, "each of 0..3 once"),
+        ("nice", {"shape": 4, "permutation": "random"}, "order", lambda p: p - 1, "each of 0..3 once"),
+        ("nice", {"shape": 4, "preprocess": {"rescale": 3.0}}, "scale", torch.zeros_like, "finite numbers that are not 0"),
+        ("maf", {"shape": 4, "hidden": [8], "batch_norm": True}, "running_variance", torch.neg, "at least 0 everywhere"),
+    ],
+)
+def test_buffers_that_mean_something_are_checked(
+    tmp_path, name: str, config: Any, buffer: str, change: Any, message: str
+) -> None:
+    model = models.build(name, config)
+    models.save(model, tmp_path / "m.ckpt")
+    content = models.read_checkpoint(tmp_path / "m.ckpt")
+    key = next(key for key in content["state_dict"] if key.endswith(f".{buffer}"))
+    content["state_dict"][key] = change(content["state_dict"][key])
+    torch.save(content, tmp_path / "m.ckpt")
+    assert re.search(rf"{re.escape(key)}: expected {message}", refused(tmp_path / "m.ckpt"))
+    before = {k: v.clone() for k, v in model.get_submodule(key.rpartition(".")[0]).state_dict().items()}
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(content["state_dict"])
+    for k, value in model.get_submodule(key.rpartition(".")[0]).state_dict().items():
+        assert torch.equal(value, before[k])
+
+
 @pytest.mark.parametrize("entry", ["plan", "data"])
 def test_what_a_run_adds_is_a_dict(tmp_path, entry: str) -> None:
     torch.save(checkpoint(**{entry: [1]}), tmp_path / "m.ckpt")

@@ -7,11 +7,12 @@ from torch import nn
 
 from ..ops._checks import accumulation_dtype, check_floating
 from ._bijection import Bijection, Pair
+from ._state import CheckedState, require
 
 __all__ = ["BatchNormFlow"]
 
 
-class BatchNormFlow(Bijection):
+class BatchNormFlow(CheckedState, Bijection):
     """z = exp(log_scale) (x - m) / sqrt(v + eps) + shift for each feature; logabsdet = n sum(log_scale - log(v + eps) / 2).
 
     m and v are the mean and the variance (divided by the count, as they stand in the density) over the batch and the n
@@ -46,6 +47,10 @@ class BatchNormFlow(Bijection):
         self.shift = nn.Parameter(torch.zeros(features))
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_variance", torch.ones(features))
+
+    def check_state(self, state: dict[str, torch.Tensor]) -> None:
+        if "running_variance" in state:
+            require(state["running_variance"] >= 0, "running_variance", "at least 0 everywhere")
 
     def _check(self, x: torch.Tensor) -> None:
         check_floating("x", x)

@@ -12,6 +12,8 @@ from ..ops._checks import accumulation_dtype, values_can_be_read
 from ..ops._invertible_linear import undo
 from ..ops._plu_weight import compact_plu
 from ._bijection import Bijection, Pair, Replay
+from ._permutation import check_order
+from ._state import CheckedState, require
 
 __all__ = ["PARAMETRIZATIONS", "InvertibleConv1x1", "InvertibleLinear"]
 
@@ -36,7 +38,7 @@ class _Full(nn.Module):
         return self.weight.to(accumulation_dtype(self.weight)), None
 
 
-class _PLU(nn.Module):
+class _PLU(CheckedState):
     """W = P L U with a fixed permutation P, a unit lower triangular L, and U = strict upper part + diag(sign exp(d)).
 
     ``lu`` holds L below the diagonal, U above it and d on it, so that all its elements count.
@@ -53,6 +55,12 @@ class _PLU(nn.Module):
         self.lu = nn.Parameter(compact.to(torch.get_default_dtype()))
         self.register_buffer("sign", diagonal.sign().to(torch.get_default_dtype()))
         self.register_buffer("permutation", p.argmax(1))
+
+    def check_state(self, state: dict[str, torch.Tensor]) -> None:
+        if "sign" in state:
+            require(state["sign"].abs() == 1, "sign", "1 or -1 everywhere")
+        if "permutation" in state:
+            check_order("permutation", state["permutation"])
 
     def forward(self) -> Weight:
         return compact_plu(self.lu.to(accumulation_dtype(self.lu)), self.sign, self.permutation)

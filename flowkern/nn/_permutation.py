@@ -8,11 +8,19 @@ import torch
 
 from ..ops._checks import accumulation_dtype, has_values, host_tensor, on_host
 from ._bijection import Bijection, Pair
+from ._state import CheckedState, require
 
 __all__ = ["Permutation"]
 
 
-class Permutation(Bijection):
+def check_order(name: str, order: torch.Tensor) -> None:
+    """Raises ValueError unless ``order`` (n,) holds each of 0..n-1 once, as integers."""
+    whole = not (order.is_floating_point() or order.is_complex() or order.dtype is torch.bool)
+    numbers = torch.arange(len(order), device=order.device)
+    require(whole and torch.equal(order.long().sort()[0], numbers), name, f"each of 0..{len(order) - 1} once")
+
+
+class Permutation(CheckedState, Bijection):
     """z[:, i] = x[:, order[i]] over the channels of images (B, C, H, W) or the features of vectors (B, D); logabsdet = 0.
 
     The order is part of the state_dict; one that holds no values (on meta) is to come from there. Raises ValueError if
@@ -44,6 +52,10 @@ class Permutation(Bijection):
         with on_host():
             numbers = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
         return cls(numbers)
+
+    def check_state(self, state: dict[str, torch.Tensor]) -> None:
+        if "order" in state:
+            check_order("order", state["order"])
 
     def _check(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim < 2 or x.shape[1] != len(self.order):

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..ops._checks import accumulation_dtype, has_values, host_tensor, on_host
 from ._bijection import Bijection, Pair
+from ._state import CheckedState, require
 
 __all__ = ["Logit", "Rescale", "Scaling"]
 
@@ -70,7 +71,7 @@ def _constant(name: str, value: float | torch.Tensor, nonzero: bool = False) -> 
     return torch.tensor(numbers, dtype=dtype, device=value.device if isinstance(value, torch.Tensor) else None)
 
 
-class Rescale(Bijection):
+class Rescale(CheckedState, Bijection):
     """z = scale * x + shift with constants: numbers, or tensors that broadcast to a sample.
 
     logabsdet = sum of log|scale| over a sample's elements, in nats. Any shape (B, ...).
@@ -84,6 +85,10 @@ class Rescale(Bijection):
         super().__init__()
         self.register_buffer("scale", _constant("scale", scale, nonzero=True))
         self.register_buffer("shift", _constant("shift", shift))
+
+    def check_state(self, state: dict[str, torch.Tensor]) -> None:
+        if "scale" in state:
+            require(state["scale"].isfinite() & (state["scale"] != 0), "scale", "finite numbers that are not 0")
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         return (x * self.scale + self.shift).to(x.dtype), _log_size(self.scale, x)
