@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import io
 import json
 import os
 import platform
@@ -23,32 +24,77 @@ _SOURCES = "digits, photos, folder:PATH, cifar10:PATH, mnist:PATH or npy:PATH"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 1 if it failed on the way, 2 if it could not be meant that way, 130 if interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["bench"]:
+    if not _open_streams():
+        return _fail("standard output is closed; > /dev/null is the way to see nothing of it", 2)
+    ended: SystemExit | None = None
+    code, message = 0, ""
+    try:
+        code, message = _outcome(sys.argv[1:] if argv is None else list(argv))
+    except SystemExit as end:  # as after --help
+        ended = end
+    if (error := _unwritten()) is not None:
+        # Whoever read this has enough, as head does; there is no more to say.
+        ended, code, message = None, 1, "" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}"
+    if ended is not None:
+        raise ended
+    return _fail(message, code) if message else code
+
+
+def _open_streams() -> bool:
+    """Make the standard streams such that printing to them does not fail; False if standard output is closed."""
+    # A closed one would be None, and the next file that is opened would get its number, and what libraries print.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stdout is None:
+        return False
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files need not be text, and a terminal may have ASCII alone.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+    return True
+
+
+def _unwritten() -> OSError | None:
+    """Why what was printed could not be written, or None if it was; nothing more is then written, at exit neither."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
+def _outcome(argv: list[str]) -> tuple[int, str]:
+    """The exit code of a command, and what to say of it: nothing if all went well."""
+    command = argv[1:] if argv[:1] == ["--debug"] else argv
+    if command[:1] == ["bench"]:
         from .bench.__main__ import main as bench
 
-        return bench(argv[1:])
+        return bench(command[1:]), ""
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without it; so is all of flowkern
     arguments = _parser().parse_args(argv)
-    command = arguments.run
     if arguments.debug:
-        return command(arguments) or 0
+        return arguments.run(arguments) or 0, ""
     try:
-        return command(arguments) or 0
+        return arguments.run(arguments) or 0, ""
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("flowkern"):
             raise
-        return _fail(f'{error.name} is not installed; this command needs: pip install "flowkern[train]"', 2)
-    except (ValueError, FileNotFoundError) as error:
-        return _fail(str(error), 2)
+        missing = f'{error.name} is not installed; this command needs: pip install "flowkern[train]"'
+        return 2, missing if error.name else str(error)
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        return 2, str(error) or type(error).__name__
     except BrokenPipeError:
-        # Whoever read this has enough, as head does: nothing more can be printed, at exit neither.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (RuntimeError, OSError) as error:
-        return _fail(f"{error} (--debug shows where)", 1)
+        return 1, ""
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return 130, "interrupted"
+    except MemoryError as error:
+        return 1, f"out of memory: {error} (--debug shows where)"
+    except Exception as error:
+        what = str(error) if isinstance(error, RuntimeError | OSError) else f"{type(error).__name__}: {error}"
+        return 1, f"{what} (--debug shows where)"
 
 
 def _fail(message: str, code: int) -> int:
@@ -259,6 +305,7 @@ def _eval_parser(commands: Any) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from . import data, models, training
 
+    training.usable_device(arguments.device)
     for name in ("draws", "importance"):
         if (given := getattr(arguments, name)) is not None and given < 1:
             raise ValueError(f"--{name}: expected at least 1, got {given}")

@@ -9,13 +9,14 @@ number of ranks see the same data.
 from __future__ import annotations
 
 import copy
+import functools
 import gzip
 import hashlib
 import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.values)
 
+    def digest(self) -> str:
+        """A hash of values and labels, in hexadecimal."""
+        found = hashlib.blake2b(digest_size=16)
+        for array in (self.values, self.labels):
+            if array is not None:
+                found.update(f"{array.dtype.str} {array.shape}".encode())
+                found.update(np.ascontiguousarray(array).view(np.uint8))
+        return found.hexdigest()
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -70,6 +80,26 @@ class Dataset:
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample: (C, H, W) or (D,)."""
         return self.train.values.shape[1:]
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this data from other data, JSON-able: levels, classes, shape, and of each split its size and a hash."""
+        splits = {part: [len(getattr(self, part)), getattr(self, part).digest()] for part in ("train", "val", "test")}
+        return {"levels": self.levels, "classes": [*self.classes], "shape": [*self.shape], "splits": splits}
+
+    def changes(self, identity: Mapping[str, Any]) -> str:
+        """How this data differs from that with the given ``identity``, as far as that tells; "" if it does not."""
+        own, found = self.identity, []
+        for name in ("levels", "classes", "shape"):
+            if identity.get(name, own[name]) != own[name]:
+                found.append(f"{name} {own[name]} (it had {identity[name]})")
+        for part, (samples, digest) in own["splits"].items():
+            before, digest_before = identity.get("splits", own["splits"])[part]
+            if samples != before:
+                found.append(f"{samples} samples in {part} (it had {before})")
+            elif digest != digest_before:
+                found.append(f"other values or labels in {part}")
+        return ", ".join(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +151,132 @@ def test_output_that_nobody_reads(run):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What ``flowkern command`` does in a shell, with redirections as they stand in there."""
+    return subprocess.run(
+        ["bash", "-c", f"{sys.executable} -W ignore -m flowkern.cli {command}"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=False,
+        encoding="utf-8",
+        errors="surrogateescape",
+    )
+
+
+@pytest.mark.parametrize("command", ["doctor", "--help", "bench --help", "train nice --data digits --out {out}"])
+def test_closed_output(tmp_path, command):
+    done = shell(f"{command.format(out=tmp_path / 'run')} >&-")
+    expected = "flowkern: error: standard output is closed; > /dev/null is the way to see nothing of it\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["doctor", "--help", "bench --help"])
+def test_full_output(command):
+    done = shell(f"{command} > /dev/full")
+    assert (done.returncode, done.stderr) == (1, "flowkern: error: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("command", ["doctor", "--help", "bench --help"])
+def test_output_that_is_closed_early(command):
+    done = shell(f"{command} | true; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_other_streams_may_be_closed():
+    """Without an answer to an error there is its code, and it is not mistaken for the result."""
+    assert shell("doctor 2>&- <&-").returncode == 0
+    done = shell("eval /no/such.ckpt 2>&- <&-")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+ASCII = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+
+
+@needs_extra
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", ASCII)
+def test_names_that_are_no_text_on_a_terminal_of_ascii(tmp_path, environment):
+    """Images, classes, data and checkpoints under such names: train, resume, evaluate and sample."""
+    from PIL import Image
+
+    from flowkern import models
+
+    root = tmp_path / os.fsdecode("d\xe9\u4e2d$x_$".encode() + b"\xff")
+    for i in range(12):
+        path = root / os.fsdecode((b"a\xfe", "\u4e2d".encode())[i % 2]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(path)
+    (path.parent / os.fsdecode(b"\xfd.png")).write_text("no image")
+    out = root / "run"
+    train = f"train realnvp --data 'folder:{root}' --size 8 --out '{out}' --draws 1 {' '.join(SMALL[:3])} --conditional"
+    commands = [
+        f"{train} --batch-size 4 --epochs 1",
+        f"{train} --batch-size 4 --epochs 2 --resume",
+        f"eval '{out / 'best.ckpt'}' --draws 1",
+        f"sample '{out / 'best.ckpt'}' -n 4 -o '{out / 'x.png'}' --label '{path.parent.name}'",
+    ]
+    for command in commands:
+        done = shell(command, **environment)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert all(ord(c) < 128 for c in done.stdout + done.stderr)
+    assert models.read_checkpoint(out / "last.ckpt")["plan"]["data"] == f"folder:{root}"
+    assert json.loads((out / "result.json").read_text())["plan"]["data"] == f"folder:{root}"
+    assert (out / "x.png").exists()
+
+
+@needs_extra
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "", "meta", "xla", "0"])
+def test_devices_that_are_not_there(run, tmp_path, capsys, device):
+    for command in (
+        ["sample", run / "best.ckpt", "-o", tmp_path / "x.png"],
+        ["eval", run / "best.ckpt"],
+        ["compare", "realnvp", "--data=digits"],
+    ):
+        line = refusal(capsys, *command, f"--device={device}")
+        assert f"device: expected one that torch can use here, got '{device}': " in line
+    assert not (tmp_path / "x.png").exists()
+
+
+@needs_extra
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "tpu", "nonsense"])
+def test_accelerators_that_are_not_there(tmp_path, capsys, accelerator):
+    line = refusal(capsys, "train", "realnvp", "--data=digits", f"--out={tmp_path / 'run'}", f"--accelerator={accelerator}")
+    assert "accelerator" in line
+    assert "None" not in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_before_bench(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--debug", "bench", "--help"])
+    assert end.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (MemoryError("of 8 GiB"), 1, "out of memory: of 8 GiB (--debug shows where)"),
+        (KeyError("epochs"), 1, "KeyError: 'epochs' (--debug shows where)"),
+        (AssertionError("Torch not compiled"), 1, "AssertionError: Torch not compiled (--debug shows where)"),
+        (IsADirectoryError(21, "Is a directory", "x"), 2, "[Errno 21] Is a directory: 'x'"),
+        (ModuleNotFoundError("needs torch_xla"), 2, "needs torch_xla"),
+        (ValueError(), 2, "ValueError"),
+    ],
+)
+def test_whatever_is_raised_is_a_line(capsys, monkeypatch, error, code, line):
+    def fail(arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().err == f"flowkern: error: {line}\n"
+
+
 @needs_extra
 def test_eval(run, capsys):
     from flowkern import data, models, training
@@ -217,6 +345,15 @@ def test_sample_of_a_saved_model(tmp_path):
         (["--data=digits", "--nodes=0"], "nodes: expected at least 1"),
         (["--data=digits", "--accumulate=0"], "accumulate: expected at least 1"),
         (["--data=digits", "--memory=store"], "realnvp has no setting 'memory'"),
+        (["--data=digits", "--set=couplings=-1"], "couplings: expected at least 1, got -1"),
+        (["--data=digits", "--set=couplings=0"], "couplings: expected at least 1, got 0"),
+        (["--data=digits", "--set=hidden=0"], "hidden: expected at least 1, got 0"),
+        (["--data=digits", "--set=depth=-1"], "depth: expected at least 0, got -1"),
+        (["--data=digits", "--set=dropout=NaN"], "dropout: expected at least 0 and less than 1, got nan"),
+        (["--data=digits", "--devices=99999"], "devices: expected at most"),
+        (["--data=digits", "--workers=99999"], "workers: expected at most"),
+        (["--data=digits", "--lr=inf"], "lr: expected more than 0, and finite, got inf"),
+        (["--data=npy:tests"], "tests is not a file"),
     ],
 )
 def test_train_refuses(tmp_path, capsys, arguments, message):

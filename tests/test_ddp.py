@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +235,48 @@ def test_two_machines(tmp_path):
     one, two = last(tmp_path / "one"), last(tmp_path / "two")
     assert one["global_step"] == two["global_step"] == 8
     assert_same_weights(one["state_dict"], two["state_dict"], 1e-9)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process, which need not be a child of this one, still runs; as a zombie it does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("where", ["start", "training"])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_rank_outlives_its_launcher(tmp_path, sent, where):
+    """However that is ended: while it trains, and while it waits for another rank to come."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("launched.py")), str(tmp_path), where]
+    # A shell starts background jobs with SIGINT ignored, and so do some that run tests.
+    launcher = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    rank = 0
+    try:
+        awaited = [tmp_path / "rank-1"] + ([tmp_path / "rank-0"] if where == "training" else [])
+        while not all(path.exists() for path in awaited):
+            assert launcher.poll() is None, "it ended before it was ended"
+            time.sleep(0.05)
+        rank = int(awaited[0].read_text())
+        assert rank != launcher.pid
+        assert alive(rank)
+        launcher.send_signal(sent)
+        assert launcher.wait(timeout=120) != 0
+        patience = 1200
+        while alive(rank) and patience:
+            patience -= 1
+            time.sleep(0.1)
+        assert patience, "the rank waits for its launcher"
+    finally:
+        launcher.kill()
+        launcher.wait()
+        if rank and alive(rank):
+            os.kill(rank, signal.SIGKILL)

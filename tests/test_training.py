@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_run_writes_everything(finished):
 
     out, plan, score = finished
     pictures = ["curve.png", "interpolations.png", "reconstructions.png", "samples-0.6.png", "samples-0.8.png", "samples.png"]
-    assert sorted(p.name for p in out.iterdir()) == sorted(["best.ckpt", "last.ckpt", "log", "result.json", *pictures])
+    assert sorted(p.name for p in out.iterdir()) == sorted([".lock", "best.ckpt", "last.ckpt", "log", "result.json", *pictures])
     result = json.loads((out / "result.json").read_text())
     assert result["test"]["nats"] == score.nats
     assert training.Plan(**result["plan"]) == plan
@@ -118,7 +119,9 @@ def test_checkpoints_hold_the_bare_model(finished, name):
     out, plan, _ = finished
     content = torch.load(out / name, weights_only=True)
     assert content["model"]["name"] == "realnvp"
-    assert content["data"] == {"levels": 17, "classes": [str(i) for i in range(10)]}
+    described = {"levels": 17, "classes": [str(i) for i in range(10)], "shape": [1, 8, 8]}
+    assert {key: content["data"][key] for key in described} == described
+    assert content["data"] == data.load("digits").identity
     assert training.Plan(**content["plan"]) == plan
     model = models.build("realnvp", content["model"]["config"])
     model.load_state_dict(content["state_dict"])
@@ -618,7 +621,131 @@ def test_full_disk(tmp_path, monkeypatch):
     assert error.value.errno == errno.ENOSPC
     assert steps == [1, 2, 3]
     assert last(tmp_path)["global_step"] == 2
-    assert [p.name for p in tmp_path.glob(".*")] == []
+    assert [p.name for p in tmp_path.glob(".*")] == [".lock"]
+
+
+def vector_run(tmp_path: Path, values: Any, **options: Any) -> Path:
+    """A run on vectors of a file, of one epoch, or of two where it resumes."""
+    np.save(tmp_path / "x.npy", values)
+    epochs = 2 if options.get("resume") else 1
+    plan = training.make_plan("nice", f"npy:{tmp_path / 'x.npy'}", config={"couplings": 2, "hidden": 8}, epochs=epochs)
+    training.train(plan, tmp_path / "run", draws=1, **options)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:-10], r"152 samples in train \(it had 160\), 19 samples in val \(it had 20\)"),
+        (lambda x: x + 1e-3, "other values or labels in train, other values or labels in val, other values or labels in test"),
+        (lambda x: x[:, :4], r"shape \[4\] \(it had \[6\]\)"),
+        (lambda x: (x > 0).astype(np.uint8).reshape(-1, 2, 3), r"levels 256 \(it had None\), shape \[1, 2, 3\]"),
+    ],
+)
+def test_resuming_refuses_other_data(tmp_path, change, message):
+    values = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
+    out = vector_run(tmp_path, values)
+    before = (out / "last.ckpt").read_bytes()
+    with pytest.raises(ValueError, match=f"run cannot resume: npy:.* has changed: {message}"):
+        vector_run(tmp_path, change(values), resume=True)
+    assert (out / "last.ckpt").read_bytes() == before
+    vector_run(tmp_path, values, resume=True)
+    assert last(out)["epoch"] == 1
+
+
+def test_older_checkpoints_resume(finished, tmp_path):
+    """They say no more of the data than levels and classes."""
+    for name in ("best.ckpt", "last.ckpt"):
+        content = models.read_checkpoint(finished[0] / name)
+        content["data"] = {key: content["data"][key] for key in ("levels", "classes")}
+        models.write_atomically(content, tmp_path / name)
+    training.train(training.resumed_plan(tmp_path, {"epochs": 5}), tmp_path, resume=True, draws=1)
+    assert last(tmp_path)["epoch"] == 4
+
+
+@pytest.mark.parametrize("epochs", [4, 5])
+def test_the_best_weights_are_missed(finished, tmp_path, epochs):
+    """By a run that had ended and by one that goes on, before it does."""
+    (tmp_path / "last.ckpt").write_bytes((finished[0] / "last.ckpt").read_bytes())
+    plan = training.resumed_plan(tmp_path, {"epochs": epochs})
+    with pytest.raises(
+        ValueError, match=r"cannot resume: best.ckpt, the weights of its lowest validation NLL, [0-9.]+ nats, is miss"
+    ):
+        training.train(plan, tmp_path, resume=True)
+    (tmp_path / "best.ckpt").write_bytes((finished[0] / "best.ckpt").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"best.ckpt: not a checkpoint: the file is truncated"):
+        training.train(plan, tmp_path, resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("entry", ["plan", "data", "callbacks", "loops", "optimizer_states", "lr_schedulers"])
+def test_only_checkpoints_of_runs_are_resumed(finished, tmp_path, entry):
+    content = last(finished[0])
+    del content[entry]
+    models.write_atomically(content, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=f"last.ckpt is not the checkpoint of a training run: {entry} missing"):
+        training.train(small_plan(), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=f"last.ckpt is not the checkpoint of a training run: {entry} missing"):
+        training.resumed_plan(tmp_path, {})
+
+
+@pytest.mark.parametrize("plan", [{"epochs": "many"}, {"models": 3}, {"lr": math.nan}, {"config": [1]}])
+def test_plans_of_checkpoints_are_checked(finished, tmp_path, plan):
+    content = last(finished[0])
+    models.write_atomically({**content, "plan": {**content["plan"], **plan}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=f"not the checkpoint of a training run: plan: .*{next(iter(plan))}"):
+        training.resumed_plan(tmp_path, {})
+
+
+def test_models_of_runs_are_no_larger_than_their_weights(finished, tmp_path):
+    for name in ("best.ckpt", "last.ckpt"):
+        content = models.read_checkpoint(finished[0] / name)
+        content["plan"]["config"]["couplings"] = 10**9
+        models.write_atomically(content, tmp_path / name)
+    with pytest.raises(ValueError, match="makes a model much larger than"):
+        training.train(training.resumed_plan(tmp_path, {}), tmp_path, resume=True)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from flowkern.training._processes import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="has no such locks")
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_one_run_at_a_time_in_a_folder(finished, tmp_path, options):
+    """The other one is killed at last, and leaves nothing that holds."""
+    out = tmp_path / "run"
+    if options:
+        shutil.copytree(finished[0], out)
+    plan = small_plan(epochs=4)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        with pytest.raises(ValueError, match=f"{out}: another run, process {holder.pid}, is writing there"):
+            training.train(plan, out, draws=1, **options)
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert training.train(plan, out, draws=1, **options) is not None
+
+
+@pytest.mark.parametrize("name", ["devices", "workers"])
+def test_no_more_processes_than_cores(tmp_path, monkeypatch, name):
+    """Nothing is started: neither a process nor the run."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
+    cores = len(os.sched_getaffinity(0))
+    for count in (cores + 1, 99, 10**20):
+        with pytest.raises(ValueError, match=f"{name}: expected at most {cores}, the number of CPU cores.* got {count}"):
+            training.train(small_plan(), tmp_path / "run", **{name: count})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"GIF89a" + raw])
@@ -708,6 +835,10 @@ def test_validation_that_is_not_finite(tmp_path, monkeypatch):
         ({"optimizer": "sgd"}, "optimizer: unknown name 'sgd'"),
         ({"lr": 0.0}, "lr: expected more than 0"),
         ({"lr": float("nan")}, "lr: expected more than 0"),
+        ({"lr": math.inf}, "lr: expected more than 0, and finite"),
+        ({"weight_decay": math.inf}, "weight_decay: expected a finite number"),
+        ({"epochs": "3"}, "epochs: expected int, got '3'"),
+        ({"conditional": 1}, "conditional: expected bool, got 1"),
         ({"ema": 1.0}, "ema: expected a decay below 1"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"accumulate": 0}, "accumulate: expected at least 1"),

@@ -23,7 +23,7 @@ class CheckedState(nn.Module):
     """
 
     def check_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises ValueError for values of the module's own parameters and buffers that it cannot have; ``state`` may lack some."""
+        """Raises ValueError for own parameters and buffers that it cannot have; ``state`` may lack some."""
         raise NotImplementedError(f"{type(self).__name__} has no check_state")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

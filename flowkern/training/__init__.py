@@ -19,6 +19,7 @@ from ._evaluate import importance_nlls as importance_nlls
 from ._evaluate import needed_draws as needed_draws
 from ._evaluate import negative_log_likelihood as negative_log_likelihood
 from ._evaluate import sample_nlls as sample_nlls
+from ._evaluate import usable_device as usable_device
 from ._pictures import atomic as atomic
 from ._pictures import read_log as read_log
 from ._pictures import save_grid as save_grid
@@ -49,12 +50,14 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
     ``reconstructions.png``    test images, and under them what comes back from their latents
     ``traversals.png``         of VAEs: a test image with one latent after the other moved
     ``analogies.png``          of VAEs: what is to c as b is to a
+    ``.lock``                  held while a run writes here: there is one at a time
     ``result.json``            the test NLL of ``best.ckpt`` with its standard error, and the plan
     ========================== ==========================================================================
 
     Options:
         resume: continue from ``last.ckpt``. On the CPU the weights are bit for bit those of a run that was not
-            interrupted; without a ``last.ckpt`` the run starts anew.
+            interrupted; without a ``last.ckpt`` the run starts anew. The data must be what it was, by their number, shape,
+            values and labels; older checkpoints tell of levels and classes alone.
         overwrite: start anew where ``out`` holds a run.
         max_minutes: stop after so much training, counted over all resumed runs. The epoch that it ends in is cut short.
         precision, devices, strategy, accelerator: as Lightning's ``Trainer`` takes them. The global batches do not
@@ -69,8 +72,9 @@ def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | No
     Returns the test score, on the first rank; None on the others, and where the time was over before the first validation.
 
     Raises:
-        ValueError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given; data or a model that do not
-            fit; options out of range; a checkpoint that is not whole.
+        ValueError: ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given; another run is writing there; data
+            or a model that do not fit, or that changed; options out of range, as more ``devices`` or ``workers`` than CPU
+            cores; a checkpoint that is not whole, or whose ``best.ckpt`` is missing.
         flowkern.training.Diverged: the loss is not finite; the message names the step.
         OSError: a file cannot be written. The checkpoint before it is untouched.
     """

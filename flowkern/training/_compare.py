@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .. import _backend, models
 from ..data import load, loader
-from ._evaluate import context_of, suited
+from ._evaluate import context_of, suited, usable_device
 from ._plan import make_plan
 
 __all__ = ["compare"]
@@ -40,10 +40,12 @@ def compare(
     disturbed by other work on the machine, and in brackets the median. The memory is the most that tensors take during
     a step, beyond the weights, the optimizer's state and the batch.
 
-    Raises ValueError for an unknown model or data, for data that does not fit the model, and for a batch of no samples.
+    Raises ValueError for an unknown model or data, for data that does not fit the model, for a batch of no samples and for a
+    device that is not there.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    usable_device(device)
     values = load(data, size=size)
     model = models.load(source) if Path(source).exists() else make_plan(source, data).build(values)
     if model.shape != values.shape:

@@ -26,6 +26,7 @@ __all__ = [
     "negative_log_likelihood",
     "sample_nlls",
     "suited",
+    "usable_device",
 ]
 
 
@@ -70,6 +71,16 @@ def context_of(model: Model, labels: torch.Tensor | None) -> torch.Tensor | None
     if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < model.context:
         raise ValueError(f"labels: expected 0 to {model.context - 1}, got {int(labels.min())} to {int(labels.max())}")
     return torch.nn.functional.one_hot(labels, model.context).to(_dtype(model))
+
+
+def usable_device(device: str) -> torch.device:
+    """The device of that name. Raises ValueError, saying why, for one that torch cannot put values on here."""
+    try:
+        torch.zeros(1).to(device).item()
+    except Exception as error:  # of any kind, by the backend that is not there
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"device: expected one that torch can use here, got {device!r}: {reason}") from error
+    return torch.device(device)
 
 
 def suited(data: Dataset, model: Model) -> Dataset:
@@ -181,6 +192,7 @@ def _draws(
     for name, value in (("draws", draws), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    usable_device(device)
     n = len(getattr(data, part))
     if n < 2:
         raise ValueError(f"{data.name}: a standard error needs at least 2 samples, the {part} split has {n}")

@@ -91,7 +91,9 @@ def draw_curve(log: dict[str, list[tuple[float, float]]], path: str | os.PathLik
     if values:
         # The first epochs lie far above the rest.
         axes.set_ylim(min(values) - 0.05 * abs(min(values)), np.quantile(values, 0.95))
-    axes.set(xlabel="epoch", ylabel="negative log-likelihood [nats]", title=title)
+    axes.set(xlabel="epoch", ylabel="negative log-likelihood [nats]")
+    # It may hold the name of a file: any characters, or none that are any.
+    axes.set_title(title.encode("ascii", "backslashreplace").decode(), parse_math=False)
     axes.legend()
     bit = dims * math.log(2.0)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import math
 import os
 import types
 import typing
@@ -14,7 +16,17 @@ from typing import Any
 from .. import models
 from ..data import Dataset
 
-__all__ = ["OPTIMIZERS", "PRESETS", "Plan", "differences", "make_plan", "make_prior_plan", "resumed_plan", "trained_on"]
+__all__ = [
+    "OPTIMIZERS",
+    "PRESETS",
+    "Plan",
+    "differences",
+    "make_plan",
+    "make_prior_plan",
+    "read_run",
+    "resumed_plan",
+    "trained_on",
+]
 
 OPTIMIZERS = ("adam", "adamw", "adamax")
 
@@ -60,6 +72,10 @@ class Plan:
     patience: int = 0
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Plan)
+        for each in dataclasses.fields(self):
+            if not _is_a(value := getattr(self, each.name), hints[each.name]):
+                raise ValueError(f"{each.name}: expected {each.type}, got {value!r}")
         limits = {
             "epochs": 1,
             "batch_size": 1,
@@ -75,8 +91,10 @@ class Plan:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate: expected at most batch_size ({self.batch_size}), got {self.accumulate}")
-        if not self.lr > 0.0:
-            raise ValueError(f"lr: expected more than 0, got {self.lr}")
+        if not 0.0 < self.lr < math.inf:
+            raise ValueError(f"lr: expected more than 0, and finite, got {self.lr}")
+        if self.weight_decay == math.inf:
+            raise ValueError(f"weight_decay: expected a finite number, got {self.weight_decay}")
         if not self.ema < 1.0:
             raise ValueError(f"ema: expected a decay below 1, got {self.ema}")
         if self.seed >= 2**63:
@@ -220,6 +238,7 @@ def make_prior_plan(checkpoint: str | os.PathLike[str], *, preset: str = "defaul
     name, config, stored = content["model"]["name"], content["model"]["config"], content.get("plan", {})
     if name not in ("vqvae", "vqvae2"):
         raise ValueError(f"{checkpoint} holds a {name}, which has no codes: a prior is for a vqvae or vqvae2")
+    models.load(checkpoint)  # refuses weights that do not fit, before another model is built by their configuration
     data = given.pop("data", None) or trained_on(checkpoint, content)
     kind = data.partition(":")[0]
     fields = _preset("prior", kind, preset)
@@ -275,15 +294,25 @@ def differences(given: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value!r} (the run has {stored.get(name)!r})" for name, value in changed.items())
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """The content of the checkpoint of a training run. Raises ValueError, naming ``path``, for any other."""
+    content = models.read_checkpoint(path)
+    kinds = {"plan": dict, "data": dict, "callbacks": dict, "loops": dict, "optimizer_states": list, "lr_schedulers": list}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
+        raise ValueError(f"{path} is not the checkpoint of a training run: {', '.join(wrong)} missing")
+    try:
+        Plan(**content["plan"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the checkpoint of a training run: plan: {error}") from error
+    return content
+
+
 def resumed_plan(out: Path, given: Mapping[str, Any]) -> Plan:
     """The plan of the run in ``out``. ``given`` may repeat its fields; only ``epochs`` may differ, the others are fixed.
 
     Raises ValueError with every field that differs, and for a checkpoint that is not whole.
     """
-    content = models.read_checkpoint(out / "last.ckpt")
-    if "plan" not in content:
-        raise ValueError(f"{out / 'last.ckpt'} is not the checkpoint of a training run")
-    stored = content["plan"]
+    stored = read_run(out / "last.ckpt")["plan"]
     if "autoencoder" in given and "config" in given:
         given = {**given, "config": {"prior": {**(stored["config"].get("prior") or {}), **given["config"]}}}
     fixed = {**{name: value for name, value in given.items() if name != "epochs"}, "config": given.get("config", {})}

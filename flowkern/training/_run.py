@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -26,7 +27,8 @@ from ..data import Dataset, load
 from ._evaluate import Score, evaluate, suited
 from ._gallery import save_gallery
 from ._pictures import atomic, draw_curve, read_log
-from ._plan import Plan
+from ._plan import Plan, read_run
+from ._processes import alone_in, check_processes, end_with_launcher, launching
 from ._task import AtomicCheckpointIO, Checkpoints, ExponentialAverage, FlowData, FlowTask, Progress
 
 __all__ = ["check_minutes", "has_ended", "run", "trained_minutes"]
@@ -60,11 +62,11 @@ def run(
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     check_minutes(max_minutes)
+    check_processes(accelerator, devices, workers)
+    end_with_launcher()
     first_rank = not getattr(rank_zero_only, "rank", 0)
-    last = out / "last.ckpt"
-    if last.exists() and not resume and not overwrite and first_rank:
-        raise ValueError(f"{out} holds a run already; --resume continues it, --overwrite starts anew")
-    start = last if resume and last.exists() else None
+    last, start = out / "last.ckpt", _start(out, resume, overwrite or not first_rank)
+    before = None if start is None else read_run(start)
     data = load(plan.data, size=plan.size, report=None if first_rank else lambda line: None)
     if min(len(data.train), len(data.val), len(data.test)) < 2:
         sizes = f"{len(data.train)}, {len(data.val)}, {len(data.test)}"
@@ -74,36 +76,75 @@ def run(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(plan.seed)
     # Lightning would convert the model only after it has loaded the weights to resume from, rounded.
-    model = plan.build(data).to(torch.float64 if precision == "64-true" else torch.float32)
+    model = _build(plan, data, before).to(torch.float64 if precision == "64-true" else torch.float32)
     data = suited(data, model)
+    if before is not None:
+        _check_start(out, before, data)
     if plan.autoencoder is not None and start is None:
         _take_autoencoder(model, plan.autoencoder, data)
     io = AtomicCheckpointIO()
     hardware = {"accelerator": accelerator, "devices": devices, "num_nodes": nodes, "strategy": strategy, "precision": precision}
-    with warnings.catch_warnings():
+    with contextlib.ExitStack() as held, warnings.catch_warnings():
         _quiet()
         trainer = _trainer(plan, out, hardware, io, _callbacks(plan, max_minutes, Checkpoints(out, io, checkpoint_steps)))
         if first_rank:
+            held.enter_context(alone_in(out))
+            if _start(out, resume, overwrite) != start:
+                raise ValueError(f"{out}: another run has written there meanwhile")
             _prepare(out, start)
             if resume and start is None:
                 print(f"{out} holds nothing to resume: starting anew")
             parameters = sum(p.numel() for p in model.parameters())
             print(f"{plan.model} ({parameters:,} parameters) on {plan.data} ({len(data.train)} training samples of {data.shape})")
-        if start is None or not _stopped(start, plan):
+        if before is None or not _out_of_patience(before, plan):
             try:
                 task = FlowTask(model, plan, data, memory_format)
-                trainer.fit(task, datamodule=FlowData(data, plan, workers), ckpt_path=start)
+                with launching():
+                    trainer.fit(task, datamodule=FlowData(data, plan, workers), ckpt_path=start)
             except SIGTERMException:
                 # Lightning would leave with code 0, as if the run had ended.
                 raise SystemExit(128 + signal.SIGTERM) from None
-    if not trainer.is_global_zero:
-        return None
+        if not trainer.is_global_zero:
+            return None
+        if not (out / "best.ckpt").exists():
+            print(
+                f"the time was over before the first validation: there is nothing to show yet, and --resume continues from {last}"
+            )
+            return None
+        if max_minutes is not None and not has_ended(last, plan):
+            print(f"stopped after {max_minutes:g} minutes of training; --resume goes on from {last}")
+        return _finish(plan, data, out, draws, str(trainer.strategy.root_device))
+
+
+def _start(out: Path, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to begin from, or None. Raises ValueError if ``out`` is no folder, or holds a run to be kept."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder")
+    last = out / "last.ckpt"
+    if last.exists() and not resume and not overwrite:
+        raise ValueError(f"{out} holds a run already; --resume continues it, --overwrite starts anew")
+    return last if resume and last.exists() else None
+
+
+def _build(plan: Plan, data: Dataset, before: Mapping[str, Any] | None) -> models.Model:
+    """The model of a plan; of one from a checkpoint, that was ``before``, none that is larger than the weights in there."""
+    with contextlib.nullcontext() if before is None else models.Budget(before["state_dict"].values()):
+        return plan.build(data)
+
+
+def _check_start(out: Path, before: Mapping[str, Any], data: Dataset) -> None:
+    """Raises ValueError where the data or the best weights are not those that the run has come from.
+
+    Checkpoints of versions that did not keep what identifies the data tell of its levels and classes alone.
+    """
+    if changes := data.changes(before["data"]):
+        raise ValueError(f"{out} cannot resume: {data.name} has changed: {changes}")
+    best = before["callbacks"].get("Checkpoints", {}).get("best", math.inf)
+    if best == math.inf:
+        return
     if not (out / "best.ckpt").exists():
-        print(f"the time was over before the first validation: there is nothing to show yet, and --resume continues from {last}")
-        return None
-    if max_minutes is not None and not has_ended(last, plan):
-        print(f"stopped after {max_minutes:g} minutes of training; --resume goes on from {last}")
-    return _finish(plan, data, out, draws, str(trainer.strategy.root_device))
+        raise ValueError(f"{out} cannot resume: best.ckpt, the weights of its lowest validation NLL, {best:.2f} nats, is missing")
+    models.read_checkpoint(out / "best.ckpt")
 
 
 def check_minutes(max_minutes: float | None) -> None:
@@ -141,8 +182,8 @@ def _trainer(plan: Plan, out: Path, hardware: dict[str, Any], io: AtomicCheckpoi
             use_distributed_sampler=False,
             default_root_dir=out,
         )
-    except (MisconfigurationException, TypeError) as error:
-        raise ValueError(str(error)) from error
+    except (MisconfigurationException, TypeError, ImportError) as error:
+        raise ValueError(f"accelerator {hardware['accelerator']!r}, devices {hardware['devices']!r}: {error}") from error
 
 
 def _prepare(out: Path, start: Path | None) -> None:
@@ -168,7 +209,7 @@ def _quiet() -> None:
 
 
 def _callbacks(plan: Plan, max_minutes: float | None, checkpoints: Checkpoints) -> list[Any]:
-    callbacks: list[Any] = [Progress(sys.stdout.isatty())]
+    callbacks: list[Any] = [Progress(sys.stdout is not None and sys.stdout.isatty())]
     # Always there: Lightning wants the callbacks that a checkpoint knows when it resumes from it.
     callbacks.append(Timer(_duration(max_minutes), verbose=False))
     if plan.patience:
@@ -180,11 +221,6 @@ def _callbacks(plan: Plan, max_minutes: float | None, checkpoints: Checkpoints) 
 
 def _duration(minutes: float | None) -> timedelta | None:
     return None if minutes is None or minutes > timedelta.max / timedelta(minutes=1) else timedelta(minutes=minutes)
-
-
-def _stopped(last: Path, plan: Plan) -> bool:
-    """Whether the run that wrote this checkpoint had ended for want of patience."""
-    return _out_of_patience(models.read_checkpoint(last), plan)
 
 
 def _out_of_patience(content: Mapping[str, Any], plan: Plan) -> bool:

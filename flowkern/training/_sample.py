@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .. import models
-from ._evaluate import context_of
+from ._evaluate import context_of, usable_device
 from ._pictures import atomic, is_image, save_grid, to_pixels
 
 __all__ = ["save_samples"]
@@ -37,6 +37,7 @@ def save_samples(
         raise ValueError(f"n: expected at least 1 sample, got {n}")
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature:g}")
+    usable_device(device)
     content = models.read_checkpoint(checkpoint)
     described = content.get("data", {"levels": 256, "classes": []})
     model = models.load(checkpoint).to(device)

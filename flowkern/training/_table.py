@@ -232,7 +232,7 @@ def _write(data: str, out: Path, seeds: int) -> str:
     text = markdown(lines)
     name = data.partition(":")[0]
     with atomic(out / f"{name}.md") as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
     _draw(lines, out / f"{name}.png", name)
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -105,7 +106,7 @@ class FlowTask(LightningModule):
         self.model, self.plan = model.to(memory_format=memory_format), plan  # type: ignore[call-overload]
         self.memory_format = memory_format
         # All that is kept of the data: Lightning's weight averaging copies the whole task.
-        self.levels, self.classes = data.levels, data.classes
+        self.levels, self.identity = data.levels, data.identity
         # The first step whose loss was not finite, or -1. It stays on the device: reading it waits for the device.
         self._bad_step = torch.tensor(-1)
         self.loss = torch.tensor(math.nan)
@@ -184,7 +185,7 @@ class FlowTask(LightningModule):
         """Give the checkpoint the form of ``flowkern.models.save``: the state of the bare model, its name and configuration."""
         checkpoint["flowkern"] = __version__
         checkpoint["model"] = {"name": name_of(self.model), "config": self.model.config}
-        checkpoint["data"] = {"levels": self.levels, "classes": list(self.classes)}
+        checkpoint["data"] = self.identity
         checkpoint["plan"] = dataclasses.asdict(self.plan)
         checkpoint["epoch_nll"] = [float(self._sum), self._count]
         checkpoint["state_dict"] = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
@@ -315,7 +316,8 @@ class Checkpoints(Checkpoint):
             self._write(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: FlowTask, exception: BaseException) -> None:  # type: ignore[override]
-        if not isinstance(exception, OSError):
+        # A full disk, where another attempt fails like the last one, looks no different from an output that nobody reads.
+        with contextlib.suppress(OSError):
             self.io.flush()
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
             last = self.folder / "last.ckpt"
