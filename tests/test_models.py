@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import zipfile
 from typing import Any
 
@@ -357,7 +359,7 @@ def checkpoint(name: str = "nice", **entries: Any) -> dict[str, Any]:
     return {"flowkern": __version__, "model": described, "state_dict": dict(model.state_dict()), **entries}
 
 
-@pytest.mark.parametrize("number", [10**5, 10**9, 2**62, 10**30])
+@pytest.mark.parametrize("number", [10**5, 10**9, 10**30])
 @pytest.mark.parametrize(("name", "setting"), [(name, setting) for name in SETTINGS for setting in numbers(name)])
 def test_configurations_that_the_weights_cannot_fill(tmp_path, name: str, setting: str, number: int) -> None:
     """Refused before much is made, whatever the setting, unless it changes nothing."""
@@ -468,6 +470,13 @@ def test_compressed_files_are_refused(tmp_path) -> None:
         for name in whole.namelist():
             packed.writestr(name, whole.read(name))
     assert "it is compressed" in refused(tmp_path / "c.ckpt")
+
+
+def test_loading_does_not_import_the_compiler(tmp_path) -> None:
+    models.save(models.NICE(4, hidden=8), tmp_path / "m.ckpt")
+    script = "import sys, flowkern.models as m; m.load(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, tmp_path / "m.ckpt"], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_names_that_are_not_utf8(tmp_path) -> None:

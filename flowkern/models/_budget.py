@@ -36,6 +36,11 @@ class Budget(TorchDispatchMode):
         self.parameters = _PARAMETERS * len(stored) + _PARAMETERS_BEYOND
         self._thread = threading.get_ident()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler, which takes longer than to load a model; none looks in here.
+        return False
+
     def __enter__(self) -> Budget:
         self._hook = register_module_parameter_registration_hook(self._count_parameter)
         return super().__enter__()
