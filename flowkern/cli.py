@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import io
 import json
 import os
@@ -22,6 +23,10 @@ __all__ = ["main"]
 _SOURCES = "digits, photos, folder:PATH, cifar10:PATH, mnist:PATH or npy:PATH"
 
 
+# How the messages begin of errors that writing meets, on a full disk for one.
+_OF_WRITING = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EBADF))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 1 if it failed on the way, 2 if it could not be meant that way, 130 if interrupted."""
     if not _open_streams():
@@ -32,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = _outcome(sys.argv[1:] if argv is None else list(argv))
     except SystemExit as end:  # as after --help
         ended = end
-    if (error := _unwritten()) is not None:
+    if (error := _unwritten(probe=message.startswith(_OF_WRITING))) is not None:
         # Whoever read this has enough, as head does; there is no more to say.
         ended, code, message = None, 1, "" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}"
     if ended is not None:
@@ -56,9 +61,14 @@ def _open_streams() -> bool:
     return True
 
 
-def _unwritten() -> OSError | None:
-    """Why what was printed could not be written, or None if it was; nothing more is then written, at exit neither."""
+def _unwritten(probe: bool) -> OSError | None:
+    """Why what was printed could not be written, or None if it was; nothing more is then written, at exit neither.
+
+    ``probe``: another line tells, where what could not be written is forgotten.
+    """
     try:
+        if probe:
+            sys.stdout.write("\n")
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
