@@ -55,7 +55,7 @@ class Split:
         for array in (self.values, self.labels):
             if array is not None:
                 found.update(f"{array.dtype.str} {array.shape}".encode())
-                found.update(np.ascontiguousarray(array).view(np.uint8))
+                found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()
 
 

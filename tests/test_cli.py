@@ -209,7 +209,7 @@ def test_names_that_are_no_text_on_a_terminal_of_ascii(tmp_path, environment):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 20 * i).save(path)
     (path.parent / os.fsdecode(b"\xfd.png")).write_text("no image")
-    out = root / "run"
+    out = tmp_path / os.fsdecode(b"r\xff")
     train = f"train realnvp --data 'folder:{root}' --size 8 --out '{out}' --draws 1 {' '.join(SMALL[:3])} --conditional"
     commands = [
         f"{train} --batch-size 4 --epochs 1",

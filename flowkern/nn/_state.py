@@ -27,7 +27,7 @@ class CheckedState(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no check_state")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        own = {name: state_dict.get(prefix + name) for name in (*self._parameters, *self._buffers)}
+        own: dict[str, Any] = {name: state_dict.get(prefix + name) for name in (*self._parameters, *self._buffers)}
         # What holds no values here (on meta, or a shard of a DTensor) is checked where it came from.
         plain = {n: v for n, v in own.items() if type(v) in (torch.Tensor, nn.Parameter) and not v.is_meta}
         try:
