@@ -254,7 +254,7 @@ def make_prior_plan(checkpoint: str | os.PathLike[str], *, preset: str = "defaul
 def trained_on(checkpoint: str | os.PathLike[str], content: Mapping[str, Any]) -> str:
     """The source of the data that a checkpoint with this content was trained on. Raises ValueError if it does not say."""
     data = content.get("plan", {}).get("data")
-    if data is None:
+    if not isinstance(data, str):
         raise ValueError(f"{checkpoint} does not say what it was trained on: name the data (--data)")
     return data
 
