@@ -153,8 +153,8 @@ class ScaleMap:
             return (0.636 * self.a) * torch.atan(u)
         # At the limit log s is the bound to the last digit; an infinite u would give inf / inf.
         most = self.a * (1e300 if u.dtype is torch.float64 else 1e30)
-        u = u.clamp(-most, most)
-        return u / (1.0 + (u / self.a).abs())
+        u = F.hardtanh(u, -most, most)  # a clamp whose derivative is one op
+        return u / torch.add(u.new_ones(()), u.abs(), alpha=1.0 / self.a)
 
     def _log_of_sigmoid(self, v: torch.Tensor) -> torch.Tensor:
         """log(sigmoid(v) + eps), which is small where s is near 1: there by its distance from 1."""
