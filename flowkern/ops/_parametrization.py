@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +46,9 @@ class ScaleMap:
     kind: str
     a: float = 0.0
     b: float = 0.0
-    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "text", f"{self.a!r} {self.b!r}")
+        self.__dict__["text"] = f"{self.a!r} {self.b!r}"  # no field: what is saved of a map are its kind and constants
         if self.kind not in _KINDS:
             raise ValueError(f"ScaleMap: unknown kind {self.kind!r}; expected one of {', '.join(_KINDS)}")
         if self.kind in ("tanh", "atan", "soft_clip") and not self.a > 0.0:
@@ -112,7 +111,7 @@ class ScaleMap:
         """
         if not torch.compiler.is_compiling():
             return self.a, self.b
-        a, b = self.text.split()
+        a, b = self.__dict__["text"].split()
         return float(a), float(b)
 
     def __call__(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
