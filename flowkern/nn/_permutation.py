@@ -44,7 +44,9 @@ class Permutation(CheckedState, Bijection):
     @classmethod
     def reverse(cls, n: int) -> Permutation:
         """n-1, ..., 1, 0."""
-        return cls(range(n - 1, -1, -1))
+        with on_host():
+            numbers = torch.arange(n - 1, -1, -1).tolist()
+        return cls(numbers)
 
     @classmethod
     def random(cls, n: int, seed: int) -> Permutation:

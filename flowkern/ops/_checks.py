@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .._registry import observed, transformed
 
@@ -105,7 +104,7 @@ def outside_autocast(reference: Reference) -> Reference:
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
     """Tensors made inside hold values and are on the CPU, whatever the default device and the fake tensor mode around it."""
-    with _disable_current_modes(), torch.device("cpu"):
+    with unset_fake_temporarily(), torch.device("cpu"):
         yield
 
 
