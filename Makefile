@@ -20,8 +20,9 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*
 demo: $(READY)  ## train a flow on real images for about a minute, and show what the fused kernels bought
 	$(VENV)/bin/flowkern demo --out $(OUT)
 
-test: $(READY)  ## the whole suite
-	$(PY) -m pytest
+# A process a core, each with one thread of torch's: a test that wants more sets their number itself.
+test: $(READY)  ## the whole suite, on all cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 lint: $(READY)  ## ruff and mypy
 	$(VENV)/bin/ruff check .
