@@ -25,7 +25,7 @@ class LogProb(torch.nn.Module):
 DRAWS = {"dequantized", "vae", "pixelvae"}
 
 
-@pytest.mark.parametrize("name", [*models.MODELS, "glow-classes", "made-masks", "pixelcnn-colours"])
+@pytest.mark.parametrize("name", [*models.MODELS, "glow-classes", "pixelcnn-colours"])
 def test_exported_with_a_dynamic_batch(name: str) -> None:
     model = trained(name)
     x, context = inputs(model, 4)
