@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (ROOT / "setup.py").exists():
         parser.error("run it from a checkout: it builds the library")
     check = Check(arguments.dry_run)
-    perform(check)
+    perform(check, 10 * _TOTAL if arguments.dry_run else _TOTAL)
     # Without a GPU there is nothing to record.
     recorded = not check.dry and check.origin.get("cuda")
     path = RESULTS / f"{slug(check.origin['device'])}.json" if recorded else WORK / "dry-run.json"
