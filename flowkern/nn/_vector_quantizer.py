@@ -261,9 +261,10 @@ class VectorQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> Triple:
         last = _channels_last(x, self.dim, self.channels_first)
         rows = self._rows(last)
-        if self.training and not self.known and not rows.is_meta:
+        if self.training and not self.known:
             check_same_device("x", x, self.codebook, of="the codebook")
-            self._initialize(rows.detach())
+            if not rows.is_meta:
+                self._initialize(rows.detach())
         parts = [self._quantize(rows[:, i], codes) for i, codes in enumerate(self._codes())]
         if self.heads == 1:
             quantized, index, loss = parts[0]

@@ -122,7 +122,7 @@ def host_tensor(name: str, values: Any) -> torch.Tensor:
         kind = "one on meta" if values.is_meta else "a fake one"
         raise ValueError(f"{name}: expected a tensor that holds values, got {kind}; they are read here, make it on the CPU")
     with on_host():
-        return torch.as_tensor(values).detach().cpu()
+        return torch.as_tensor(values).detach().cpu().clone()  # written out, if it is zeros that nobody wrote
 
 
 def values_can_be_read(x: torch.Tensor) -> bool:
