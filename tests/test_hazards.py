@@ -22,8 +22,8 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.functional import hessian, jacobian
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from flowkern import OPS, ops
-from flowkern._registry import Op, Sample
+from flowkern import OPS, _backend, _registry, ops
+from flowkern._registry import Law, Op, Sample
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -125,7 +125,7 @@ def test_losses_on_complex_numbers(op: Op) -> None:
         call = call_of(sample)
         outputs = [y for y in outputs_of(op, call) if y.requires_grad]
         if not outputs:
-            return
+            continue
         options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         losses = [(torch.complex(y.double(), y.double()).conj().imag * 2).sum() for y in outputs]
         plain = [(-2 * y.double()).sum() for y in outputs]
@@ -163,6 +163,17 @@ def results_or_error(op: Op, sample: Sample, place: int, change: Change) -> Tens
         return str(error)
 
 
+@pytest.mark.parametrize("op", [op for op in OPS.values() if Law.SEEDED in op.laws], ids=lambda op: op.name)
+def test_equal_seeds_draw_equal_noise(op: Op) -> None:
+    for sample in samples(op):
+        if not sample.args[0].numel():
+            continue
+        changes: tuple[dict[str, Any], ...] = ({}, {}, {"seed": 1234567})
+        first, again, other = (outputs_of(op, (sample.args, {**sample.kwargs, **changed})) for changed in changes)
+        assert_same(first, again)
+        assert not torch.equal(first[0], other[0])
+
+
 # --- tensors without memory of their own ---
 
 
@@ -198,6 +209,18 @@ def test_subclasses_without_memory(op: Op) -> None:
 def without_values(op: Op) -> Iterator[Sample]:
     """The samples that can be asked for shapes alone: not those that describe a mask by values."""
     return (sample for sample in samples(op) if sample.name != "degrees")
+
+
+@pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
+def test_both_ways_to_look_at_arguments_agree() -> None:
+    """The extension's way, and that of an installation without it, which need not mind meta: torch's own code runs there."""
+    a = torch.randn(3, 4)
+    lazy = lazily_negated(a), never_written(a), Doubled(a), FakeTensorMode().from_tensor(a)
+    plain = a, a[:, ::2], a[:0], torch.nn.Parameter(a), a.long(), None, 3, "text"
+    for value, expected in (*((v, False) for v in lazy), *((v, True) for v in plain)):
+        for call in ((value,), (a, value), (a, [a, value])):
+            assert _backend.native.plain(call) is expected
+            assert _registry._plain(call) is expected
 
 
 @every_op
