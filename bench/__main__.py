@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from . import autoregressive, glow, likelihood, nearest_code, vector_quantizer
 from .cases import CASES
 from .measure import FUSED, Options, Row, measure
 from .report import HEADER, describe, line, write_csv
+from .subjects import autoregressive, glow, likelihood, nearest_code, vector_quantizer
 from .timing import pages_here
 from .worker import rows_of_worker
 

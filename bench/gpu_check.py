@@ -193,7 +193,7 @@ class Check:
     def networks(self, seconds: float) -> Outcome:
         """Measure the inverse of autoregressive layers, and masked linear layers; on a CPU tiny ones."""
         quick = ["--quick"] if self.dry else []
-        ran = self.python(seconds, "networks", "-m", "flowkern.bench.networks", "--device", self.device, *quick)
+        ran = self.python(seconds, "networks", "-m", "flowkern.bench.subjects.networks", "--device", self.device, *quick)
         return self._measured(ran)
 
     def likelihood(self, seconds: float) -> Outcome:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from flowkern import OPS
-from flowkern._registry import Op
+from flowkern._core.op import Op
 
-from .calls import Call, Problem, WrongResult, check, poisoned, rounding_errors
 from .cases import BOTH, CASES, FORWARD, Case, Target, cases_of
 from .memory import peak_extra_bytes
 from .provenance import provenance
+from .subjects.calls import Call, Problem, WrongResult, check, poisoned, rounding_errors
 from .timing import Graph, Samples, cpu_samples, gpu_samples, input_sets, pages_here
 
 __all__ = ["DIRECTIONS", "Options", "Row", "measure", "verdict"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .calls import Call
+from .subjects.calls import Call
 
 __all__ = ["peak_extra_bytes"]
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from flowkern import OPS
-from flowkern._registry import Op, Sample
+from flowkern._core.op import Op, Sample
 
 from .gpu_check import FINISHED, STARTED
 

@@ -9,9 +9,9 @@ import torch
 
 from flowkern import OPS
 
-from .calls import Problem, check, poisoned, rounding_errors
 from .cases import CASES, Case, cases_of
 from .measure import DIRECTIONS
+from .subjects.calls import Problem, check, poisoned, rounding_errors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = [pytest.param(name, case, id=f"{name}-{case.name}") for name in CASES for case in cases_of(name, DEVICE) if case.small]

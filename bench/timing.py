@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .calls import Call
+from .subjects.calls import Call
 
 __all__ = ["GPU_STATES", "Graph", "Samples", "cpu_samples", "gpu_samples", "input_sets", "pages_here"]
 

@@ -3,9 +3,9 @@
 from . import models as models
 from . import nn as nn
 from . import ops as ops
-from ._backend import backend as backend
+from ._core.backend import backend as backend
+from ._core.op import OPS as OPS
+from ._core.version import __version__ as __version__
 from ._explain import explain as explain
-from ._registry import OPS as OPS
-from ._version import __version__ as __version__
 from .models import load as load
 from .models import save as save

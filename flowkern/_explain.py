@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from . import _backend
-from ._registry import OPS
+from ._core import backend
+from ._core.op import OPS
 
 __all__ = ["explain"]
 
@@ -26,14 +26,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     kernel = OPS[name].kernels[0]
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)] or [torch.empty(0)]
     try:
-        chosen = _backend.choose(name, kernel.implementations, tensors)
+        chosen = backend.choose(name, kernel.implementations, tensors)
     except RuntimeError:
         chosen = ""
-    rows = [f"{name} on {tensors[0].device.type!r}, asked for {_backend.requested()!r}"]
-    for backend in _backend.BACKENDS:
-        why = _backend.reasons(backend, kernel.implementations, tensors)
-        state = "no: " + "; ".join(why) if why else ("serves" if backend == chosen else "could serve")
-        rows.append(f"  {backend:<7}{state}")
+    rows = [f"{name} on {tensors[0].device.type!r}, asked for {backend.requested()!r}"]
+    for other in backend.BACKENDS:
+        why = backend.reasons(other, kernel.implementations, tensors)
+        state = "no: " + "; ".join(why) if why else ("serves" if other == chosen else "could serve")
+        rows.append(f"  {other:<7}{state}")
     return "\n".join([*rows, *_facts((*args, *kwargs.values()))])
 
 

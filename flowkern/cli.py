@@ -392,21 +392,22 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
     import flowkern
 
-    from . import _backend, _registry
+    from ._core import backend
+    from ._core import op as _registry
 
     print(f"flowkern   {flowkern.__version__}")
     print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"torch      {torch.__version__}")
     for name in ("triton", "lightning"):
         print(f"{name:<11}{_version(name)}")
-    isa = "none: " + _backend._native_reason if _backend.native is None else _backend.native.isa()
+    isa = "none: " + backend._native_reason if backend.native is None else backend.native.isa()
     print(f"CPU        {torch.get_num_threads()} threads of {os.cpu_count()}, kernels for {isa}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             print(f"GPU {i}      {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory >> 20} MiB")
     else:
         print("GPU        none that torch can use")
-    print(f"CUDA       {'kernels built' if _backend.native_cuda else 'no kernels: ' + _backend._native_cuda_reason}")
+    print(f"CUDA       {'kernels built' if backend.native_cuda else 'no kernels: ' + backend._native_cuda_reason}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for op in _registry.OPS:
         for device in devices:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from flowkern import OPS
-from flowkern._registry import Law, Op, Sample
+from flowkern._core.op import Law, Op, Sample
 
 Tensors = tuple[torch.Tensor, ...]
 

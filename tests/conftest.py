@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import flowkern._backend as _backend
+from flowkern._core import backend as _backend
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ Every variant computes the same function: weights are copied over, and results a
 "dense" is the density pass in plain torch with the masks multiplied into the weights beforehand. Peers that are not
 installed (``pip install nflows zuko``) are left out; their inverses run the network once for each feature and are sampled
 only once or twice. Then the inverse with its gradients, beside those of the density pass; and how exactly both directions of
-a trained MAF undo each other (``bench/roundtrip.py``).
+a trained MAF undo each other (``bench/subjects/roundtrip.py``).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch.nn.functional as F
 import flowkern
 from flowkern import nn, ops
 
+from ..files import slug, write_atomically
+from ..provenance import provenance
+from ..timing import cpu_samples
 from . import roundtrip
-from .files import slug, write_atomically
 from .glow import FLOWKERN, Call, Row, as_csv, installed, line
-from .provenance import provenance
-from .timing import cpu_samples
 
 __all__ = ["main"]
 
@@ -209,7 +209,7 @@ def training_rows(s: _Subjects, seconds: float) -> Iterator[dict[str, Any]]:
         "dense": training(dense_pass(s.ours, weights, biases), s.x, tensors),
         f"{FLOWKERN}-density": training(s.ours.forward, s.x, own),
     }
-    backends = ("cpp", "torch") if flowkern._backend.native is not None else ("torch",)
+    backends = ("cpp", "torch") if flowkern._core.backend.native is not None else ("torch",)
     inverses = {f"{FLOWKERN}-{name}": running(name, training(s.ours.inverse, z, own)) for name in backends}
     exact = copy.deepcopy(s.ours).double()
     expected = running("torch", training(exact.inverse, exact(s.x.double())[0].detach(), [*exact.parameters()]))()
@@ -227,7 +227,7 @@ def inverse_rows(s: _Subjects, seconds: float) -> Iterator[dict[str, Any]]:
     """The inverse, beside the density pass."""
     z = s.ours(s.x)[0]
     inverses = {f"{FLOWKERN}-{name}": running(name, s.ours.inverse) for name in ("cpp", "torch")}
-    if flowkern._backend.native is None:
+    if flowkern._core.backend.native is None:
         del inverses[f"{FLOWKERN}-cpp"]
     failures = {name: differs(inverse(z), (s.x, -dense(s.ours)(s.x)[1])) for name, inverse in inverses.items()}
     slow: dict[str, list[float]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .cases import BOTH, Case
+from ..cases import BOTH, Case
 
 __all__ = ["Call", "Problem", "WrongResult", "check", "poisoned", "rounding_errors"]
 

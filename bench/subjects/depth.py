@@ -1,4 +1,4 @@
-"""``python -m bench.depth``: peak memory and time of a training step of Glow against the number of its steps.
+"""``python -m bench.subjects.depth``: peak memory and time of a training step of Glow against the number of its steps.
 
 Storing, reversible, and normflows' (if it is installed), with the same weights on the same images; the results are compared
 before anything is measured. Peak memory is what torch's allocator hands out during a step (forward, backward, Adam), above
@@ -19,12 +19,12 @@ import torch
 
 from flowkern import nn
 
+from ..files import slug, write_atomically
+from ..memory import peak_extra_bytes
+from ..provenance import provenance
+from ..timing import cpu_samples
 from .calls import Call
-from .files import slug, write_atomically
 from .glow import FLOWKERN, Architecture, Row, as_csv, copy_weights, differs, glow, installed, line, peer
-from .memory import peak_extra_bytes
-from .provenance import provenance
-from .timing import cpu_samples
 
 __all__ = ["main"]
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.depth", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.subjects.depth", description=__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=list(DEPTHS), help="steps over both levels (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="few samples of a small model: to see that it works, not to quote")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each depth (%(default)s)")

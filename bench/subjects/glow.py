@@ -23,10 +23,10 @@ import torch.nn.functional as F
 
 from flowkern import nn
 
-from .files import slug, write_atomically
-from .memory import peak_extra_bytes
-from .provenance import provenance
-from .timing import Samples, cpu_samples
+from ..files import slug, write_atomically
+from ..memory import peak_extra_bytes
+from ..provenance import provenance
+from ..timing import Samples, cpu_samples
 
 __all__ = ["Row", "main"]
 

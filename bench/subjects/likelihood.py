@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from flowkern import nn, ops
-from flowkern.ops import _dequantize, _discretized_logistic_mixture, _gaussian_kl, _philox
+from flowkern._core import philox as _philox
+from flowkern.ops import _dequantize, _discretized_logistic_mixture, _gaussian_kl
 
-from .files import slug, write_atomically
+from ..files import slug, write_atomically
+from ..memory import peak_extra_bytes
+from ..provenance import provenance
+from ..timing import Samples, cpu_samples, gpu_samples
 from .glow import FLOWKERN, Call, Row, as_csv, line, timed
-from .memory import peak_extra_bytes
-from .provenance import provenance
-from .timing import Samples, cpu_samples, gpu_samples
 
 __all__ = ["main", "published"]
 

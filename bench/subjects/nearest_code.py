@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 import flowkern
-from flowkern import _backend, ops
+from flowkern import ops
+from flowkern._core import backend
 from flowkern.ops import _nearest_code
 
-from .files import slug, write_atomically
+from ..files import slug, write_atomically
+from ..provenance import provenance
 from .glow import FLOWKERN, Call, Row, as_csv, installed, line, timed
-from .provenance import provenance
 
 __all__ = ["main"]
 
@@ -43,20 +44,20 @@ Search = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def searches() -> dict[str, Search]:
     """The index by every way this library has."""
     found: dict[str, Search] = {f"{FLOWKERN}-torch": _on("torch", None, False)}
-    if _backend.native is not None:
-        found |= {f"{FLOWKERN}-{isa}": _on("cpp", isa, False) for isa in _backend.native.isas()}
-        found[f"{FLOWKERN}-bf16"] = _on("cpp", _backend.native.isas()[0], True)
+    if backend.native is not None:
+        found |= {f"{FLOWKERN}-{isa}": _on("cpp", isa, False) for isa in backend.native.isas()}
+        found[f"{FLOWKERN}-bf16"] = _on("cpp", backend.native.isas()[0], True)
     return found
 
 
-def _on(backend: str, isa: str | None, pairs: bool) -> Search:
+def _on(name: str, isa: str | None, pairs: bool) -> Search:
     """The search on one backend, with one instruction set and screen."""
 
     def run(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         if isa is not None:
-            _backend.native.use_isa(isa)  # type: ignore[union-attr]
+            backend.native.use_isa(isa)  # type: ignore[union-attr]
         _nearest_code._PAIRS = pairs
-        with flowkern.backend(backend):
+        with flowkern.backend(name):
             return ops.nearest_code(x, codebook)[0]
 
     return run
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     common = {"threads": arguments.threads, **provenance("cpu")}
     missing = {field.name: None for field in fields(Row)} | {"against": "", "failure": ""}
-    screen, isa = _nearest_code._PAIRS, _backend.native.isa() if _backend.native else None
+    screen, isa = _nearest_code._PAIRS, backend.native.isa() if backend.native else None
     found = []
     try:
         for size in QUICK if arguments.quick else SIZES:
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         _nearest_code._PAIRS = screen
         if isa:
-            _backend.native.use_isa(isa)  # type: ignore[union-attr]
+            backend.native.use_isa(isa)  # type: ignore[union-attr]
     if arguments.csv is not None:
         path = arguments.csv / f"nearest_code-{slug(common['device'])}.csv"
         write_atomically(path, as_csv(found))

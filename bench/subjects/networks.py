@@ -1,7 +1,7 @@
 """Masked networks on a GPU: the inverse of an autoregressive layer and masked linear layers, checked and timed.
 
-``python -m flowkern.bench.networks [--device cuda] [--quick]`` prints each figure as a line of JSON. "dense" is plain torch code
-with weights that are masked beforehand: of the inverse one density pass, of a layer its product.
+``python -m flowkern.bench.subjects.networks [--device cuda] [--quick]`` prints each figure as a line of JSON. "dense" is plain
+torch code with weights that are masked beforehand: of the inverse one density pass, of a layer its product.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 import flowkern
-from flowkern import OPS, _backend, nn, ops
+from flowkern import OPS, nn, ops
+from flowkern._core import backend
 
+from ..timing import cpu_samples
 from .autoregressive import dense, differs, running
 from .calls import Call
-from .timing import cpu_samples
 
 __all__ = ["main"]
 
@@ -33,7 +34,7 @@ QUICK_INVERSES, QUICK_LAYERS = ((12, (16, 16), 5),), ((3, 8, 12),)
 def serving(op: str, x: torch.Tensor) -> list[str]:
     """The backends that can serve an op on this tensor's device."""
     implementations = OPS[op].kernels[0].implementations
-    return [name for name in implementations if not _backend.reasons(name, implementations, [x])]
+    return [name for name in implementations if not backend.reasons(name, implementations, [x])]
 
 
 def median_ms(call: Call, device: str) -> float:

@@ -21,11 +21,11 @@ import torch
 import flowkern
 from flowkern import nn
 
-from .files import slug, write_atomically
+from ..files import slug, write_atomically
+from ..memory import peak_extra_bytes
+from ..provenance import provenance
+from ..timing import cpu_samples
 from .glow import FLOWKERN, Call, Row, as_csv, installed, line
-from .memory import peak_extra_bytes
-from .provenance import provenance
-from .timing import cpu_samples
 
 __all__ = ["main"]
 
@@ -82,7 +82,7 @@ class _Subjects:
 
     def variants(self) -> dict[str, tuple[Step, Callable[[], torch.Tensor]]]:
         found = {f"{FLOWKERN}-torch": self.ours("torch")}
-        if flowkern._backend.native is not None:
+        if flowkern._core.backend.native is not None:
             found[f"{FLOWKERN}-cpp"] = self.ours("cpp")
         if installed("vector_quantize_pytorch"):
             found[PEER] = self.peers()

@@ -43,7 +43,7 @@ FLOWKERN_INLINE void map_run(const A* from, A* to, int64_t n, F&& f) {
   for (int64_t i = 0; i < n; ++i) to[i] = f(from[i]);
 }
 
-// The positions in ACTIVATIONS of flowkern/ops/_autoregressive_network.py.
+// The positions in ACTIVATIONS of flowkern/ops/autoregressive/network.py.
 template <class A>
 void activate(int activation, const A* from, A* to, int64_t n) {
   switch (activation) {

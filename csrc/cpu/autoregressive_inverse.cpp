@@ -1,5 +1,5 @@
 // The inverse of masked autoregressive affine layers: every hidden unit once, as soon as what it sees is known. The formulas
-// stand at the top of flowkern/ops/_autoregressive_inverse.py, the order of work in flowkern/ops/_autoregressive_network.py.
+// stand at the top of flowkern/ops/autoregressive/inverse.py, the order of work in flowkern/ops/autoregressive/network.py.
 //
 // Samples lie innermost, in tiles of one or two vectors, and never meet: a thread takes some tiles through the whole chain.
 // The steps go in panels. For each, the rows of the weights are copied in the order of use, short of what the masks hide;

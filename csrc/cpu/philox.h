@@ -1,5 +1,5 @@
 // Random numbers from counters: Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
-// flowkern/ops/_philox.py says which number belongs to which element.
+// flowkern/_core/philox.py says which number belongs to which element.
 #pragma once
 
 #include "memory.h"

@@ -1,5 +1,5 @@
 // The scale maps of affine layers: how a raw output u becomes a scale s. Their formulas stand in
-// flowkern/ops/_parametrization.py.
+// flowkern/_core/scale_map.py.
 #pragma once
 
 #include "common.h"

@@ -1,10 +1,10 @@
 // The inverse of a chain of masked autoregressive affine layers in one launch. The formulas stand at the top of
-// flowkern/ops/_autoregressive_inverse.py, the order of work in flowkern/ops/_autoregressive_network.py.
+// flowkern/ops/autoregressive/inverse.py, the order of work in flowkern/ops/autoregressive/network.py.
 //
 // Layout. A block takes T samples at a time through the whole chain. What is known of them lies in shared memory as
 // [unit][sample], the units of each layer sorted by degree: the state between the layers, then features, hidden units, and the
 // outputs of one panel. Where one sample does not fit, it lies in a scratch buffer of the block. The weights are one stream in the
-// order of use (flowkern/ops/_autoregressive_cuda.py packs it): for each panel of each network the heads of all linear layers, then
+// order of use (flowkern/ops/autoregressive/cuda.py packs it): for each panel of each network the heads of all linear layers, then
 // their tails, each as [column][row], so that neighbouring threads read neighbouring weights. Heads are the columns that are
 // known before the panel and seen by all of its rows, tails the others. All blocks read the same stream at about the same time:
 // after the first it comes from the second-level cache.
@@ -56,7 +56,7 @@ struct Rows {
   FLOWKERN_DEVICE int64_t tail() const { return int64_t(count()) * (top - known); }
 };
 
-// One network's part of the table; flowkern/ops/_autoregressive_cuda.py says how it is laid out.
+// One network's part of the table; flowkern/ops/autoregressive/cuda.py says how it is laid out.
 struct Network {
   static constexpr int header = 12, per_layer = 4;
   const int32_t* table;
@@ -93,7 +93,7 @@ struct Network {
 
 // --- elementary functions ---
 
-// The positions in ACTIVATIONS of flowkern/ops/_autoregressive_network.py.
+// The positions in ACTIVATIONS of flowkern/ops/autoregressive/network.py.
 template <class A>
 FLOWKERN_DEVICE A activate(int activation, A v) {
   switch (activation) {

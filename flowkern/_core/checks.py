@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from .._registry import observed, transformed
+from .op import observed, transformed
 
 __all__ = [
     "accumulation_dtype",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import _backend
+from . import backend
 
 __all__ = [
     "OPS",
@@ -59,7 +59,7 @@ def observed(arguments: Sequence[Any]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or not (_plain if _backend.native is None else _backend.native.plain)(arguments)
+        or not (_plain if backend.native is None else backend.native.plain)(arguments)
     )
 
 
@@ -76,7 +76,7 @@ class Kernel:
 
     def run(self, *args: Any) -> Any:
         """Choose the backend on these real tensors, and run it."""
-        return self.implementations[_backend.choose(self.name, self.implementations, args[:1])](*args)
+        return self.implementations[backend.choose(self.name, self.implementations, args[:1])](*args)
 
 
 class Law(enum.Flag):
@@ -176,7 +176,7 @@ def transformed() -> bool:
 
 def reference_runs(x: torch.Tensor) -> bool:
     """Whether an op must run its reference: there is no kernel for the device, or the op is transformed."""
-    return _backend.only_torch(x) or transformed()
+    return backend.only_torch(x) or transformed()
 
 
 def reference_differentiates(*grads: torch.Tensor | None) -> bool:

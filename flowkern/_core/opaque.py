@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from .._registry import observed
+from .op import observed
 
 __all__ = ["opaque"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import host_tensor, on_host
-from ._tables import Tables
+from .checks import host_tensor, on_host
+from .tables import Tables
 
 __all__ = [
     "SPLITS",

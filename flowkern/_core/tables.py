@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ._checks import on_host
+from .checks import on_host
 
 __all__ = ["Tables"]
 

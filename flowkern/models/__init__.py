@@ -3,10 +3,6 @@
 from ._autoregressive import IAF as IAF
 from ._autoregressive import MAF as MAF
 from ._budget import Budget as Budget
-from ._checkpoint import load as load
-from ._checkpoint import read_checkpoint as read_checkpoint
-from ._checkpoint import save as save
-from ._checkpoint import write_atomically as write_atomically
 from ._dequantized import DequantizedFlow as DequantizedFlow
 from ._glow import Glow as Glow
 from ._made import MADE as MADE
@@ -23,3 +19,7 @@ from ._registry import build as build
 from ._vae import VAE as VAE
 from ._vqvae import VQVAE as VQVAE
 from ._vqvae import VQVAE2 as VQVAE2
+from .checkpoint import load as load
+from .checkpoint import read_checkpoint as read_checkpoint
+from .checkpoint import save as save
+from .checkpoint import write_atomically as write_atomically

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import nn, ops
-from ..nn._base import check_sizes
-from ..nn._bijection import Bijection
+from ..nn.bijections.bijection import Bijection
+from ..nn.densities.base import check_sizes
 from ._model import FlowModel, model_shape, preprocessing
 
 __all__ = ["IAF", "MAF"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import nn
-from ..nn._base import check_sizes
+from ..nn.densities.base import check_sizes
 from ._glow import Glow
 from ._model import DiscreteModel, FlowModel
 from ._realnvp import RealNVP

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 
 from .. import nn, ops
-from ..nn._base import check_sizes
-from ..nn._bijection import Bijection, Pair
-from ..ops._checks import check_floating, has_values, host_tensor
-from ..ops._split import FeatureMask, kept_channels, moved_channels
+from .._core.checks import check_floating, has_values, host_tensor
+from .._core.split import FeatureMask, kept_channels, moved_channels
+from ..nn.bijections.bijection import Bijection, Pair
+from ..nn.densities.base import check_sizes
 from ._model import FlowModel, preprocessing
 
 __all__ = ["Glow"]

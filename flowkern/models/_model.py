@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from .. import nn
-from ..nn._base import as_shape, check_sizes
-from ..nn._bijection import Bijection
-from ..nn._likelihood import check_values
-from ..ops._checks import values_can_be_read
-from ..ops._split import kept_channels
+from .._core.checks import values_can_be_read
+from .._core.split import kept_channels
+from ..nn.bijections.bijection import Bijection
+from ..nn.densities.base import as_shape, check_sizes
+from ..nn.densities.likelihood import check_values
 
 __all__ = ["DiscreteModel", "FlowModel", "Model", "image_bijection", "preprocessing", "vector_bijection"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import nn
-from ..nn._bijection import Bijection
-from ..ops._split import moved_channels
+from .._core.split import moved_channels
+from ..nn.bijections.bijection import Bijection
 from ._model import FlowModel, architecture, conditioner, model_shape
 
 __all__ = ["NICE"]

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from .. import nn
-from ..nn._base import as_shape, check_share, check_sizes
-from ..nn._conditioner import _check_context
-from ..nn._flow import _rows
-from ..nn._masked_conv import Window
-from ..ops._checks import accumulation_dtype
+from .._core.checks import accumulation_dtype
+from ..nn.densities.base import as_shape, check_share, check_sizes
+from ..nn.densities.flow import _rows
+from ..nn.networks.conditioner import _check_context
+from ..nn.networks.masked_conv import Window
 from ._model import DiscreteModel
 
 __all__ = ["PixelCNN"]

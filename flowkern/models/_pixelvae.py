@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import nn
-from ..nn._flow import _rows
+from ..nn.densities.flow import _rows
 from ._pixelcnn import PixelCNN
 from ._vae import VAE, _encoder
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from .. import nn
-from ..nn._base import check_sizes
-from ..nn._likelihood import likelihood as named_likelihood
-from ..nn._likelihood import start
+from ..nn.densities.base import check_sizes
+from ..nn.densities.likelihood import likelihood as named_likelihood
+from ..nn.densities.likelihood import start
 from ._autoregressive import IAF, MAF
 from ._model import DiscreteModel, FlowModel, model_shape
 from ._nice import NICE

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from .. import nn
-from ..nn._autoencoder import downsampling, upsampling
-from ..nn._base import as_shape, check_sizes
-from ..nn._likelihood import likelihood as named_likelihood
-from ..nn._likelihood import start
-from ..ops._checks import accumulation_dtype
+from .._core.checks import accumulation_dtype
+from ..nn.densities.base import as_shape, check_sizes
+from ..nn.densities.likelihood import likelihood as named_likelihood
+from ..nn.densities.likelihood import start
+from ..nn.networks.autoencoder import downsampling, upsampling
 from ._model import DiscreteModel
 from ._pixelcnn import PixelCNN
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .._version import __version__
-from ..ops._checks import FLOATING
+from .._core.checks import FLOATING
+from .._core.version import __version__
 from ._budget import Budget
 from ._model import Model
 from ._registry import build, name_of

@@ -1,9 +1,11 @@
 """The functional ops, one file each. Those that have kernels are in ``flowkern.OPS``, which generic tests walk over."""
 
+from .._core.scale_map import LAYOUTS as LAYOUTS
+from .._core.scale_map import ScaleMap as ScaleMap
+from .._core.split import SPLITS as SPLITS
+from .._core.split import FeatureMask as FeatureMask
 from ._additive_coupling import additive_coupling as additive_coupling
 from ._affine_coupling import affine_coupling as affine_coupling
-from ._autoregressive_inverse import autoregressive_inverse as autoregressive_inverse
-from ._autoregressive_network import AutoregressiveNetwork as AutoregressiveNetwork
 from ._dequantize import dequantize as dequantize
 from ._discretized_logistic_mixture import discretized_logistic_mixture as discretized_logistic_mixture
 from ._discretized_logistic_mixture import sample_discretized_logistic_mixture as sample_discretized_logistic_mixture
@@ -13,9 +15,7 @@ from ._invertible_linear import invertible_linear as invertible_linear
 from ._masked_linear import DegreeMask as DegreeMask
 from ._masked_linear import masked_linear as masked_linear
 from ._nearest_code import nearest_code as nearest_code
-from ._parametrization import LAYOUTS as LAYOUTS
-from ._parametrization import ScaleMap as ScaleMap
 from ._plu_weight import plu_weight as plu_weight
-from ._split import SPLITS as SPLITS
-from ._split import FeatureMask as FeatureMask
 from ._vector_quantize import vector_quantize as vector_quantize
+from .autoregressive.inverse import autoregressive_inverse as autoregressive_inverse
+from .autoregressive.network import AutoregressiveNetwork as AutoregressiveNetwork

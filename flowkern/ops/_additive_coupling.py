@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .. import _backend
-from .._registry import Law, Op, Sample, define, normal, reference_runs, register
-from ._checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch, outside_autocast
-from ._split import SPLITS, FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
+from .._core import backend
+from .._core.checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch, outside_autocast
+from .._core.op import Law, Op, Sample, define, normal, reference_runs, register
+from .._core.split import SPLITS, FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
 __all__ = ["additive_coupling"]
 
@@ -68,7 +68,7 @@ def _torch_forward(x: torch.Tensor, shift: torch.Tensor, rank: torch.Tensor | No
 
 def _cpp_forward(x: torch.Tensor, shift: torch.Tensor, *configuration: Any) -> torch.Tensor:
     y = _output(x)
-    _backend.call_native("additive_coupling_forward", x, shift, y, *configuration)
+    backend.call_native("additive_coupling_forward", x, shift, y, *configuration)
     return y
 
 

@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _backend
-from .._registry import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register
-from ._checks import (
+from .._core import backend
+from .._core.checks import (
     accumulation_dtype,
     check_floating,
     check_same_device,
@@ -33,8 +32,9 @@ from ._checks import (
     flatten_batch,
     outside_autocast,
 )
-from ._parametrization import LAYOUTS, ScaleMap, check_scale, named_layout
-from ._split import FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
+from .._core.op import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register
+from .._core.scale_map import LAYOUTS, ScaleMap, check_scale, named_layout
+from .._core.split import FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
 __all__ = ["affine_coupling"]
 
@@ -178,7 +178,7 @@ def _torch_backward(
 
 def _cpp_forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> Pair:
     y, logabsdet = _outputs(x, params)
-    _backend.call_native("affine_coupling_forward", x, params, y, logabsdet, *configuration)
+    backend.call_native("affine_coupling_forward", x, params, y, logabsdet, *configuration)
     return y, logabsdet
 
 
@@ -190,7 +190,7 @@ def _cpp_backward(
     *configuration: Any,
 ) -> Pair:
     dx, dparams = _gradients(x, params)
-    _backend.call_native("affine_coupling_backward", grad, grad_logabsdet, x, params, dx, dparams, *configuration)
+    backend.call_native("affine_coupling_backward", grad, grad_logabsdet, x, params, dx, dparams, *configuration)
     return dx, dparams
 
 

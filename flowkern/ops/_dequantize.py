@@ -18,10 +18,10 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import _backend
-from .._registry import Law, Op, Sample, define, reference_runs, register
-from . import _philox
-from ._checks import FLOATING
+from .._core import backend
+from .._core import philox as _philox
+from .._core.checks import FLOATING
+from .._core.op import Law, Op, Sample, define, reference_runs, register
 
 __all__ = ["dequantize"]
 
@@ -97,7 +97,7 @@ def _torch_forward(
 def _cpp_forward(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, dtype: torch.dtype) -> Pair:
     x, logabsdet = _outputs(v, seed, offset, levels, alpha, dtype)
     flag = -1.0 if alpha is None else alpha
-    _backend.call_native("dequantize", v.flatten(1), seed, offset, levels, flag, x.flatten(1), logabsdet)
+    backend.call_native("dequantize", v.flatten(1), seed, offset, levels, flag, x.flatten(1), logabsdet)
     return x, logabsdet
 
 

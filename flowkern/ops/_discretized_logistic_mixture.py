@@ -28,9 +28,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import _backend
-from .._registry import Op, Sample, define, normal, reference_differentiates, reference_runs, register
-from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
+from .._core import backend
+from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
+from .._core.op import Op, Sample, define, normal, reference_differentiates, reference_runs, register
 
 __all__ = ["discretized_logistic_mixture", "sample_discretized_logistic_mixture"]
 
@@ -148,7 +148,7 @@ def _torch_backward(x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | 
 
 def _run_native(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> None:
     # Where rows of pixels do not lie one behind the other, flatten copies.
-    _backend.call_native("discretized_logistic_mixture", x.flatten(2), params.flatten(2), *rest)
+    backend.call_native("discretized_logistic_mixture", x.flatten(2), params.flatten(2), *rest)
 
 
 def _cpp_forward(x: torch.Tensor, params: torch.Tensor, levels: int, compat: bool) -> torch.Tensor:

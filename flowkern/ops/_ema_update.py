@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_codes, check_floating, check_same_device
+from .._core.checks import check_codes, check_floating, check_same_device
 from ._code_sums import CodeSums, Reduce, alone
 
 __all__ = ["ema_update", "update_averages_"]

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from .. import _backend
-from .._registry import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register
-from . import _philox
-from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
+from .._core import backend
+from .._core import philox as _philox
+from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
+from .._core.op import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register
 
 __all__ = ["gaussian_kl"]
 
@@ -100,7 +100,7 @@ def _torch_backward(mean: torch.Tensor, log_scale: torch.Tensor, *rest: Any) -> 
 
 def _cpp_forward(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> Pair:
     z, kl = _outputs(mean, log_scale)
-    _backend.call_native("gaussian_kl_forward", mean.flatten(1), log_scale.flatten(1), seed, offset, z.flatten(1), kl)
+    backend.call_native("gaussian_kl_forward", mean.flatten(1), log_scale.flatten(1), seed, offset, z.flatten(1), kl)
     return z, kl
 
 
@@ -115,7 +115,7 @@ def _cpp_backward(
     dmean, dlog_scale = _gradients(mean, log_scale)
     grad = None if grad is None else grad.flatten(1)
     inputs, outputs = (mean.flatten(1), log_scale.flatten(1)), (dmean.flatten(1), dlog_scale.flatten(1))
-    _backend.call_native("gaussian_kl_backward", *inputs, seed, offset, grad, grad_kl, *outputs)
+    backend.call_native("gaussian_kl_backward", *inputs, seed, offset, grad, grad_kl, *outputs)
     return dmean, dlog_scale
 
 

@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .. import _backend
-from .._registry import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
-from ._checks import (
+from .._core import backend
+from .._core.checks import (
     accumulation_dtype,
     check_floating,
     check_same_device,
@@ -34,6 +33,7 @@ from ._checks import (
     flatten_batch,
     outside_autocast,
 )
+from .._core.op import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
 
 __all__ = ["invertible_linear"]
 
@@ -240,7 +240,7 @@ def _cpp_forward(
     y, logabsdet, found = _outputs(x, weight, bias, weight_inverse, known, inverse, invert)
     known = None if known is None else known.view(1)
     given = (x, weight, bias, weight_inverse, known, y, logabsdet, _some(found, invert))
-    _backend.call_native("invertible_linear_forward", *given, inverse)
+    backend.call_native("invertible_linear_forward", *given, inverse)
     return y, logabsdet, found
 
 
@@ -258,7 +258,7 @@ def _cpp_backward(*arguments: Any) -> Quadruple:
         _some(dknown, c.known is not None),
     )
     given = (grad, grad_logabsdet, c.x, c.weight, c.bias, c.weight_inverse, *filled)
-    _backend.call_native("invertible_linear_backward", *given, c.inverse)
+    backend.call_native("invertible_linear_backward", *given, c.inverse)
     return outputs
 
 

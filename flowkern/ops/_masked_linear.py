@@ -20,10 +20,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import _backend
-from .._registry import Op, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
-from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, host_tensor, on_host, outside_autocast
-from ._tables import Tables
+from .._core import backend
+from .._core.checks import (
+    accumulation_dtype,
+    check_floating,
+    check_same_device,
+    differentiate,
+    host_tensor,
+    on_host,
+    outside_autocast,
+)
+from .._core.op import Op, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
+from .._core.tables import Tables
 
 __all__ = ["DegreeMask", "masked_linear"]
 
@@ -279,14 +287,14 @@ def _cpp_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     y = _output(x, weight)
     if y.numel():
         reach, _, rows, columns, _ = mask
-        _backend.call_native("masked_linear_forward", x, weight, bias, reach, rows, columns, y)
+        backend.call_native("masked_linear_forward", x, weight, bias, reach, rows, columns, y)
     return y
 
 
 def _cpp_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Triple:
     outputs = _gradients(grad, x, weight, bias, *rest)
     filled = (out if needed else None for out, needed in zip(outputs, rest[-3:], strict=True))
-    _backend.call_native("masked_linear_backward", grad, x, weight, bias, *rest[:4], *filled)
+    backend.call_native("masked_linear_backward", grad, x, weight, bias, *rest[:4], *filled)
     return outputs
 
 

@@ -26,9 +26,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from .. import _backend
-from .._registry import Op, Sample, define, normal, register, transformed
-from ._checks import accumulation_dtype, check_floating, check_same_device, outside_autocast
+from .._core import backend
+from .._core.checks import accumulation_dtype, check_floating, check_same_device, outside_autocast
+from .._core.op import Op, Sample, define, normal, register, transformed
 
 __all__ = ["METRICS", "nearest_code"]
 
@@ -281,7 +281,7 @@ def _torch_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Tri
 
 def _cpp_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
     outputs = index, sqdist, looked = _outputs(x, codebook, cosine)
-    _backend.call_native("nearest_code_forward", x, codebook, index, sqdist, looked, cosine, _PAIRS)
+    backend.call_native("nearest_code_forward", x, codebook, index, sqdist, looked, cosine, _PAIRS)
     return outputs
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from .. import _backend
-from .._registry import Op, Sample, define, normal, reference_differentiates, reference_runs, register
-from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
+from .._core import backend
+from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
+from .._core.op import Op, Sample, define, normal, reference_differentiates, reference_runs, register
 
 __all__ = ["compact_plu", "plu_weight"]
 
@@ -80,13 +80,13 @@ def _torch_backward(grad: torch.Tensor, *factors: torch.Tensor) -> Triple:
 
 def _cpp_forward(*factors: torch.Tensor) -> torch.Tensor:
     weight = _output(*factors)
-    _backend.call_native("plu_weight_forward", *factors, weight)
+    backend.call_native("plu_weight_forward", *factors, weight)
     return weight
 
 
 def _cpp_backward(grad: torch.Tensor, *factors: torch.Tensor) -> Triple:
     outputs = _gradients(grad, *factors)
-    _backend.call_native("plu_weight_backward", grad, *factors, *outputs)
+    backend.call_native("plu_weight_backward", grad, *factors, *outputs)
     return outputs
 
 

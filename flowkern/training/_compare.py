@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .. import _backend, models
+from .. import models
+from .._core import backend
 from ..data import load, loader
 from ._evaluate import context_of, suited, usable_device
 from ._plan import make_plan
@@ -64,13 +65,13 @@ def compare(
     backends = {"fused kernels": "auto", "plain torch": "torch"}
     times: dict[str, list[float]] = {name: [] for name in backends}
     memory = {}
-    for name, backend in backends.items():
-        with _backend.backend(backend):
+    for name, asked in backends.items():
+        with backend.backend(asked):
             step()
             memory[name] = _peak_bytes(step, x.device) / 2**20
     for _ in range(rounds):
-        for name, backend in backends.items():
-            with _backend.backend(backend):
+        for name, asked in backends.items():
+            with backend.backend(asked):
                 times[name].append(1e3 * _seconds_per_step(step, seconds, x.device))
 
     parameters = sum(p.numel() for p in model.parameters())

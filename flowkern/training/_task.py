@@ -21,10 +21,10 @@ from rich.progress import Progress as RichProgress
 from torch.utils._pytree import tree_map_only
 
 from .. import models
-from .._version import __version__
+from .._core.version import __version__
 from ..data import Batch, Dataset, KeyedLoader, loader
 from ..models._registry import name_of
-from ..nn._bijection import Bijection
+from ..nn.bijections.bijection import Bijection
 from ._evaluate import Diverged, context_of, negative_log_likelihood
 from ._plan import Plan
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flowkern.ops._split import SPLITS, moved_channels
+from flowkern._core.split import SPLITS, moved_channels
 
 __all__ = [
     "DTYPES",

@@ -1,4 +1,4 @@
-"""Random numbers from counters inside kernels; flowkern/ops/_philox.py says which number belongs to which element.
+"""Random numbers from counters inside kernels; flowkern/_core/philox.py says which number belongs to which element.
 
 A program makes the numbers of GROUPS times 64 neighbours of one sample: four words for each of [GROUPS, 16] counters, where
 word w belongs to the elements 64 g + 16 w + i.

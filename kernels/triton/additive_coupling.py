@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from flowkern._core.split import SPLITS
 from flowkern.ops._additive_coupling import _output
-from flowkern.ops._split import SPLITS
 
 from ._coupling import DTYPES, FORMS, Launch, Plan, Strides, example, example_split, keeps, locate, plan, sample_strides, tile
 from .lang import narrow

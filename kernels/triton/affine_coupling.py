@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from flowkern._core.scale_map import _KINDS, LAYOUTS, ScaleMap, named_layout
+from flowkern._core.split import SPLITS
 from flowkern.ops._affine_coupling import _Configuration, _gradients, _outputs
-from flowkern.ops._parametrization import _KINDS, LAYOUTS, ScaleMap, named_layout
-from flowkern.ops._split import SPLITS
 
 from ._coupling import (
     DTYPES,

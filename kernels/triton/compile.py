@@ -33,7 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flowkern._registry import OPS
+from flowkern._core.op import OPS
 
 __all__ = ["TARGETS", "Build", "compile_launch", "main", "pairwise", "problems", "streaming_problems"]
 

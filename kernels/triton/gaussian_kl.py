@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flowkern.ops._checks import accumulation_dtype
+from flowkern._core.checks import accumulation_dtype
 from flowkern.ops._gaussian_kl import _gradients, _outputs
 
 from ._coupling import DTYPES, Launch, Plan, example

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flowkern._backend import interpreting
+from flowkern._core.backend import interpreting
 from flowkern.ops._masked_linear import DegreeMask, _accumulation_dtype, _gradients, _output
 
 from ._coupling import DTYPES, Launch, Plan, example

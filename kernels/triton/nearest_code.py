@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flowkern._backend import interpreting
+from flowkern._core.backend import interpreting
 from flowkern.ops._nearest_code import Triple, _outputs
 
 from ._coupling import DTYPES, Launch, Plan, example

@@ -17,19 +17,20 @@ from typing import Any
 import pytest
 import torch
 from comparison import INVERTIBLE
-from flowkern.bench import glow, gpu_check, worker
+from flowkern.bench import gpu_check, worker
 from flowkern.bench.__main__ import main
-from flowkern.bench.calls import Problem, WrongResult, check, poisoned, rounding_errors
 from flowkern.bench.cases import BOTH, CASES, FORWARD, NEVER_SLOWER, Case, Target, cases_of
 from flowkern.bench.files import slug, write_atomically
 from flowkern.bench.measure import DIRECTIONS, Options, Row, verdict
 from flowkern.bench.memory import peak_extra_bytes
 from flowkern.bench.report import COLUMNS, describe, line, write_csv
+from flowkern.bench.subjects import glow
+from flowkern.bench.subjects.calls import Problem, WrongResult, check, poisoned, rounding_errors
 from torch._subclasses import FakeTensorMode
 
 from flowkern import OPS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 HERE = ["--here", "--quick", "--device", "cpu", "--case", "4x8", "--compile", "none"]
 every_op = pytest.mark.parametrize("name", CASES)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from flowkern import models, nn, ops
-from flowkern._version import __version__
+from flowkern._core.version import __version__
 from flowkern.models._budget import Budget
 
 # name -> (model, configuration)

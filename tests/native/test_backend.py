@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import flowkern
-from flowkern import OPS, _backend, nn, ops
+from flowkern import OPS, nn, ops
+from flowkern._core import backend as _backend
 
 
 def test_an_unknown_backend_is_named() -> None:
@@ -50,7 +51,7 @@ def test_the_environment_chooses_the_backend() -> None:
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_explain_lists_every_backend(op: flowkern._registry.Op) -> None:
+def test_explain_lists_every_backend(op: flowkern._core.op.Op) -> None:
     sample = next(iter(op.samples("cpu", torch.float32)))
     for text in (flowkern.explain(op.name), flowkern.explain(op.function, *sample.args, **sample.kwargs)):
         assert all(name in text for name in _backend.BACKENDS)

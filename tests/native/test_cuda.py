@@ -20,13 +20,14 @@ from comparison import assert_accurate
 from test_scale_maps import MAPS, check_sweep
 
 import flowkern
-from flowkern import _backend, ops
-from flowkern._registry import Sample
+from flowkern import ops
+from flowkern._core import backend as _backend
+from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
-from flowkern.ops import _autoregressive_cuda as cuda
-from flowkern.ops import _autoregressive_inverse as op
+from flowkern.ops.autoregressive import cuda
+from flowkern.ops.autoregressive import inverse as op
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "autoregressive_inverse.cu"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TILES = copy.deepcopy(cuda.TILES)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import flowkern
-from flowkern import OPS, _backend
+from flowkern import OPS
+from flowkern._core import backend as _backend
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
 
 EVERY_SAMPLE = """

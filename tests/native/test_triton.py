@@ -16,7 +16,7 @@ from comparison import INVERTIBLE, Tensors, arguments, assert_accurate, output_g
 
 import flowkern
 from flowkern import OPS
-from flowkern._registry import Op, Sample
+from flowkern._core.op import Op, Sample
 from flowkern.ops import ScaleMap, affine_coupling
 
 pytest.importorskip("triton", reason="triton is not installed")

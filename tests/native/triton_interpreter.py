@@ -1,7 +1,7 @@
 """The Triton kernels on CPU tensors, in Triton's interpreter.
 
 ``test_triton.py`` runs this file in a process of its own with TRITON_INTERPRET=1, which has to be set before Triton is
-imported: ``TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter.py``.
+imported: ``TRITON_INTERPRET=1 python -m pytest tests/native/triton_interpreter.py``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from test_ops import test_any_strides_of_the_gradients as test_any_strides_of_th
 from test_ops import test_nan_stays_in_its_sample as test_nan_stays_in_its_sample
 
 import flowkern
-from flowkern import OPS, _backend
-from flowkern._registry import Op, Sample
+from flowkern import OPS
+from flowkern._core import backend as _backend
+from flowkern._core.op import Op, Sample
+from flowkern._core.split import moved_channels
 from flowkern.ops import FeatureMask, ScaleMap, affine_coupling
-from flowkern.ops._split import moved_channels
 
 COUPLINGS = ("affine_coupling", "additive_coupling")
 

@@ -1,4 +1,4 @@
-"""Two processes build a model on meta, shard it, give it memory and load it: ``python tests/meta_fsdp.py FOLDER``.
+"""Two processes build a model on meta, shard it, give it memory and load it: ``python tests/nn/meta_fsdp.py FOLDER``.
 
 Each process writes the log-densities of the sharded model. Not collected by pytest: processes are started by a script, which
 test_meta.py runs.

@@ -1,4 +1,4 @@
-"""Two processes train a reversible and a storing stack under DDP: ``python tests/reversible_ddp.py FOLDER``.
+"""Two processes train a reversible and a storing stack under DDP: ``python tests/nn/reversible_ddp.py FOLDER``.
 
 Each process writes the gradients that it holds after a step, of both stacks. Not collected by pytest: processes are started
 by a script, which test_reversible.py runs. Annotations are not postponed: DDP reads those of the communication hook.

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import flowkern
-from flowkern import _backend, nn, ops
+from flowkern import nn, ops
+from flowkern._core import backend as _backend
 
 ScaleMap = ops.ScaleMap
 OPTIONS: list[dict[str, Any]] = [
@@ -267,7 +268,7 @@ def test_equals_zuko() -> None:
 def test_the_bench_compares_and_times(tmp_path: Path) -> None:
     pytest.importorskip("nflows")
     pytest.importorskip("zuko")
-    from flowkern.bench import autoregressive
+    from flowkern.bench.subjects import autoregressive
 
     assert autoregressive.main(["--quick", "--csv", str(tmp_path)]) == 0
     (table,) = tmp_path.glob("autoregressive-*.csv")

@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from flowkern import _backend, models, nn, ops
+from flowkern import models, nn, ops
+from flowkern._core import backend as _backend
 
 #: Smaller than the defaults, by the argument's name and the type of its default.
 SMALL: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowkern import nn
-from flowkern.nn._root import solve_increasing
+from flowkern.nn.bijections.root import solve_increasing
 from flowkern.ops import FeatureMask
 
 K = 3

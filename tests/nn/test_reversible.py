@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import reversible_ddp
 import torch
-from flowkern.bench import depth
+from flowkern.bench.subjects import depth
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flowkern import _backend, models, nn, ops
-from flowkern.nn import _drift, _reversible
+from flowkern import models, nn, ops
+from flowkern._core import backend as _backend
+from flowkern.nn.bijections import drift as _drift
+from flowkern.nn.bijections import reversible as _reversible
 
 BOUNDED = ops.ScaleMap.tanh(0.5)
 

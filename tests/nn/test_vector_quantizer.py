@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import vector_quantizer_ddp
-from flowkern.bench import vector_quantizer as bench
+from flowkern.bench.subjects import vector_quantizer as bench
 
 from flowkern import nn, ops
 

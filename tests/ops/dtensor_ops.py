@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from flowkern import OPS, models
-from flowkern._registry import Op, Sample
+from flowkern._core.op import Op, Sample
 
 WORLD = 2
 

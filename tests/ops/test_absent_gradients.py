@@ -20,11 +20,12 @@ from test_scale_maps import MAPS, exact_map
 
 import flowkern
 from flowkern import OPS, ops
-from flowkern._registry import Sample
-from flowkern.ops import AutoregressiveNetwork, ScaleMap, _philox
-from flowkern.ops import _autoregressive_inverse as autoregressive
+from flowkern._core import philox as _philox
+from flowkern._core.op import Sample
+from flowkern.ops import AutoregressiveNetwork, ScaleMap
 from flowkern.ops import _gaussian_kl as gaussian
 from flowkern.ops._plu_weight import compact_plu
+from flowkern.ops.autoregressive import inverse as autoregressive
 
 Tensors = Sequence[torch.Tensor]
 

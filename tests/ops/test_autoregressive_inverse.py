@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_accurate, output_gradients
-from flowkern.bench import roundtrip
+from flowkern.bench.subjects import roundtrip
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern
-from flowkern import _backend, ops
-from flowkern._registry import Sample
+from flowkern import ops
+from flowkern._core import backend as _backend
+from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
-from flowkern.ops import _autoregressive_definition as definition
-from flowkern.ops import _autoregressive_inverse as op
+from flowkern.ops.autoregressive import definition
+from flowkern.ops.autoregressive import inverse as op
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")

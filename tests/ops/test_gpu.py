@@ -12,9 +12,11 @@ import torch
 from comparison import INVERTIBLE, Tensors, arguments, assert_accurate, change_samples, output_gradients
 
 import flowkern
-from flowkern import _backend, nn, ops
-from flowkern._registry import Op, Sample
-from flowkern.ops import _autoregressive_inverse, _masked_linear
+from flowkern import nn, ops
+from flowkern._core import backend as _backend
+from flowkern._core.op import Op, Sample
+from flowkern.ops import _masked_linear
+from flowkern.ops.autoregressive import inverse as _autoregressive_inverse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -22,8 +22,10 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd.functional import hessian, jacobian
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from flowkern import OPS, _backend, _registry, ops
-from flowkern._registry import Law, Op, Sample
+from flowkern import OPS, ops
+from flowkern._core import backend as _backend
+from flowkern._core import op as _registry
+from flowkern._core.op import Law, Op, Sample
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -405,7 +407,7 @@ for op in OPS.values():
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 def test_memory_that_runs_out_is_an_error() -> None:
     """Python's MemoryError or torch's own error, wherever in a call it happens; the next call is right again."""
-    script = f"TESTS, STEPS = {str(Path(__file__).parent)!r}, 40\n{LIMITED}"
+    script = f"TESTS, STEPS = {str(Path(__file__).parents[1])!r}, 40\n{LIMITED}"
     # Whatever is larger than a page comes from the system, and goes back to it.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True)

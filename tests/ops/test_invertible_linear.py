@@ -9,8 +9,9 @@ import torch
 from comparison import arguments, assert_accurate, outputs_and_gradients
 
 import flowkern
-from flowkern import OPS, _backend
-from flowkern._registry import Sample
+from flowkern import OPS
+from flowkern._core import backend as _backend
+from flowkern._core.op import Sample
 from flowkern.ops import invertible_linear
 
 needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")

@@ -14,16 +14,17 @@ import mpmath
 import pytest
 import torch
 from comparison import assert_accurate
-from flowkern.bench import likelihood
-from flowkern.bench.likelihood import published
 from flowkern.bench.memory import peak_extra_bytes
+from flowkern.bench.subjects import likelihood
+from flowkern.bench.subjects.likelihood import published
 
 import flowkern
-from flowkern import _backend, nn, ops
+from flowkern import nn, ops
+from flowkern._core import backend as _backend
+from flowkern._core import philox as _philox
 from flowkern.ops import _dequantize as dequantization
 from flowkern.ops import _discretized_logistic_mixture as mixture
 from flowkern.ops import _gaussian_kl as gaussian
-from flowkern.ops import _philox
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")

@@ -12,7 +12,8 @@ import torch
 from comparison import Tensors, assert_accurate, output_gradients
 
 import flowkern
-from flowkern import _backend, nn, ops
+from flowkern import nn, ops
+from flowkern._core import backend as _backend
 from flowkern.ops import DegreeMask
 from flowkern.ops._masked_linear import _backward, _forward, reference
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from flowkern.bench import nearest_code as bench_nearest_code
 from flowkern.bench.memory import peak_extra_bytes
+from flowkern.bench.subjects import nearest_code as bench_nearest_code
 
 import flowkern
-from flowkern import _backend, ops
+from flowkern import ops
+from flowkern._core import backend as _backend
 from flowkern.ops import _nearest_code
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 ISAS = _backend.native.isas() if _backend.native else []

@@ -14,8 +14,9 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import flowkern
-from flowkern import _backend, ops
-from flowkern._registry import Op, Sample
+from flowkern import ops
+from flowkern._core import backend as _backend
+from flowkern._core.op import Op, Sample
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")

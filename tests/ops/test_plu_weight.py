@@ -10,7 +10,8 @@ import torch
 from comparison import assert_accurate
 
 import flowkern
-from flowkern import _backend, ops
+from flowkern import ops
+from flowkern._core import backend as _backend
 from flowkern.ops._plu_weight import _backward, _forward, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -15,7 +15,7 @@ import torch
 import flowkern
 from flowkern import ops
 from flowkern.ops import AutoregressiveNetwork, ScaleMap, affine_coupling, autoregressive_inverse
-from flowkern.ops._autoregressive_sweep import slope_of_log
+from flowkern.ops.autoregressive.sweep import slope_of_log
 
 MAPS = {
     "exp": ScaleMap.exp(),

@@ -10,7 +10,8 @@ import torch
 from comparison import assert_accurate
 
 import flowkern
-from flowkern import _backend, ops
+from flowkern import ops
+from flowkern._core import backend as _backend
 from flowkern.ops._code_sums import CodeSums, code_sums
 from flowkern.ops._vector_quantize import pass_gradient, reference
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import flowkern
-from flowkern import _backend, cli
+from flowkern import cli
+from flowkern._core import backend as _backend
 
 EXTRA = ("lightning", "numpy", "matplotlib", "PIL", "rich", "sklearn")
 needs_extra = pytest.mark.skipif(

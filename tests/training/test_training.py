@@ -183,7 +183,7 @@ def glow_plan(**given: Any) -> training.Plan:
 def test_half_precision_run(tmp_path, monkeypatch, model, memory):
     """Networks answer in bfloat16; what passes between the layers, log-determinants, loss and weights are float32."""
     from flowkern import nn
-    from flowkern.nn._bijection import Bijection
+    from flowkern.nn.bijections.bijection import Bijection
     from flowkern.training._task import FlowTask
 
     networks, states, losses = set(), set(), set()

@@ -1,4 +1,4 @@
-"""One run of the trainer, on one rank or several: ``python tests/training_ddp.py FOLDER REQUEST``, REQUEST in JSON.
+"""One run of the trainer, on one rank or several: ``python tests/training/training_ddp.py FOLDER REQUEST``, REQUEST in JSON.
 
 The request has the run's ``plan`` and ``options``, and in ``then`` plans of runs that follow, by name. Each rank leaves in FOLDER
 what it saw: its losses, its weights after the first step and at the end, what it printed and which files it wrote. Not collected

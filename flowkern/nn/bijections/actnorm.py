@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from ..ops._checks import accumulation_dtype, check_floating, has_values
-from ._bijection import Bijection, Pair
+from ..._core.checks import accumulation_dtype, check_floating, has_values
+from .bijection import Bijection, Pair
 
 __all__ = ["ActNorm"]
 

@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .. import ops
-from ..ops._checks import accumulation_dtype, has_values
-from ._bijection import Bijection, Pair
-from ._conditioner import _check_context
-from ._made import MADE, Degrees, degrees_of
-from ._permutation import Permutation
+from ... import ops
+from ..._core.checks import accumulation_dtype, has_values
+from ..networks.conditioner import _check_context
+from ..networks.made import MADE, Degrees, degrees_of
+from .bijection import Bijection, Pair
+from .permutation import Permutation
 
 __all__ = ["Chains", "InverseAutoregressive", "MaskedAutoregressive"]
 

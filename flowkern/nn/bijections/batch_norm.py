@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..ops._checks import accumulation_dtype, check_floating
-from ._bijection import Bijection, Pair
-from ._state import CheckedState, require
+from ..._core.checks import accumulation_dtype, check_floating
+from ..._core.state import CheckedState, require
+from .bijection import Bijection, Pair
 
 __all__ = ["BatchNormFlow"]
 

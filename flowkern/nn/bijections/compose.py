@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..ops._checks import accumulation_dtype
-from ._autoregressive import Chains
-from ._bijection import Bijection, Pair
-from ._reversible import MEMORY, Keeper, walk
+from ..._core.checks import accumulation_dtype
+from .autoregressive import Chains
+from .bijection import Bijection, Pair
+from .reversible import MEMORY, Keeper, walk
 
 __all__ = ["Compose"]
 

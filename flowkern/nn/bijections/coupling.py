@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
-from ..ops._affine_coupling import undo
-from ..ops._parametrization import check_scale, named_layout
-from ..ops._split import SPLITS, FeatureMask, Split, conditioner_input
-from ._bijection import Bijection, Pair, Replay
+from ... import ops
+from ..._core.scale_map import check_scale, named_layout
+from ..._core.split import SPLITS, FeatureMask, Split, conditioner_input
+from ...ops._affine_coupling import undo
+from .bijection import Bijection, Pair, Replay
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..ops._checks import accumulation_dtype
+from ..._core.checks import accumulation_dtype
 
 __all__ = ["drift", "evenly", "spot"]
 

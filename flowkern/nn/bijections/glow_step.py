@@ -7,13 +7,13 @@ from typing import cast
 import torch
 from torch import nn
 
-from .. import ops
-from ..ops._split import Split
-from ._actnorm import ActNorm
-from ._bijection import Bijection, Pair, Replay
-from ._compose import Compose
-from ._coupling import AffineCoupling
-from ._invertible_linear import InvertibleConv1x1
+from ... import ops
+from ..._core.split import Split
+from .actnorm import ActNorm
+from .bijection import Bijection, Pair, Replay
+from .compose import Compose
+from .coupling import AffineCoupling
+from .invertible_linear import InvertibleConv1x1
 
 __all__ = ["GlowStep", "NormalizedLinear"]
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import ops
-from ..ops._checks import accumulation_dtype, values_can_be_read
-from ..ops._invertible_linear import undo
-from ..ops._plu_weight import compact_plu
-from ._bijection import Bijection, Pair, Replay
-from ._permutation import check_order
-from ._state import CheckedState, require
+from ... import ops
+from ..._core.checks import accumulation_dtype, values_can_be_read
+from ..._core.state import CheckedState, require
+from ...ops._invertible_linear import undo
+from ...ops._plu_weight import compact_plu
+from .bijection import Bijection, Pair, Replay
+from .permutation import check_order
 
 __all__ = ["PARAMETRIZATIONS", "InvertibleConv1x1", "InvertibleLinear"]
 

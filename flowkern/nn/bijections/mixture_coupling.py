@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops
-from ..ops._checks import accumulation_dtype
-from ..ops._split import Split, moved_channels, put, restrict, take
-from ._bijection import Pair
-from ._coupling import _Coupling
-from ._root import solve_increasing
+from ... import ops
+from ..._core.checks import accumulation_dtype
+from ..._core.split import Split, moved_channels, put, restrict, take
+from .bijection import Pair
+from .coupling import _Coupling
+from .root import solve_increasing
 
 __all__ = ["MixtureLogisticCoupling"]
 

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..ops._checks import accumulation_dtype
-from ._bijection import Bijection, Pair, Run, run
+from ..._core.checks import accumulation_dtype
+from .bijection import Bijection, Pair, Run, run
 
 __all__ = ["MultiScale"]
 

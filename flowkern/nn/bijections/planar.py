@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops._checks import accumulation_dtype, check_floating
-from ._bijection import Bijection, Pair
-from ._conditioner import _check_context
-from ._root import solve_increasing
+from ..._core.checks import accumulation_dtype, check_floating
+from ..networks.conditioner import _check_context
+from .bijection import Bijection, Pair
+from .root import solve_increasing
 
 __all__ = ["Planar", "Radial"]
 

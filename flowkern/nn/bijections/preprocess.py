@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from ..ops._checks import accumulation_dtype, has_values, host_tensor, on_host
-from ._bijection import Bijection, Pair
-from ._state import CheckedState, require
+from ..._core.checks import accumulation_dtype, has_values, host_tensor, on_host
+from ..._core.state import CheckedState, require
+from .bijection import Bijection, Pair
 
 __all__ = ["Logit", "Rescale", "Scaling"]
 

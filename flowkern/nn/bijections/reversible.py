@@ -28,10 +28,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from ..ops._checks import accumulation_dtype
-from ._batch_norm import BatchNormFlow
-from ._bijection import Bijection, Pair, run
-from ._drift import drift, evenly, spot
+from ..._core.checks import accumulation_dtype
+from .batch_norm import BatchNormFlow
+from .bijection import Bijection, Pair, run
+from .drift import drift, evenly, spot
 
 __all__ = ["MEMORY", "Keeper", "walk"]
 

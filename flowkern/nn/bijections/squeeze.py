@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from ..ops._checks import accumulation_dtype
-from ._bijection import Bijection, Pair
+from ..._core.checks import accumulation_dtype
+from .bijection import Bijection, Pair
 
 __all__ = ["Flatten", "Squeeze"]
 

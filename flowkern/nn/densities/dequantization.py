@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..ops._checks import accumulation_dtype
-from ._base import check_sizes, normal_log_prob
-from ._bijection import Bijection, Pair
-from ._compose import Compose
-from ._conditioner import ConvNet
-from ._coupling import AffineCoupling
+from ..._core.checks import accumulation_dtype
+from ..bijections.bijection import Bijection, Pair
+from ..bijections.compose import Compose
+from ..bijections.coupling import AffineCoupling
+from ..networks.conditioner import ConvNet
+from .base import check_sizes, normal_log_prob
 
 __all__ = ["UniformDequantization", "VariationalDequantization"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 
-from ._base import Base, as_base
-from ._bijection import Bijection, Pair
+from ..bijections.bijection import Bijection, Pair
+from .base import Base, as_base
 
 __all__ = ["Flow", "bits_per_dim"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ._base import Base, StandardNormal
-from ._posterior import GaussianPosterior, Posterior
+from .base import Base, StandardNormal
+from .posterior import GaussianPosterior, Posterior
 
 __all__ = ["HierarchicalPosterior", "HierarchicalPrior"]
 

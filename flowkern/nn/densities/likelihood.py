@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import ops
-from ..ops import ScaleMap
-from ..ops._checks import values_can_be_read
-from ..ops._discretized_logistic_mixture import _parts, log_sum
+from ... import ops
+from ..._core.checks import values_can_be_read
+from ...ops import ScaleMap
+from ...ops._discretized_logistic_mixture import _parts, log_sum
 
 __all__ = [
     "LIKELIHOODS",

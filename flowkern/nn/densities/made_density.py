@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops._checks import accumulation_dtype
-from ..ops._discretized_logistic_mixture import log_sum
-from ._flow import _rows
-from ._likelihood import likelihood
-from ._made import MADE
+from ..._core.checks import accumulation_dtype
+from ...ops._discretized_logistic_mixture import log_sum
+from ..networks.made import MADE
+from .flow import _rows
+from .likelihood import likelihood
 
 __all__ = ["MADEDensity"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .. import ops
-from ..ops._checks import accumulation_dtype
-from ._base import normal_log_prob
-from ._bijection import Bijection
-from ._flow import Flow
+from ... import ops
+from ..._core.checks import accumulation_dtype
+from ..bijections.bijection import Bijection
+from .base import normal_log_prob
+from .flow import Flow
 
 __all__ = ["FlowPosterior", "GaussianPosterior", "Posterior"]
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..ops._checks import accumulation_dtype
-from ..ops._discretized_logistic_mixture import log_sum
-from ._base import Base, StandardNormal, as_base, draw_components
-from ._flow import Flow, _rows
-from ._likelihood import Likelihood
-from ._posterior import GaussianPosterior, Posterior
+from ..._core.checks import accumulation_dtype
+from ...ops._discretized_logistic_mixture import log_sum
+from .base import Base, StandardNormal, as_base, draw_components
+from .flow import Flow, _rows
+from .likelihood import Likelihood
+from .posterior import GaussianPosterior, Posterior
 
 __all__ = ["VAE", "Objective", "VampPrior"]
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ._base import as_shape, check_share, check_sizes
-from ._conditioner import ACTIVATIONS, _check_context, _named_activation
+from ..densities.base import as_shape, check_share, check_sizes
+from .conditioner import ACTIVATIONS, _check_context, _named_activation
 
 __all__ = ["ConvDecoder", "ConvEncoder", "downsampling", "upsampling"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from ..ops._autoregressive_network import ACTIVATIONS as _WITH_SLOPES
-from ._base import check_share, check_sizes
+from ...ops.autoregressive.network import ACTIVATIONS as _WITH_SLOPES
+from ..densities.base import check_share, check_sizes
 
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "Parallel", "ResNet"]
 

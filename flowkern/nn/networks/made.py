@@ -10,12 +10,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from .. import ops
-from ..ops import _autoregressive_sweep
-from ..ops._autoregressive_network import plans
-from ..ops._checks import accumulation_dtype, host_tensor, on_host
-from ._conditioner import ACTIVATIONS, _check_context, _named_activation
-from ._masked_linear import MaskedLinear
+from ... import ops
+from ..._core.checks import accumulation_dtype, host_tensor, on_host
+from ...ops.autoregressive import sweep as _autoregressive_sweep
+from ...ops.autoregressive.network import plans
+from .conditioner import ACTIVATIONS, _check_context, _named_activation
+from .masked_linear import MaskedLinear
 
 __all__ = ["MADE"]
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import distributed, nn
 
-from .. import ops
-from ..ops._checks import accumulation_dtype, check_codes, check_floating, check_same_device
-from ..ops._code_sums import magnitudes
-from ..ops._ema_update import update_averages_
-from ..ops._opaque import opaque
-from ..ops._vector_quantize import pass_gradient
+from ... import ops
+from ..._core.checks import accumulation_dtype, check_codes, check_floating, check_same_device
+from ..._core.opaque import opaque
+from ...ops._code_sums import magnitudes
+from ...ops._ema_update import update_averages_
+from ...ops._vector_quantize import pass_gradient
 
 __all__ = ["CodeUsage", "ResidualVectorQuantizer", "VectorQuantizer"]
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _backend
-from ._autoregressive_network import ACTIVATIONS, Plan, plans
-from ._autoregressive_sweep import Parameters, parameters_of
-from ._checks import accumulation_dtype, on_host
+from ..._core import backend
+from ..._core.checks import accumulation_dtype, on_host
+from .network import ACTIVATIONS, Plan, plans
+from .sweep import Parameters, parameters_of
 
 __all__ = ["backward", "forward"]
 
@@ -25,7 +25,7 @@ def forward(
     found = plans(text)
     given = parameters_of(tensors, [plan.network for plan in found], contexts)
     chain = [_described(plan, p) for plan, p in zip(found, given, strict=True)]
-    _backend.call_native("autoregressive_inverse_forward", chain, z, x, logabsdet)
+    backend.call_native("autoregressive_inverse_forward", chain, z, x, logabsdet)
 
 
 def backward(
@@ -48,7 +48,7 @@ def backward(
         v = dz if plan is found[-1] and dz.dtype is dtype else torch.empty_like(z)
         values, grads = ([], []) if into is None else _kept(plan, x.shape[0], z)
         call = [_described(plan, p)], grad, grad_logabsdet, x, z, v
-        _backend.call_native("autoregressive_inverse_backward", *call, values, grads)
+        backend.call_native("autoregressive_inverse_backward", *call, values, grads)
         if into is not None:
             _parameter_gradients(plan, p, values, grads, into)
         x, grad = z, v
@@ -71,7 +71,7 @@ def _parameter_gradients(plan: Plan, p: Parameters, values: Tensors, grads: Tens
     for i, mask in enumerate(_masks(plan.network.text)):
         into_layer = into.weights[i], into.biases[i]
         given = grads[i], values[i], p.weights[i], p.biases[i]
-        _backend.call_native("masked_linear_backward", *given, mask.reach, None, mask.rows, mask.columns, None, *into_layer)
+        backend.call_native("masked_linear_backward", *given, mask.reach, None, mask.rows, mask.columns, None, *into_layer)
     if into.context is not None:
         into.context.copy_(grads[0])
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _backend
-from ._autoregressive_network import ACTIVATIONS, Plan, plans
-from ._autoregressive_sweep import parameters_of
-from ._checks import accumulation_dtype, empty_as, on_host
+from ..._core import backend
+from ..._core.checks import accumulation_dtype, empty_as, on_host
+from .network import ACTIVATIONS, Plan, plans
+from .sweep import parameters_of
 
 __all__ = ["forward"]
 
@@ -95,10 +95,10 @@ def _limits(device: torch.device) -> tuple[int, int]:
 
 
 def _launch(*arguments: int, device: torch.device) -> None:
-    assert _backend.native_cuda is not None
+    assert backend.native_cuda is not None
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        _backend.native_cuda.autoregressive_inverse_forward(*arguments, stream)
+        backend.native_cuda.autoregressive_inverse_forward(*arguments, stream)
 
 
 def _tile(

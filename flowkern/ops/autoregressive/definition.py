@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, plans
-from ._autoregressive_sweep import Parameters, affine, parameters_of
-from ._checks import accumulation_dtype, outside_autocast
+from ..._core.checks import accumulation_dtype, outside_autocast
+from .network import ACTIVATIONS, AutoregressiveNetwork, plans
+from .sweep import Parameters, affine, parameters_of
 
 __all__ = ["density", "masks", "network_outputs", "reference"]
 

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 
-from .._registry import Op, Sample, define, normal, reference_differentiates, register, transformed
-from . import _autoregressive_cpp, _autoregressive_cuda
-from ._autoregressive_definition import density, reference
-from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, plans
-from ._autoregressive_sweep import Parameters, invert, parameters_of, pull_back
-from ._checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
-from ._parametrization import LAYOUTS, ScaleMap
+from ..._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
+from ..._core.op import Op, Sample, define, normal, reference_differentiates, register, transformed
+from ..._core.scale_map import LAYOUTS, ScaleMap
+from . import cpp as _autoregressive_cpp
+from . import cuda as _autoregressive_cuda
+from .definition import density, reference
+from .network import ACTIVATIONS, AutoregressiveNetwork, plans
+from .sweep import Parameters, invert, parameters_of, pull_back
 
 __all__ = ["autoregressive_inverse"]
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ._parametrization import ScaleMap, named_layout
+from ..._core.scale_map import ScaleMap, named_layout
 
 __all__ = ["ACTIVATIONS", "AutoregressiveNetwork", "Panel", "Plan", "plans"]
 

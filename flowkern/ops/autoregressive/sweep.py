@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._autoregressive_network import ACTIVATIONS, AutoregressiveNetwork, Plan
-from ._parametrization import SOFTPLUS_TAIL, ScaleMap
+from ..._core.scale_map import SOFTPLUS_TAIL, ScaleMap
+from .network import ACTIVATIONS, AutoregressiveNetwork, Plan
 
 __all__ = ["Gradients", "Parameters", "affine", "generate", "invert", "parameters_of", "pull_back"]
 

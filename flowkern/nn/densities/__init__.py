@@ -1,0 +1,1 @@
+"""Distributions, and what is made of a bijection and a distribution."""

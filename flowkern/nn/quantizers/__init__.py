@@ -1,0 +1,1 @@
+"""Layers that replace vectors by entries of a codebook."""
