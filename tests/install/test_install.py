@@ -30,7 +30,7 @@ for package in (flowkern, flowkern.ops, flowkern.nn, flowkern.models):
     for name in getattr(package, "__all__", [n for n in vars(package) if not n.startswith("_")]):
         getattr(package, name)
 import torch
-from flowkern import _backend
+from flowkern._core import backend as _backend
 y, logabsdet = flowkern.ops.affine_coupling(torch.randn(3, 4), torch.randn(3, 4))
 assert y.shape == (3, 4) and logabsdet.shape == (3,)
 print("isa:", _backend.native.isa() if _backend.native else None)

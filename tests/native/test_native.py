@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(_backend.native is None, reason="the CPU extensi
 
 EVERY_SAMPLE = """
 import sys, torch
-from flowkern import OPS, _backend
+from flowkern import OPS
+from flowkern._core import backend as _backend
 sys.path.insert(0, TESTS)
 from comparison import arguments, leaves
 for isa in _backend.native.isas():
@@ -95,7 +96,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.parametrize("name", _backend.native.isas() if _backend.native else [])
 def test_the_environment_chooses_the_isa(name: str) -> None:
-    script = "from flowkern import _backend; print(_backend.native.isa())"
+    script = "from flowkern._core import backend as _backend; print(_backend.native.isa())"
     env = {**os.environ, "FLOWKERN_ISA": name}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == name

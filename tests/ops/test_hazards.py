@@ -349,7 +349,7 @@ def test_two_calls_in_one_dynamic_graph(op: Op) -> None:
 LIMITED = """
 import resource, sys, torch
 from flowkern import OPS
-from flowkern._registry import Sample
+from flowkern._core.op import Sample
 sys.path.insert(0, TESTS)
 from comparison import arguments, leaves
 
