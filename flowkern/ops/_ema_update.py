@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from .._core.checks import check_codes, check_floating, check_same_device
-from ._code_sums import CodeSums, Reduce, alone
+from .._core.code_sums import CodeSums, Reduce, alone
 
 __all__ = ["ema_update", "update_averages_"]
 

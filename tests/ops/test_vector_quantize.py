@@ -12,7 +12,7 @@ from comparison import assert_accurate
 import flowkern
 from flowkern import ops
 from flowkern._core import backend as _backend
-from flowkern.ops._code_sums import CodeSums, code_sums
+from flowkern._core.code_sums import CodeSums, code_sums
 from flowkern.ops._vector_quantize import pass_gradient, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -12,7 +12,7 @@ from torch import distributed, nn
 from ... import ops
 from ..._core.checks import accumulation_dtype, check_codes, check_floating, check_same_device
 from ..._core.opaque import opaque
-from ...ops._code_sums import magnitudes
+from ..._core.code_sums import magnitudes
 from ...ops._ema_update import update_averages_
 from ...ops._vector_quantize import pass_gradient
 

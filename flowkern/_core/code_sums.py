@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .._core.checks import accumulation_dtype
-from .._core.opaque import opaque
+from .checks import accumulation_dtype
+from .opaque import opaque
 
 __all__ = ["CodeSums", "code_sums", "magnitudes"]
 
