@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-__all__ = ["LAYOUTS", "ParamLayout", "ScaleMap", "check_scale", "named_layout"]
+__all__ = ["KINDS", "LAYOUTS", "ParamLayout", "ScaleMap", "check_scale", "named_layout"]
 
-_KINDS = ("exp", "sigmoid", "softplus", "tanh", "atan", "soft_clip")
+KINDS = ("exp", "sigmoid", "softplus", "tanh", "atan", "soft_clip")
 
 #: Below it log softplus(u) is u to the last digit of a float64; softplus itself goes on to 0.
 SOFTPLUS_TAIL = -40.0
@@ -49,8 +49,8 @@ class ScaleMap:
 
     def __post_init__(self) -> None:
         self.__dict__["text"] = f"{self.a!r} {self.b!r}"  # no field: what is saved of a map are its kind and constants
-        if self.kind not in _KINDS:
-            raise ValueError(f"ScaleMap: unknown kind {self.kind!r}; expected one of {', '.join(_KINDS)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"ScaleMap: unknown kind {self.kind!r}; expected one of {', '.join(KINDS)}")
         if self.kind in ("tanh", "atan", "soft_clip") and not self.a > 0.0:
             raise ValueError(
                 f"ScaleMap: {self.kind!r} needs its constant a > 0, got {self.a}; build it with ScaleMap.{self.kind}"
@@ -95,12 +95,12 @@ class ScaleMap:
     @classmethod
     def from_code(cls, code: int, a: float, b: float) -> ScaleMap:
         """The map that the kernels know as ``code`` with the constants ``a`` and ``b``."""
-        return cls(_KINDS[code], a, b)
+        return cls(KINDS[code], a, b)
 
     @property
     def code(self) -> int:
         """The map's number in the kernels."""
-        return _KINDS.index(self.kind)
+        return KINDS.index(self.kind)
 
     @property
     def constants(self) -> tuple[float, float]:

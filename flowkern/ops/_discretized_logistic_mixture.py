@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
+from .._core.mixture import log_sum, mixture_parts, per_component
 from .._core.op import Op, Sample, define, normal, reference_differentiates, reference_runs, register
 
 __all__ = ["discretized_logistic_mixture", "sample_discretized_logistic_mixture"]
@@ -63,18 +64,6 @@ def _log_mass(level: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor, 
     return torch.where(level <= 0, below, torch.where(level >= levels - 1, above, inside))
 
 
-def _per_component(channels: int) -> int:
-    """Parameters of a component: its logit, and per channel a mean, a log-scale and, of colours, a coefficient."""
-    return 10 if channels == 3 else 3
-
-
-def _parts(params: torch.Tensor, channels: int) -> tuple[torch.Tensor, ...]:
-    """(logits (B, K, H, W), then means, log-scales and, if there are three channels, coefficients (B, C, K, H, W))."""
-    components = params.shape[1] // _per_component(channels)
-    per_channel = params[:, components:].unflatten(1, (channels, -1, components))
-    return params[:, :components], *per_channel.unbind(2)
-
-
 def _shifted(mean: torch.Tensor, raw: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """The means (B, 3, K, H, W) given the channels before, at ``position`` (B, 3, 1, H, W)."""
     t = torch.tanh(raw)
@@ -88,7 +77,7 @@ def reference(x: torch.Tensor, params: torch.Tensor, *, levels: int = 256, compa
     dtype = accumulation_dtype(params)
     # A narrow component turns the rounding of a mean into whole nats; MPS has no wider type.
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    logits, means, log_scales, *coefficients = _parts(params, x.shape[1])
+    logits, means, log_scales, *coefficients = mixture_parts(params, x.shape[1])
     level = x.detach().to(dtype).unsqueeze(2)
     means = means.to(wide)
     if coefficients:
@@ -98,18 +87,12 @@ def reference(x: torch.Tensor, params: torch.Tensor, *, levels: int = 256, compa
     return log_sum(torch.log_softmax(logits.to(dtype), 1) + log_mass).flatten(1).sum(1)
 
 
-def log_sum(joint: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """logsumexp, of components. Its own derivative, exp(joint - result), does not sum to 1 for huge ones."""
-    top = joint.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(joint.dtype).min)
-    return top.squeeze(dim) + (joint - top).exp().sum(dim).log()
-
-
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     randn = normal(device, dtype)
 
     def sample(name: str, *shape: int, components: int, levels: int = 256, **kwargs: Any) -> Sample:
         x = torch.randint(levels, shape, device=device)
-        params = randn(shape[0], components * _per_component(shape[1]), *shape[2:])
+        params = randn(shape[0], components * per_component(shape[1]), *shape[2:])
         return Sample(name, (x, params), {"levels": levels, **kwargs})
 
     yield sample("colours", 2, 3, 3, 5, components=4)
@@ -218,7 +201,7 @@ def _check(params: torch.Tensor, channels: int, levels: int) -> None:
         raise ValueError(f"params: expected (B, P, H, W), got shape {tuple(params.shape)}")
     if channels not in (1, 3):
         raise ValueError(f"x: expected 1 or 3 channels, got {channels}")
-    rows = _per_component(channels)
+    rows = per_component(channels)
     if params.shape[1] == 0 or params.shape[1] % rows:
         raise ValueError(f"params: expected a multiple of {rows} channels for {channels} of x, got {params.shape[1]}")
     if not 2 <= levels <= 2**20:
@@ -320,7 +303,7 @@ def sample_discretized_logistic_mixture(
         raise ValueError(f"compat: expected None or 'pixelcnn++', got {compat!r}")
     if not temperature >= 0.0:
         raise ValueError(f"temperature: expected at least 0, got {temperature}")
-    logits, means, log_scales, *coefficients = _parts(params.detach().to(accumulation_dtype(params)), channels)
+    logits, means, log_scales, *coefficients = mixture_parts(params.detach().to(accumulation_dtype(params)), channels)
     shapes = logits.shape, (params.shape[0], channels, *params.shape[2:])
     if noise is not None and len(noise) != 2:
         raise ValueError(f"noise: expected two tensors, for the components and for the levels, got {len(noise)}")

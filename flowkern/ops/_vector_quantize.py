@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
-from .._core.op import Op, Sample, normal, reference_differentiates, register, transformed
 from .._core.code_sums import code_sums
+from .._core.op import Op, Sample, normal, reference_differentiates, register, transformed
 from ._nearest_code import _forward as nearest_code_kernel
 from ._nearest_code import nearest_code
 

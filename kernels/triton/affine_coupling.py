@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flowkern._core.scale_map import _KINDS, LAYOUTS, ScaleMap, named_layout
+from flowkern._core.scale_map import KINDS, LAYOUTS, ScaleMap, named_layout
 from flowkern._core.split import SPLITS
 from flowkern.ops._affine_coupling import _Configuration, _gradients, _outputs
 
@@ -164,7 +164,7 @@ def _plan(
     adjacent, steps = _paired([param_strides(strides, name, moved) for strides in parts])
     how = plan(shape, channels_last, double, split, moved, [sample_strides(strides) for strides in whole], steps)
     constants = {
-        "KIND": _KINDS[scale],
+        "KIND": KINDS[scale],
         "SCALE_A": a,
         "SCALE_B": b,
         "ADJACENT": adjacent,

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flowkern.ops._discretized_logistic_mixture import _output, _outputs, _per_component
+from flowkern._core.mixture import per_component
+from flowkern.ops._discretized_logistic_mixture import _output, _outputs
 
 from ._coupling import DTYPES, Launch, Plan, example
 from .lang import exp, expm1, log1p, narrow
@@ -270,7 +271,7 @@ def _launch(
 ) -> tuple[Launch, torch.Tensor]:
     """The launch, and where each of its programs leaves its part of log_prob: (B, tiles)."""
     batch, channels, pixels = x.shape
-    components = params.shape[1] // _per_component(channels)
+    components = params.shape[1] // per_component(channels)
     block = max(2, triton.next_power_of_2(components))
     double = params.dtype is torch.float64
     width = max(16, (256 if double else 512) // block)
@@ -332,7 +333,7 @@ def compile_cases(channels: int, components: int, compat: bool, form: str, dtype
     dtype = DTYPES[dtypes][1]
     double = dtype is torch.float64
     x = torch.empty((32, channels, 32, 32), dtype=torch.float64 if double else torch.float32, device="meta")
-    params = example((32, _per_component(channels) * components, 32, 32), dtype, form)
+    params = example((32, per_component(channels) * components, 32, 32), dtype, form)
     grad, gradient = _outputs(x, params)
     flat = x.flatten(2), params.flatten(2)
     yield "forward", _launch(*flat, None, None, 256, compat)[0]

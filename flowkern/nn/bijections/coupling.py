@@ -11,7 +11,7 @@ from torch import nn
 from ... import ops
 from ..._core.scale_map import check_scale, named_layout
 from ..._core.split import SPLITS, FeatureMask, Split, conditioner_input
-from ...ops._affine_coupling import undo
+from ...ops.parts import undo_affine_coupling
 from .bijection import Bijection, Pair, Replay
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
@@ -108,7 +108,7 @@ class AffineCoupling(_Coupling):
         return ops.affine_coupling(x, params, inverse=inverse, **self._settings())
 
     def uncouple(self, y: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, Pair]:
-        return undo(y, params, inverse=inverse, **self._settings())
+        return undo_affine_coupling(y, params, inverse=inverse, **self._settings())
 
     def extra_repr(self) -> str:
         return f"split={self.split!r}, scale={self.scale}, layout={self.layout!r}, shift_first={self.shift_first}"

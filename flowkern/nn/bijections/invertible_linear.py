@@ -10,8 +10,7 @@ from torch import nn
 from ... import ops
 from ..._core.checks import accumulation_dtype, values_can_be_read
 from ..._core.state import CheckedState, require
-from ...ops._invertible_linear import undo
-from ...ops._plu_weight import compact_plu
+from ...ops.parts import compact_plu, undo_invertible_linear
 from .bijection import Bijection, Pair, Replay
 from .permutation import check_order
 
@@ -240,7 +239,7 @@ class InvertibleLinear(Bijection):
         """``backward_step`` of ``folded``, forwards: W is assembled once, and the output at hand not computed again."""
         with torch.enable_grad():
             weight, bias, logabsdet, _ = self._fold(False, log_scale, shift)
-        x, mapped = undo(y, weight, bias, logabsdet)
+        x, mapped = undo_invertible_linear(y, weight, bias, logabsdet)
         replay.differentiate(*mapped, x)
         return x.detach()
 

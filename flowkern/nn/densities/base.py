@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import Distribution, Independent, Transform
 
 from ..._core.checks import accumulation_dtype
-from ...ops._discretized_logistic_mixture import log_sum
+from ..._core.mixture import log_sum
 
 __all__ = ["Base", "DiagonalNormal", "Mixture", "StandardNormal", "as_base"]
 

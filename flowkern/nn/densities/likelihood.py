@@ -10,8 +10,8 @@ from torch import nn
 
 from ... import ops
 from ..._core.checks import values_can_be_read
+from ..._core.mixture import log_sum, mixture_parts
 from ...ops import ScaleMap
-from ...ops._discretized_logistic_mixture import _parts, log_sum
 
 __all__ = [
     "LIKELIHOODS",
@@ -256,7 +256,7 @@ class DiscretizedLogisticMixture(_OfLevels):
     def image_mean(self, maps: torch.Tensor) -> torch.Tensor:
         if maps.shape[1] != self.maps(3):
             return super().image_mean(maps)
-        logits, mean, log_scale, raw = _parts(maps, 3)
+        logits, mean, log_scale, raw = mixture_parts(maps, 3)
         t = raw.tanh()
         red = _clamped_mean(mean[:, 0], log_scale[:, 0])
         green = _clamped_mean(mean[:, 1] + t[:, 0] * red, log_scale[:, 1])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..._core.checks import accumulation_dtype
-from ...ops._discretized_logistic_mixture import log_sum
+from ..._core.mixture import log_sum
 from ..networks.made import MADE
 from .flow import _rows
 from .likelihood import likelihood

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..._core.checks import accumulation_dtype
-from ...ops._discretized_logistic_mixture import log_sum
+from ..._core.mixture import log_sum
 from .base import Base, StandardNormal, as_base, draw_components
 from .flow import Flow, _rows
 from .likelihood import Likelihood

@@ -11,10 +11,9 @@ from torch import distributed, nn
 
 from ... import ops
 from ..._core.checks import accumulation_dtype, check_codes, check_floating, check_same_device
-from ..._core.opaque import opaque
 from ..._core.code_sums import magnitudes
-from ...ops._ema_update import update_averages_
-from ...ops._vector_quantize import pass_gradient
+from ..._core.opaque import opaque
+from ...ops.parts import pass_gradient, update_averages_
 
 __all__ = ["CodeUsage", "ResidualVectorQuantizer", "VectorQuantizer"]
 
