@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .models import MODELS
+
 __all__ = ["main"]
 
 _SOURCES = "digits, photos, folder:PATH, cifar10:PATH, mnist:PATH or npy:PATH"
@@ -135,8 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train_parser(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model", argument_default=argparse.SUPPRESS)
     train.set_defaults(run=_train)
-    names = "nice, realnvp, glow, maf, iaf, dequantized, made, pixelcnn, vae, pixelvae, vqvae, vqvae2, or prior of a vqvae"
-    train.add_argument("model", help=names)
+    train.add_argument("model", help=f"{', '.join(MODELS)}, or prior of a vqvae")
     train.add_argument("checkpoint", nargs="?", default=None, type=Path, help="for prior: of a trained vqvae or vqvae2")
     train.add_argument("--data", metavar="SOURCE", help=f"{_SOURCES}; for prior by default what the vqvae was trained on")
     train.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder of the run")

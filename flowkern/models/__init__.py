@@ -16,6 +16,7 @@ from ._realnvp import RealNVP as RealNVP
 from ._registry import MODELS as MODELS
 from ._registry import PRESETS as PRESETS
 from ._registry import build as build
+from ._registry import model as model
 from ._vae import VAE as VAE
 from ._vqvae import VQVAE as VQVAE
 from ._vqvae import VQVAE2 as VQVAE2

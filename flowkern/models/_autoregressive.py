@@ -11,6 +11,7 @@ from .. import nn, ops
 from ..nn.bijections.bijection import Bijection
 from ..nn.densities.base import check_sizes
 from ._model import FlowModel, model_shape, preprocessing
+from ._registry import model
 
 __all__ = ["IAF", "MAF"]
 
@@ -46,7 +47,6 @@ class _AutoregressiveFlow(FlowModel):
         scale: ops.ScaleMap | Mapping[str, Any],
         batch_norm: bool = False,
         base: nn.Base | None = None,
-        further: Mapping[str, Any] | None = None,
         **network: Any,
     ):
         sizes, _ = model_shape(shape, flatten=True)
@@ -64,11 +64,27 @@ class _AutoregressiveFlow(FlowModel):
             if batch_norm:
                 built.append(nn.BatchNormFlow(features))
             built += permuted
-        config = {"shape": list(sizes), "layers": layers, "hidden": [*hidden], "permutation": permutation, "seed": seed}
-        config |= {"preprocess": preprocess, "context": context, "scale": dataclasses.asdict(scale)}
-        super().__init__(nn.Compose(*built), config | network | dict(further or {}), base)
+        super().__init__(nn.Compose(*built), {"shape": sizes, "context": context}, base)
 
 
+@model(
+    "maf",
+    presets={
+        # Chosen as RealNVP's, among a few: more and narrower layers do as well, the permutations and a smooth activation help.
+        "digits": {
+            "config": {
+                "layers": 8,
+                "hidden": [128, 128],
+                "activation": "silu",
+                "permutation": "random",
+                "preprocess": {"logit": 0.005},
+            },
+            "lr": 1e-3,
+            "ema": 0.998,
+            "epochs": 200,
+        },
+    },
+)
 class MAF(_AutoregressiveFlow):
     """Masked autoregressive flow: log p(x) in one pass, and sampling for the price of one pass too.
 
@@ -122,10 +138,10 @@ class MAF(_AutoregressiveFlow):
             preprocess=preprocess,
             context=context,
             base=None if components is None else nn.Mixture(math.prod(sizes), components),
-            further={"batch_norm": batch_norm, "components": components},
         )
 
 
+@model("iaf")
 class IAF(_AutoregressiveFlow):
     """Inverse autoregressive flow: samples and their density in one pass, log p of given x for the price of one pass too.
 
@@ -154,6 +170,7 @@ class IAF(_AutoregressiveFlow):
     ):
         if scale is None:
             scale = ops.ScaleMap.sigmoid() if gated else _SOFT_CLIP
+            self.settle(scale=dataclasses.asdict(scale))
         super().__init__(
             nn.InverseAutoregressive,
             shape,

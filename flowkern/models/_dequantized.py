@@ -12,7 +12,8 @@ from .. import nn
 from ..nn.densities.base import check_sizes
 from ._glow import Glow
 from ._model import DiscreteModel, FlowModel
-from ._realnvp import RealNVP
+from ._realnvp import DIGITS, RealNVP
+from ._registry import model
 
 __all__ = ["DequantizedFlow"]
 
@@ -20,6 +21,10 @@ DEQUANTIZATIONS = ("variational", "uniform")
 _FLOWS: dict[str, Callable[..., FlowModel]] = {"realnvp": RealNVP, "glow": Glow}
 
 
+@model(
+    "dequantized",
+    presets={"digits": {"config": {"flow": "realnvp", "settings": DIGITS}, "lr": 3e-3, "ema": 0.998, "epochs": 300}},
+)
 class DequantizedFlow(DiscreteModel):
     """A flow p and a dequantization q: log P(v) >= E_q[log p((v + u) / levels) - log q(u | v)] - D log levels.
 
@@ -66,9 +71,6 @@ class DequantizedFlow(DiscreteModel):
             self.dequantization: torch.nn.Module = nn.UniformDequantization()
         else:
             self.dequantization = nn.VariationalDequantization(self.shape, levels, couplings=couplings, hidden=hidden)
-        given: dict[str, Any] = {"flow": flow, "settings": dict(settings or {}), "dequantization": dequantization}
-        given |= {"couplings": couplings, "hidden": hidden, "context": None}
-        self.config = {"shape": [*self.shape], "levels": levels, **given}
 
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """A lower bound on log P(v): (B,) in nats. Raises ValueError for other shapes and values."""

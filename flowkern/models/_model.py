@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,12 +27,17 @@ PERMUTATIONS = ("alternate", "reverse", "random")
 class Model(torch.nn.Module):
     """A density over samples of one ``shape`` that can be trained, sampled from, saved and rebuilt.
 
-    ``config`` holds all that the constructor takes and is JSON-able; ``context`` is the K of its context, or None.
+    ``config`` holds all that the constructor takes, as the decorator ``model`` records it, and is JSON-able; ``context`` is the
+    K of its context, or None.
     """
 
     shape: tuple[int, ...]
     config: dict[str, Any]
     context: int | None
+    #: Fields of ``training.Plan`` by the name of a preset; see the decorator ``model``, which sets them.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Likewise of a prior that is trained over the codes of such a model; None for a model without codes.
+    prior_presets: ClassVar[dict[str, dict[str, Any]] | None] = None
     #: Whether it gives probabilities to values of a finite number of ``levels``, and so needs no noise on them.
     discrete = False
     #: Whether ``log_prob`` is a bound that random numbers enter.
@@ -45,6 +50,10 @@ class Model(torch.nn.Module):
         """What the constructor is to be given, unless the user says otherwise, for data of so many levels (None: continuous)."""
         # The pixels of images lie at the ends of their range more often than a Gaussian can follow.
         return {"preprocess": None if levels is None else {"logit": 0.05}}
+
+    def settle(self, **chosen: Any) -> None:
+        """Write into ``config`` what the constructor chose where its caller left the choice to it."""
+        self.config |= {name: value for name, value in chosen.items() if name in self.config}
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, *shape), context (B, K) or None -> (B,) in nats, or a lower bound on it that the class names."""
@@ -139,17 +148,20 @@ class DiscreteModel(Model):
 
 
 class FlowModel(nn.Flow, Model):
-    """A flow over samples of one ``shape`` with a standard normal base, or another, which knows how it was built.
+    """A flow over samples of one ``shape`` with a standard normal base, or another.
 
-    ``config`` holds all that the constructor takes and is JSON-able; ``context`` is the K of its context, or None.
+    Args:
+        bijection: from samples to latents.
+        config: its "shape", and its "context", the K of a context (B, K) or None; for a class that is no declared ``model`` all
+            that its constructor takes.
+        base: the distribution of the latents; None for a standard normal.
     """
 
     def __init__(self, bijection: Bijection, config: dict[str, Any], base: nn.Base | None = None):
         shape = tuple(config["shape"])
         super().__init__(bijection, nn.StandardNormal(bijection.output_shape(shape)) if base is None else base)
-        self.shape = shape
-        self.config = config
-        self.context = config["context"]
+        self.shape, self.context = shape, config["context"]
+        self.config = self.__dict__.get("config", config)
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, *shape), context (B, K) or None -> (B,) in nats. Raises ValueError for another shape."""

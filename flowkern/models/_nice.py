@@ -10,10 +10,13 @@ from .. import nn
 from .._core.split import moved_channels
 from ..nn.bijections.bijection import Bijection
 from ._model import FlowModel, architecture, conditioner, model_shape
+from ._realnvp import DIGITS
+from ._registry import model
 
 __all__ = ["NICE"]
 
 
+@model("nice", presets={"digits": {"config": DIGITS, "lr": 3e-3, "ema": 0.998, "epochs": 300}})
 class NICE(FlowModel):
     """Additive couplings, then z = h * exp(log_scale): a flow over vectors or images with a standard normal base.
 
@@ -67,5 +70,4 @@ class NICE(FlowModel):
             return nn.AdditiveCoupling(net, split=split)
 
         layers = architecture(make, sizes, image=image, **layout)
-        config = {"shape": list(sizes), **network, **layout, "flatten": flatten, "context": context}
-        super().__init__(nn.Compose(*layers, nn.Scaling(math.prod(sizes))), config)
+        super().__init__(nn.Compose(*layers, nn.Scaling(math.prod(sizes))), {"shape": sizes, "context": context})

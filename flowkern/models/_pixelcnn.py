@@ -15,12 +15,18 @@ from ..nn.densities.flow import _rows
 from ..nn.networks.conditioner import _check_context
 from ..nn.networks.masked_conv import Window
 from ._model import DiscreteModel
+from ._registry import model
 
-__all__ = ["PixelCNN"]
+__all__ = ["DIGITS", "PixelCNN"]
 
 Biases = list[tuple[torch.Tensor, torch.Tensor] | None]
 
 
+# As many layers as see seven rows above. A narrower one with less dropout does as well.
+DIGITS: dict[str, Any] = {"hidden": 48, "layers": 6, "dropout": 0.5}
+
+
+@model("pixelcnn", presets={"digits": {"config": DIGITS, "lr": 2e-3, "ema": 0.998, "epochs": 60, "patience": 8}})
 class PixelCNN(DiscreteModel):
     """log P(v) = sum_i log P(v_i | the values before v_i), pixel by pixel, each factor categorical, all of them from one pass.
 
@@ -68,16 +74,6 @@ class PixelCNN(DiscreteModel):
         check_share(dropout=dropout)
         channels, height, width = self.shape
         self.levels, self.context, self.condition = levels, context, condition
-        self.config = {
-            "shape": [*self.shape],
-            "levels": levels,
-            "hidden": hidden,
-            "layers": layers,
-            "kernel": kernel,
-            "dropout": dropout,
-            "context": context,
-            "condition": condition,
-        }
         self.embeddings = torch.nn.ModuleList(torch.nn.Embedding(levels, hidden) for _ in range(channels))
         self.place = torch.nn.Parameter(torch.zeros(4 * hidden, height, width))
         options: dict[str, Any] = {"kernel": kernel, "context": context, "condition": condition}

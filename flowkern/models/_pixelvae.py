@@ -9,12 +9,25 @@ import torch
 
 from .. import nn
 from ..nn.densities.flow import _rows
-from ._pixelcnn import PixelCNN
+from ._pixelcnn import DIGITS, PixelCNN
+from ._registry import model
 from ._vae import VAE, _encoder
 
 __all__ = ["PixelVAE"]
 
 
+@model(
+    "pixelvae",
+    presets={
+        "digits": {
+            "config": {"latent": 8, "pixelcnn": DIGITS, "objective": {"free_bits": 0.05}, "dropout": 0.2},
+            "lr": 2e-3,
+            "ema": 0.998,
+            "epochs": 60,
+            "patience": 8,
+        },
+    },
+)
 class PixelVAE(VAE):
     """``VAE`` with a ``PixelCNN`` as p(x | z), whose context is z (and the class, if there is one).
 
@@ -73,9 +86,6 @@ class PixelVAE(VAE):
         if fixed:
             raise ValueError(f"pixelcnn: {', '.join(fixed)} follow from the other settings")
         self.decoder = PixelCNN(shape, levels=levels, context=latent + (context or 0), **(pixelcnn or {}))
-        for name in ("upper", "likelihood"):
-            del self.config[name]
-        self.config["pixelcnn"] = dict(pixelcnn or {})
 
     @staticmethod
     def _networks(

@@ -1,115 +1,81 @@
-"""The models by name, and named settings."""
+"""The models by name, and their named settings: each model declares both where it is defined."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from ._autoregressive import IAF, MAF
-from ._dequantized import DequantizedFlow
-from ._glow import Glow
-from ._made import MADE
 from ._model import Model
-from ._nice import NICE
-from ._pixelcnn import PixelCNN
-from ._pixelvae import PixelVAE
-from ._realnvp import RealNVP
-from ._vae import VAE
-from ._vqvae import VQVAE, VQVAE2
 
-__all__ = ["MODELS", "PRESETS", "build", "name_of"]
+__all__ = ["MODELS", "PRESETS", "build", "model", "name_of"]
+
+M = TypeVar("M", bound=Model)
 
 #: Every model by the name that checkpoints and the command line use.
-MODELS: dict[str, type[Model]] = {
-    "nice": NICE,
-    "realnvp": RealNVP,
-    "glow": Glow,
-    "made": MADE,
-    "maf": MAF,
-    "dequantized": DequantizedFlow,
-    "iaf": IAF,
-    "vae": VAE,
-    "pixelcnn": PixelCNN,
-    "pixelvae": PixelVAE,
-    "vqvae": VQVAE,
-    "vqvae2": VQVAE2,
-}
+MODELS: dict[str, type[Model]] = {}
 
 #: Named settings: (model, preset) -> keyword arguments of the model's constructor, besides the shape.
-PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    # The RealNVP on digits of Tomczak, "Deep Generative Modeling" (2022), for data (v + u) / 17 with v in 0..16: in raw units,
-    # the second half transformed and all features reversed after each coupling, (x + t) * exp(s) with s = tanh(s-net).
-    ("realnvp", "digits-recipe"): {
-        "couplings": 8,
-        "hidden": 256,
-        "depth": 2,
-        "activation": "leaky_relu",
-        "zero_init": False,
-        "separate": True,
-        "scale": {"kind": "tanh", "a": 1.0, "b": 0.0},
-        "shift_first": True,
-        "permutation": "reverse",
-        "flatten": True,
-        "preprocess": {"rescale": 17.0},
-    },
-    # Chosen on the digits' validation split. The logit, with a small alpha, is what helps most: it removes the edge that
-    # most pixels, being 0 or 16, lie at; then convolutions instead of an MLP; then dropout, for there are only 1000 images.
-    ("realnvp", "digits"): {
-        "couplings": 3,
-        "hidden": 32,
-        "depth": 1,
-        "activation": "silu",
-        "dropout": 0.3,
-        "preprocess": {"logit": 0.005},
-    },
-    ("dequantized", "digits"): {
-        "flow": "realnvp",
-        "settings": {
-            "couplings": 3,
-            "hidden": 32,
-            "depth": 1,
-            "activation": "silu",
-            "dropout": 0.3,
-            "preprocess": {"logit": 0.005},
-        },
-    },
-    # Chosen as above, among models that train in two minutes on a CPU core.
-    ("glow", "digits"): {
-        "levels": 2,
-        "steps": 8,
-        "hidden": 48,
-        "dropout": 0.2,
-        "preprocess": {"logit": 0.005},
-    },
-    # Chosen as above, among a few: more and narrower layers do as well, the permutations and a smooth activation help.
-    ("maf", "digits"): {
-        "layers": 8,
-        "hidden": [128, 128],
-        "activation": "silu",
-        "permutation": "random",
-        "preprocess": {"logit": 0.005},
-    },
-    # One wide layer does better than two.
-    ("made", "digits"): {"hidden": [512]},
-    # As many layers as see seven rows above. A narrower one with less dropout does as well.
-    ("pixelcnn", "digits"): {"hidden": 48, "layers": 6, "dropout": 0.5},
-    ("pixelvae", "digits"): {
-        "latent": 8,
-        "pixelcnn": {"hidden": 48, "layers": 6, "dropout": 0.5},
-        "objective": {"free_bits": 0.05},
-        "dropout": 0.2,
-    },
-    # Few codes, for a bound that counts them: 64 instead of 16 give sharper reconstructions, and 9 nats more.
-    ("vqvae", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 16, "likelihood": "categorical", "dropout": 0.1},
-    ("vqvae2", "digits"): {"hidden": 64, "downsample": 1, "dim": 16, "codes": 16, "likelihood": "categorical", "dropout": 0.1},
-    # Two components: in a few minutes of training more of them are still alike.
-    ("vqvae", "photos"): {"hidden": 64, "dim": 32, "codes": 256, "components": 2},
-    ("vqvae2", "photos"): {"hidden": 64, "dim": 32, "codes": 256, "components": 2},
-    ("vae", "photos"): {"network": "conv", "hidden": [48, 96], "latent": 64, "components": 2},
-    # Chosen on the validation bands of the photographs after three minutes on a CPU core; most comes from the bounded scale
-    # and, in the plan, from small batches at a learning rate of 2e-3.
-    ("glow", "photos"): {"levels": 3, "steps": 8, "hidden": 64, "preprocess": None},
-}
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def model(name: str, *, presets: Mapping[str, Mapping[str, Any]] | None = None) -> Callable[[type[M]], type[M]]:
+    """Declare a class to be the model ``name``: ``build``, checkpoints and ``flowkern train`` then know it.
+
+    The constructor's arguments are the model's ``config``, as JSON has them: an argument is a setting, and needs to be named
+    nowhere else.
+
+    Args:
+        name: in ``MODELS``, in checkpoints and on the command line.
+        presets: settings by the kind of the data that they are for, as ``"digits"``, or by that and a name, as
+            ``"digits-recipe"``. Each holds fields of ``training.Plan``; the field ``config`` holds arguments of the constructor.
+
+    Raises ValueError for a name that is taken, and TypeError for a constructor whose arguments have no names.
+    """
+    if name in MODELS:
+        raise ValueError(f"model: the name {name!r} is taken by {MODELS[name].__name__}")
+
+    def declare(cls: type[M]) -> type[M]:
+        cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+        cls.presets = {preset: dict(fields) for preset, fields in (presets or {}).items()}
+        MODELS[name] = cls
+        PRESETS.update({(name, preset): fields["config"] for preset, fields in cls.presets.items() if "config" in fields})
+        return cls
+
+    return declare
+
+
+def _recording(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that leaves its arguments in ``self.config``, unless that of a subclass has left its own."""
+    signature = inspect.signature(init)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+        raise TypeError(f"{init.__qualname__}: every argument of a model needs a name, got {signature}")
+
+    @functools.wraps(init)
+    def __init__(self: Model, *args: Any, **kwargs: Any) -> None:
+        outermost = "config" not in self.__dict__
+        if outermost:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            self.config = {key: _plain(value) for key, value in list(bound.arguments.items())[1:]}
+        init(self, *args, **kwargs)
+        if outermost:
+            self.settle(shape=[*self.shape], context=self.context)
+
+    return __init__
+
+
+def _plain(value: Any) -> Any:
+    """A copy of the value as JSON has it: a dataclass as a dict, a sequence as a list."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(element) for key, element in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(element) for element in value]
+    return value
 
 
 def build(name: str, config: Mapping[str, Any]) -> Model:

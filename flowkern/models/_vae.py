@@ -16,7 +16,8 @@ from ..nn.densities.likelihood import start
 from ._autoregressive import IAF, MAF
 from ._model import DiscreteModel, FlowModel, model_shape
 from ._nice import NICE
-from ._realnvp import RealNVP
+from ._realnvp import RECIPE, RealNVP
+from ._registry import model
 
 __all__ = ["VAE"]
 
@@ -26,6 +27,19 @@ POSTERIORS = ("gaussian", "planar", "radial", *FLOWS)
 NETWORKS = ("mlp", "conv")
 
 
+@model(
+    "vae",
+    presets={
+        "digits": {"lr": 1e-3, "ema": 0.998, "epochs": 300},
+        "digits-recipe": RECIPE,
+        "photos": {
+            "config": {"network": "conv", "hidden": [48, 96], "latent": 64, "components": 2},
+            "batch_size": 32,
+            "ema": 0.99,
+            "epochs": 20,
+        },
+    },
+)
 class VAE(nn.VAE, DiscreteModel):
     """``nn.VAE`` over samples of one shape, and what it is made of by name.
 
@@ -119,25 +133,7 @@ class VAE(nn.VAE, DiscreteModel):
         self.shape, self.context, self.discrete, self.stochastic = sizes, context, output.discrete, True
         self.levels, self.latent = levels or 0, latent
         self.training_objective = nn.Objective(**(objective or {}))
-        self.config = {
-            "shape": [*sizes],
-            "levels": levels,
-            "latent": latent,
-            "upper": upper,
-            "likelihood": likelihood,
-            "components": components,
-            "network": network,
-            "hidden": [*hidden],
-            "blocks": blocks,
-            "activation": activation,
-            "dropout": dropout,
-            "prior": prior,
-            "posterior": posterior,
-            "flow_layers": flow_layers,
-            "flow_hidden": [*flow_hidden],
-            "objective": dataclasses.asdict(self.training_objective),
-            "context": context,
-        }
+        self.settle(likelihood=likelihood, objective=dataclasses.asdict(self.training_objective))
 
     @staticmethod
     def _networks(

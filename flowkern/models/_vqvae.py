@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,6 +16,7 @@ from ..nn.densities.likelihood import start
 from ..nn.networks.autoencoder import downsampling, upsampling
 from ._model import DiscreteModel
 from ._pixelcnn import PixelCNN
+from ._registry import model
 
 __all__ = ["VQVAE", "VQVAE2", "CodePrior"]
 
@@ -171,6 +172,17 @@ class _Shown(torch.nn.Module):
 class _CodeModel(DiscreteModel):
     """What VQVAE and VQVAE2 share: all but the autoencoder."""
 
+    prior_presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "digits": {
+            "config": {"hidden": 32, "layers": 4, "dropout": 0.5},
+            "lr": 2e-3,
+            "ema": 0.99,
+            "epochs": 60,
+            "patience": 8,
+        },
+        "photos": {"config": {"hidden": 48, "layers": 8, "dropout": 0.3}, "batch_size": 32, "ema": 0.99, "epochs": 20},
+    }
+
     def __init__(
         self, make: Any, shape: Sequence[int], least_downsample: int, settings: Mapping[str, Any], network: Mapping[str, Any]
     ):
@@ -193,7 +205,6 @@ class _CodeModel(DiscreteModel):
         context, prior = settings["context"], settings["prior"]
         if context is not None and prior is None:
             raise ValueError("context: only the prior over the codes takes one, and there is none (prior=None)")
-        self.config = {"shape": [*self.shape], **settings, **network}
         self.levels, self.codes, self.context = levels, codes, context
         self.likelihood = named_likelihood(likelihood, settings["components"], levels)
         quantizer = {name: settings[name] for name in ("dim", "codes", "decay", "commitment")}
@@ -307,6 +318,27 @@ def _accumulated(maps: torch.Tensor) -> torch.Tensor:
     return maps.to(accumulation_dtype(maps))
 
 
+_PRESETS: dict[str, dict[str, Any]] = {
+    # Few codes, for a bound that counts them: 64 instead of 16 give sharper reconstructions, and 9 nats more. A short average:
+    # codebooks are buffers, which are not averaged, and the encoder must not lag far behind them.
+    "digits": {
+        "config": {"hidden": 64, "downsample": 1, "dim": 16, "codes": 16, "likelihood": "categorical", "dropout": 0.1},
+        "lr": 2e-3,
+        "ema": 0.99,
+        "epochs": 100,
+    },
+    # Two components: in a few minutes of training more of them are still alike.
+    "photos": {
+        "config": {"hidden": 64, "dim": 32, "codes": 256, "components": 2},
+        "lr": 2e-3,
+        "ema": 0.99,
+        "batch_size": 32,
+        "epochs": 20,
+    },
+}
+
+
+@model("vqvae", presets=_PRESETS)
 class VQVAE(_CodeModel):
     """Images through a map of discrete codes: strided convolutions, ``nn.VectorQuantizer``, transposed convolutions.
 
@@ -352,6 +384,7 @@ class VQVAE(_CodeModel):
         super().__init__(_Autoencoder, shape, downsample, settings, network)
 
 
+@model("vqvae2", presets=_PRESETS)
 class VQVAE2(_CodeModel):
     """Images through two maps of discrete codes: a coarse one, and a fine one that is encoded and predicted given the coarse one.
 

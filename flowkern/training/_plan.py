@@ -8,7 +8,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,89 +128,29 @@ class Plan:
         return model
 
 
-# Chosen on the digits' validation split, like the settings of the model: the best NLL within about 50 epochs.
-_DIGITS: dict[str, Any] = {"config": models.PRESETS["realnvp", "digits"], "lr": 3e-3, "ema": 0.998}
+#: Laid under every preset "default".
+_DEFAULT: dict[str, Any] = {"warmup": 100, "clip": 100.0, "ema": 0.999, "patience": 20}
 
-# Tomczak, "Deep Generative Modeling" (2022), on digits.
-_RECIPE: dict[str, Any] = {"epochs": 1000, "batch_size": 64, "lr": 1e-3, "optimizer": "adamax", "patience": 20}
 
-# A short average: codebooks are buffers, which are not averaged, and the encoder must not lag far behind them.
-_CODES: dict[str, Any] = {"lr": 2e-3, "ema": 0.99}
+def _presets() -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
+    """((model, kind of data, preset), fields of ``Plan``) of what the models declare."""
+    for model, cls in models.MODELS.items():
+        for key, fields in cls.presets.items():
+            kind, _, preset = key.partition("-")
+            yield (model, kind, preset or "default"), fields
+
 
 #: (model, data, preset) -> fields of ``Plan``. A "default" of model and data is laid over the one of ("*", "*").
-PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {
-    ("*", "*", "default"): {"warmup": 100, "clip": 100.0, "ema": 0.999, "patience": 20},
-    ("realnvp", "digits", "default"): _DIGITS | {"epochs": 300},
-    ("realnvp", "digits", "demo"): _DIGITS | {"epochs": 60, "warmup": 100, "clip": 100.0},
-    ("nice", "digits", "default"): _DIGITS | {"epochs": 300},
-    ("glow", "digits", "default"): _DIGITS | {"config": models.PRESETS["glow", "digits"], "epochs": 300},
-    ("maf", "digits", "default"): {"config": models.PRESETS["maf", "digits"], "lr": 1e-3, "ema": 0.998, "epochs": 200},
-    ("made", "digits", "default"): {"config": models.PRESETS["made", "digits"], "lr": 1e-3, "ema": 0.998, "epochs": 200},
-    ("pixelcnn", "digits", "default"): {
-        "config": models.PRESETS["pixelcnn", "digits"],
-        "lr": 2e-3,
-        "ema": 0.998,
-        "epochs": 60,
-        "patience": 8,
-    },
-    ("pixelvae", "digits", "default"): {
-        "config": models.PRESETS["pixelvae", "digits"],
-        "lr": 2e-3,
-        "ema": 0.998,
-        "epochs": 60,
-        "patience": 8,
-    },
-    ("vqvae", "digits", "default"): _CODES | {"config": models.PRESETS["vqvae", "digits"], "epochs": 100},
-    ("vqvae2", "digits", "default"): _CODES | {"config": models.PRESETS["vqvae2", "digits"], "epochs": 100},
-    ("vqvae", "photos", "default"): _CODES | {"config": models.PRESETS["vqvae", "photos"], "batch_size": 32, "epochs": 20},
-    ("vqvae2", "photos", "default"): _CODES | {"config": models.PRESETS["vqvae2", "photos"], "batch_size": 32, "epochs": 20},
-    ("vae", "photos", "default"): {"config": models.PRESETS["vae", "photos"], "batch_size": 32, "ema": 0.99, "epochs": 20},
-    # Some minutes on two cores: enough for colour and texture. A short average, for there are few steps.
-    ("glow", "photos", "default"): {
-        "config": models.PRESETS["glow", "photos"],
-        "epochs": 20,
-        "batch_size": 16,
-        "lr": 2e-3,
-        "ema": 0.99,
-    },
-    # As published: no averaging, no warm-up, no clipping.
-    ("realnvp", "digits", "recipe"): _RECIPE | {"config": models.PRESETS["realnvp", "digits-recipe"]},
-    ("vae", "digits", "recipe"): _RECIPE,
-    ("vae", "digits", "default"): {"lr": 1e-3, "ema": 0.998, "epochs": 300},
-    ("dequantized", "digits", "default"): {
-        "config": models.PRESETS["dequantized", "digits"],
-        "lr": 3e-3,
-        "ema": 0.998,
-        "epochs": 300,
-    },
-}
-
-#: As ``PRESETS``, of a prior over the codes of a VQ-VAE: (data, preset) -> fields.
-PRIOR_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("digits", "default"): {
-        "config": {"hidden": 32, "layers": 4, "dropout": 0.5},
-        "lr": 2e-3,
-        "ema": 0.99,
-        "epochs": 60,
-        "patience": 8,
-    },
-    ("photos", "default"): {
-        "config": {"hidden": 48, "layers": 8, "dropout": 0.3},
-        "batch_size": 32,
-        "ema": 0.99,
-        "epochs": 20,
-    },
-}
+PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {("*", "*", "default"): _DEFAULT, **dict(_presets())}
 
 
-def _preset(model: str, kind: str, preset: str) -> dict[str, Any]:
-    """Fields of ``Plan``. Raises ValueError for a preset that the model does not have for this kind of data."""
-    table = PRESETS | {("prior", *key): fields for key, fields in PRIOR_PRESETS.items()}
-    known = [name for m, d, name in table if m in (model, "*") and d in (kind, "*")]
+def _preset(declared: Mapping[str, Mapping[str, Any]], model: str, kind: str, preset: str) -> dict[str, Any]:
+    """Fields of ``Plan`` from what a model has ``declared``. Raises ValueError for a preset that is not there for the data."""
+    keys = {key.partition("-")[2] or "default": key for key in declared if key.partition("-")[0] == kind}
+    known = {"default": {}, **{name: declared[key] for name, key in keys.items()}}
     if preset not in known:
-        raise ValueError(f"preset: {model} on {kind} has no {preset!r}; expected one of {', '.join(dict.fromkeys(known))}")
-    fields = table["*", "*", "default"] if preset == "default" else {}
-    return fields | table.get((model, kind, preset), {})
+        raise ValueError(f"preset: {model} on {kind} has no {preset!r}; expected one of {', '.join(known)}")
+    return {**(_DEFAULT if preset == "default" else {}), **known[preset]}
 
 
 def make_plan(model: str, data: str, *, preset: str = "default", **given: Any) -> Plan:
@@ -220,7 +160,7 @@ def make_plan(model: str, data: str, *, preset: str = "default", **given: Any) -
     """
     if model not in models.MODELS:
         raise ValueError(f"model: unknown name {model!r}; expected one of {', '.join(models.MODELS)}")
-    fields = _preset(model, data.partition(":")[0], preset)
+    fields = _preset(models.MODELS[model].presets, model, data.partition(":")[0], preset)
     config = {**fields.pop("config", {}), **given.pop("config", {})}
     check_config(model, config)
     return Plan(**(fields | {"model": model, "data": data, "config": config} | given))
@@ -236,12 +176,13 @@ def make_prior_plan(checkpoint: str | os.PathLike[str], *, preset: str = "defaul
     """
     content = models.read_checkpoint(checkpoint)
     name, config, stored = content["model"]["name"], content["model"]["config"], content.get("plan", {})
-    if name not in ("vqvae", "vqvae2"):
-        raise ValueError(f"{checkpoint} holds a {name}, which has no codes: a prior is for a vqvae or vqvae2")
+    takers = [other for other, cls in models.MODELS.items() if cls.prior_presets is not None]
+    if name not in takers:
+        raise ValueError(f"{checkpoint} holds a {name}, which has no codes: a prior is for a {' or '.join(takers)}")
     models.load(checkpoint)  # refuses weights that do not fit, before another model is built by their configuration
     data = given.pop("data", None) or trained_on(checkpoint, content)
     kind = data.partition(":")[0]
-    fields = _preset("prior", kind, preset)
+    fields = _preset(models.MODELS[name].prior_presets or {}, "prior", kind, preset)
     prior = {**fields.pop("config", {}), **given.pop("config", {})}
     check_config("pixelcnn", prior, "prior", ("levels", "condition"))
     # Given on its own, the size of a folder's images is that of the run before.

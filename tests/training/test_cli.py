@@ -366,9 +366,7 @@ def test_train_refuses(tmp_path, capsys, arguments, message):
 
 @needs_extra
 def test_train_refuses_unknown_models_and_used_folders(run, tmp_path, capsys):
-    assert "unknown name 'x'; expected one of nice, realnvp" in refusal(
-        capsys, "train", "x", "--data=digits", f"--out={tmp_path}"
-    )
+    assert "unknown name 'x'; expected one of " in refusal(capsys, "train", "x", "--data=digits", f"--out={tmp_path}")
     arguments = ["train", "realnvp", "--data=digits", f"--out={run}"]
     assert "holds a run already; --resume continues it" in refusal(capsys, *arguments)
     assert "cannot resume with lr 0.5 (the run has" in refusal(capsys, *arguments, "--resume", "--lr=0.5")

@@ -862,7 +862,7 @@ def test_presets_build_their_models():
 
 
 def test_models_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="unknown name 'x'; expected one of nice, realnvp, glow"):
+    with pytest.raises(ValueError, match=r"unknown name 'x'; expected one of .*nice, .*realnvp, "):
         training.make_plan("x", "digits")
     with pytest.raises(ValueError, match=r"setting 'hidden': expected int \| None, got 'wide'"):
         training.train(small_plan(config={"hidden": "wide"}), tmp_path)
