@@ -19,7 +19,7 @@ from ._budget import Budget
 from ._model import Model
 from ._registry import build, name_of
 
-__all__ = ["load", "read_checkpoint", "save", "write_atomically"]
+__all__ = ["content_of", "load", "read_checkpoint", "save", "write_atomically"]
 
 StrPath = str | os.PathLike[str]
 
@@ -59,18 +59,26 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def content_of(model: Model, state_dict: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a checkpoint says of a model: ``{"flowkern": version, "model": {"name", "config"}, "state_dict"}``.
+
+    ``state_dict`` stands in for the model's own where other weights are to be kept, as an average of them. Raises TypeError for
+    a model that is none of ``flowkern.models``.
+    """
+    return {
+        "flowkern": __version__,
+        "model": {"name": name_of(model), "config": model.config},
+        "state_dict": model.state_dict() if state_dict is None else state_dict,
+    }
+
+
 def save(model: Model, path: StrPath) -> None:
     """Write a model of ``flowkern.models`` to one file, which ``load`` rebuilds it from; the write is atomic.
 
-    The file is torch's zip format with ``{"flowkern": version, "model": {"name", "config"}, "state_dict"}``, and holds no code.
+    The file is torch's zip format with what ``content_of`` says, and holds no code.
     Raises TypeError for another model and OSError if the file cannot be written; an existing file then stays as it was.
     """
-    content = {
-        "flowkern": __version__,
-        "model": {"name": name_of(model), "config": model.config},
-        "state_dict": model.state_dict(),
-    }
-    write_atomically(content, path)
+    write_atomically(content_of(model), path)
 
 
 def _release(version: str) -> tuple[int, ...]:

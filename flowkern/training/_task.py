@@ -21,9 +21,8 @@ from rich.progress import Progress as RichProgress
 from torch.utils._pytree import tree_map_only
 
 from .. import models
-from .._core.version import __version__
 from ..data import Batch, Dataset, KeyedLoader, loader
-from ..models._registry import name_of
+from ..models.checkpoint import content_of
 from ..nn.bijections.bijection import Bijection
 from ._evaluate import Diverged, context_of, negative_log_likelihood
 from ._plan import Plan
@@ -182,13 +181,11 @@ class FlowTask(LightningModule):
             raise Diverged(f"the loss is not finite at step {step} (epoch {self.current_epoch}). {found}{ADVICE}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the checkpoint the form of ``flowkern.models.save``: the state of the bare model, its name and configuration."""
-        checkpoint["flowkern"] = __version__
-        checkpoint["model"] = {"name": name_of(self.model), "config": self.model.config}
-        checkpoint["data"] = self.identity
-        checkpoint["plan"] = dataclasses.asdict(self.plan)
+        """Give the checkpoint the form of ``flowkern.models.save``, and add what the run needs to go on."""
+        state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+        checkpoint |= content_of(self.model, state)
+        checkpoint |= {"data": self.identity, "plan": dataclasses.asdict(self.plan)}
         checkpoint["epoch_nll"] = [float(self._sum), self._count]
-        checkpoint["state_dict"] = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         total, self._count = checkpoint["epoch_nll"]

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -483,6 +484,37 @@ def test_names_that_are_not_utf8(tmp_path) -> None:
     path = tmp_path / os.fsdecode(b"m\xff\xe9.ckpt")
     models.save(models.NICE(4, hidden=8), path)
     assert models.load(path).shape == (4,)
+
+
+STORED: dict[str, Any] = json.loads(Path(__file__).with_name("checkpoints_0.1.0.json").read_text())
+
+
+def stored_content(name: str) -> dict[str, Any]:
+    """A checkpoint as version 0.1.0 wrote it: its configuration, keys, shapes and buffers; the parameters are made up."""
+    state = {}
+    for key, value in STORED["models"][name]["state_dict"].items():
+        if isinstance(value, dict):
+            state[key] = torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]))
+        else:
+            state[key] = 0.1 * torch.arange(1.0, math.prod(value) + 1).sin().view(value)
+    described = {"name": name, "config": STORED["models"][name]["config"]}
+    return {"flowkern": STORED["flowkern"], "model": described, "state_dict": state}
+
+
+@pytest.mark.parametrize("name", STORED["models"])
+def test_checkpoints_of_0_1_0_mean_what_they_meant(tmp_path, name: str) -> None:
+    """The model that the stored log-probabilities come from, to the three digits that are stored."""
+    content = stored_content(name)
+    torch.save(content, tmp_path / "m.ckpt")
+    model = models.load(tmp_path / "m.ckpt")
+    assert content["model"]["config"].items() <= model.config.items()
+    assert list(model.state_dict()) == list(content["state_dict"])
+    x = torch.linspace(0.0, 0.99, 2 * math.prod(model.shape)).view(2, *model.shape)
+    torch.manual_seed(0)
+    log_prob = model.log_prob(x, None if model.context is None else torch.eye(2, model.context))
+    assert log_prob.tolist() == pytest.approx(STORED["models"][name]["log_prob"], abs=2e-3)
+    models.save(model, tmp_path / "again.ckpt")
+    assert models.read_checkpoint(tmp_path / "again.ckpt").keys() == content.keys()
 
 
 def test_extra_keys_are_kept_for_the_trainer(tmp_path) -> None:

@@ -125,6 +125,11 @@ def test_checkpoints_hold_the_bare_model(finished, name):
     assert training.Plan(**content["plan"]) == plan
     model = models.build("realnvp", content["model"]["config"])
     model.load_state_dict(content["state_dict"])
+    # The names that runs of version 0.1.0 resume by.
+    own = {"flowkern", "model", "state_dict", "data", "plan", "epoch_nll", "current_model_state", "averaging_state"}
+    assert own <= content.keys()
+    callbacks = {"Timer", "EarlyStopping{'monitor': 'val_nll', 'mode': 'min'}", "ExponentialAverage", "Checkpoints"}
+    assert content["callbacks"].keys() == callbacks
 
 
 def test_result_is_that_of_the_best_checkpoint(finished):
