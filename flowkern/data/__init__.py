@@ -1,0 +1,17 @@
+"""Data sets for training and evaluation, and the keyed noise and order in which training sees them.
+
+``load("digits")`` and its like give a ``Dataset``; ``loader`` turns one of its splits into batches. The order of an
+epoch and all dequantization noise are functions of (seed, epoch, sample) through the counter-based generator Philox
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a resumed run, any number of workers and any
+number of ranks see the same data.
+"""
+
+from .sources import SOURCES as SOURCES
+from .sources import Batch as Batch
+from .sources import Dataset as Dataset
+from .sources import KeyedLoader as KeyedLoader
+from .sources import Split as Split
+from .sources import batch_of as batch_of
+from .sources import dequantize as dequantize
+from .sources import load as load
+from .sources import loader as loader
