@@ -6,12 +6,13 @@ epoch and all dequantization noise are functions of (seed, epoch, sample) throug
 number of ranks see the same data.
 """
 
+from .batches import Batch as Batch
+from .batches import KeyedLoader as KeyedLoader
+from .batches import batch_of as batch_of
+from .batches import loader as loader
+from .noise import dequantize as dequantize
 from .sources import SOURCES as SOURCES
-from .sources import Batch as Batch
 from .sources import Dataset as Dataset
-from .sources import KeyedLoader as KeyedLoader
 from .sources import Split as Split
-from .sources import batch_of as batch_of
-from .sources import dequantize as dequantize
 from .sources import load as load
-from .sources import loader as loader
+from .sources import source as source

@@ -1,14 +1,7 @@
-"""Data sets for training and evaluation, and the keyed noise and order in which training sees them.
-
-``load("digits")`` and its like give a ``Dataset``; ``loader`` turns one of its splits into batches. The order of an
-epoch and all dequantization noise are functions of (seed, epoch, sample) through the counter-based generator Philox
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a resumed run, any number of workers and any
-number of ranks see the same data.
-"""
+"""The data sets: each is one function here, declared by ``source``."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import gzip
 import hashlib
@@ -16,21 +9,17 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-__all__ = ["SOURCES", "Batch", "Dataset", "KeyedLoader", "Split", "batch_of", "dequantize", "load", "loader"]
+from .noise import order
 
-#: What ``load`` understands.
-SOURCES = ("digits", "photos", "folder:PATH", "cifar10:PATH", "mnist:PATH", "npy:PATH")
+__all__ = ["SOURCES", "Dataset", "Split", "load", "source"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +95,26 @@ class Dataset:
 # Sources
 
 
+#: What reads a source, by its name, and the names of those that take ``size`` and ``report`` besides.
+_READERS: dict[str, Callable[..., Dataset]] = {}
+_RESIZED: list[str] = []
+
+
+def source(name: str, *, resized: bool = False) -> Callable[[Callable[..., Dataset]], Callable[..., Dataset]]:
+    """Declare a function to be the data set ``name``, or ``"name:PATH"``: it is then called with the path, which exists.
+
+    A ``resized`` one is also given the keyword arguments ``size`` and ``report`` of ``load``.
+    """
+
+    def declare(read: Callable[..., Dataset]) -> Callable[..., Dataset]:
+        _READERS[name] = read
+        if resized:
+            _RESIZED.append(name)
+        return read
+
+    return declare
+
+
 def load(source: str, *, size: int | None = None, report: Callable[[str], None] | None = None) -> Dataset:
     """The data set that ``source`` names.
 
@@ -130,28 +139,25 @@ def load(source: str, *, size: int | None = None, report: Callable[[str], None] 
         FileNotFoundError: PATH or a file in it does not exist.
     """
     kind, colon, path = source.partition(":")
-    readers: dict[str, Callable[[Path], Dataset]] = {
-        "folder": lambda root: _folder(root, 32 if size is None else size, report or _to_stderr),
-        "cifar10": _cifar10,
-        "mnist": _mnist,
-        "npy": _npy,
-    }
-    if source not in ("digits", "photos") and (kind not in readers or not path):
-        raise ValueError(f"data: unknown source {source!r}; expected one of {', '.join(SOURCES)}")
-    if size is not None and kind != "folder":
-        raise ValueError(f"data: size={size} was given, but only folder:PATH is resized, not {source!r}")
+    name = f"{kind}:PATH" if path else source
+    if name not in _READERS:
+        raise ValueError(f"data: unknown source {source!r}; expected one of {', '.join(_READERS)}")
+    if size is not None and name not in _RESIZED:
+        raise ValueError(f"data: size={size} was given, but only {', '.join(_RESIZED)} is resized, not {source!r}")
     if not colon:
-        return _digits() if source == "digits" else _photos()
+        return _READERS[name]()
     root = Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"data: {root} does not exist")
-    return readers[kind](root)
+    options = {"size": 32 if size is None else size, "report": report or _to_stderr} if name in _RESIZED else {}
+    return _READERS[name](root, **options)
 
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+@source("digits")
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
@@ -162,6 +168,7 @@ def _digits() -> Dataset:
     return Dataset("digits", 17, train, val, test, tuple(map(str, range(10))))
 
 
+@source("photos")
 def _photos() -> Dataset:
     from sklearn.datasets import load_sample_images
 
@@ -190,6 +197,7 @@ def _crops(region: np.ndarray, size: int = 32, stride: int = 8) -> tuple[np.ndar
 _NOT_IMAGES = ("._",)
 
 
+@source("folder:PATH", resized=True)
 def _folder(root: Path, size: int, report: Callable[[str], None]) -> Dataset:
     from PIL import Image
 
@@ -253,6 +261,7 @@ _CIFAR10_RECORDS = 10_000
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
+@source("cifar10:PATH")
 def _cifar10(root: Path) -> Dataset:
     if (root / "cifar-10-batches-bin").is_dir():
         root = root / "cifar-10-batches-bin"
@@ -269,6 +278,7 @@ def _cifar10_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return records[:, 1:].reshape(-1, 3, 32, 32), _labels(path, records[:, 0])
 
 
+@source("mnist:PATH")
 def _mnist(root: Path) -> Dataset:
     train, test = (
         (_idx(_idx_path(root, f"{part}-images", 3), 3), _idx(_idx_path(root, f"{part}-labels", 1), 1))
@@ -349,6 +359,7 @@ def _npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
     return shape, dtype, rest
 
 
+@source("npy:PATH")
 def _npy(path: Path) -> Dataset:
     if not path.is_file():
         raise ValueError(f"data: {path} is not a file")
@@ -372,185 +383,11 @@ def _npy(path: Path) -> Dataset:
         if bad.size:
             rows = ", ".join(map(str, bad[:10])) + (", ..." if bad.size > 10 else "")
             raise ValueError(f"{came}, of which {bad.size} rows are not finite in float32: {rows}")
-    order = _order(0, 0, len(values))
-    tenth = _tenth(len(values))
-    train, val, test = (
-        Split(values[rows], origins=rows) for rows in (order[2 * tenth :], order[tenth : 2 * tenth], order[:tenth])
-    )
+    shuffled, tenth = order(0, 0, len(values)), _tenth(len(values))
+    parts = shuffled[2 * tenth :], shuffled[tenth : 2 * tenth], shuffled[:tenth]
+    train, val, test = (Split(values[rows], origins=rows) for rows in parts)
     return Dataset(f"npy:{path}", 256 if images else None, train, val, test, ())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Keyed order and noise
-
-_STREAMS = {"order": 0, "train": 1, "val": 2, "test": 3}
-
-
-def _order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The permutation of an epoch. Raw Philox output is fixed by its specification; Generator's methods are not."""
-    bits = np.random.Philox(key=[seed, _STREAMS["order"]], counter=[0, 0, epoch, 0]).random_raw(n)
-    return np.argsort(bits, kind="stable")
-
-
-def _uniform(seed: int, stream: str, epoch: int, samples: np.ndarray, count: int) -> np.ndarray:
-    """(len(samples), count) float32 in [0, 1), each row a function of (seed, stream, epoch, sample) alone.
-
-    The values are multiples of 2^-16, so that v + u is exact in float32 for v < 256 and never rounds up to v + 1.
-    """
-    generator = np.random.Philox(key=[seed, _STREAMS[stream]])
-    state: Any = generator.state
-    bits = np.empty((len(samples), -(-count // 4)), "<u8")
-    for row, sample in zip(bits, samples, strict=True):
-        state["state"]["counter"][:] = 0, sample, epoch, 0
-        generator.state = state
-        row[:] = generator.random_raw(bits.shape[1])
-    return bits.view("<u2")[:, :count].astype(np.float32) / 65536
-
-
-def dequantize(values: np.ndarray, levels: int, u: np.ndarray) -> torch.Tensor:
-    """x = (v + u) / levels: float32 in [0, 1) for v in 0 .. levels - 1 and u in [0, 1).
-
-    With D values per sample a density p(x) bounds the probability of the integers v, in nats:
-    -log P(v) <= E_u[-log p(x)] + D log(levels).
-    Source: Theis, van den Oord and Bethge, "A note on the evaluation of generative models" (2016), section 3.1.
-    """
-    return torch.from_numpy((values + u.reshape(values.shape)) / np.float32(levels))
-
-
-class Batch(NamedTuple):
-    """A batch, or a part of it: one rank's slice of one of the parts that a step accumulates.
-
-    x: (B, C, H, W) or (B, D) float32; labels: (B,) int64 or None; total: the number of samples of the whole batch, over all
-    ranks and parts.
-    """
-
-    x: torch.Tensor
-    labels: torch.Tensor | None
-    total: int
-
-
-def batch_of(data: Dataset, part: str, samples: np.ndarray, *, seed: int, epoch: int, total: int | None = None) -> Batch:
-    """The samples of a split ("train", "val" or "test"), dequantized with the noise of (seed, epoch, sample)."""
-    split: Split = getattr(data, part)
-    values = split.values[samples]
-    if data.levels is None:
-        x = torch.from_numpy(values)
-    else:
-        count = int(np.prod(data.shape))
-        u = _uniform(seed, part, epoch, samples, count) if data.noise else np.full((len(samples), count), 0.5, np.float32)
-        x = dequantize(values, data.levels, u)
-    labels = None if split.labels is None else torch.from_numpy(split.labels[samples])
-    return Batch(x, labels, len(samples) if total is None else total)
-
-
-class _Batches(TorchDataset):
-    """The samples of a split, by (epoch, samples, total)."""
-
-    def __init__(self, data: Dataset, part: str, seed: int):
-        self.data, self.part, self.seed = data, part, seed
-
-    def __getitem__(self, key: tuple[int, np.ndarray, int]) -> Batch:
-        epoch, samples, total = key
-        return batch_of(self.data, self.part, samples, seed=self.seed, epoch=epoch, total=total)
-
-
-class _Sampler:
-    """Cuts a permutation keyed by (seed, epoch) into global batches, these into parts, and gives this rank's slice of each.
-
-    Sample i of a batch is in part i % parts, and sample j of a part on rank j % world. Unlike in torch's
-    DistributedSampler the global batches do not depend on the number of ranks.
-    """
-
-    def __init__(self, n: int, batch_size: int, *, seed: int, shuffle: bool, rank: int, world: int, parts: int = 1):
-        self.n, self.batch_size, self.seed, self.shuffle, self.rank, self.world = n, batch_size, seed, shuffle, rank, world
-        self.parts = parts
-        self.epoch = 0
-        self.first = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.parts * -(-self.n // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
-        first, self.first = self.first, 0
-        order = _order(self.seed, self.epoch, self.n) if self.shuffle else np.arange(self.n)
-        for i in range(first, len(self)):
-            batch, part = divmod(i, self.parts)
-            samples = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield self.epoch if self.shuffle else 0, samples[part :: self.parts][self.rank :: self.world], len(samples)
-
-
-class KeyedLoader(DataLoader):
-    """A DataLoader that can resume in mid-epoch, whatever its workers have fetched ahead."""
-
-    sampler: _Sampler
-    dataset: _Batches
-    _delivered = 0
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self._delivered = self.sampler.first
-        keys = iter(copy.copy(self.sampler))
-        for batch, (epoch, samples, _) in zip(super().__iter__(), keys, strict=True):
-            self._require_finite(batch, epoch, samples)
-            self._delivered += 1
-            yield batch
-
-    def _require_finite(self, batch: Batch, epoch: int, samples: np.ndarray) -> None:
-        """Raise ValueError, naming the batch and where its bad samples come from, for NaN or infinity in x."""
-        finite = batch.x.flatten(1).isfinite().all(1)
-        if finite.all():
-            return
-        part, number = self.dataset.part, self._delivered // self.sampler.parts
-        split: Split = getattr(self.dataset.data, part)
-        bad = samples[~finite.numpy()]
-        origins = split.origins
-        where = ", ".join(
-            origins[i] if isinstance(origins, list) else f"row {i if origins is None else origins[i]}" for i in bad[:5]
-        )
-        raise ValueError(
-            f"data: {self.dataset.data.name}: NaN or infinity in {len(bad)} of {len(samples)} samples of {part} batch {number}, "
-            f"epoch {epoch}: {where}{', ...' if len(bad) > 5 else ''}"
-        )
-
-    def state_dict(self) -> dict[str, int]:
-        """How many batches (or parts of batches) of the epoch were delivered."""
-        return {"batches": self._delivered}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next epoch behind the batches that were delivered."""
-        self.sampler.first = state["batches"]
-
-
-def loader(
-    data: Dataset,
-    part: str,
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    parts: int = 1,
-    workers: int = 0,
-    pin_memory: bool = False,
-) -> KeyedLoader:
-    """Batches of a split of ``data``: global batches of ``batch_size`` samples, of which each rank gets its slice.
-
-    "train" is shuffled and has fresh noise in every epoch; the other splits come in file order, always with the same
-    noise. Each batch comes in ``parts`` parts, one after the other. The last batch of an epoch may be smaller; a rank's
-    slice of it may even be empty. Raises ValueError, as they come, for values that are not finite.
-    """
-    shuffle = part == "train"
-    sampler = _Sampler(len(getattr(data, part)), batch_size, seed=seed, shuffle=shuffle, rank=rank, world=world, parts=parts)
-    sampler.set_epoch(epoch)
-    return KeyedLoader(
-        _Batches(data, part, seed),
-        batch_size=None,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
-    )
+#: What ``load`` understands.
+SOURCES = tuple(_READERS)

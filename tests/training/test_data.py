@@ -16,7 +16,8 @@ pytest.importorskip("sklearn")
 
 from PIL import Image, ImageOps, features  # noqa: E402
 
-from flowkern import data  # noqa: E402
+from flowkern import cli, data  # noqa: E402
+from flowkern.data import noise, sources  # noqa: E402
 from flowkern.training import negative_log_likelihood  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def _write_cifar10(root: Path, records: int) -> None:
 
 
 def test_cifar10(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CIFAR10_RECORDS", 20)
+    monkeypatch.setattr(sources, "_CIFAR10_RECORDS", 20)
     _write_cifar10(tmp_path / "cifar-10-batches-bin", 20)
     for root in (tmp_path, tmp_path / "cifar-10-batches-bin"):
         cifar = data.load(f"cifar10:{root}")
@@ -192,7 +193,7 @@ def test_cifar10_refuses_what_is_not_whole(tmp_path):
 
 
 def test_cifar10_refuses_unknown_labels(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CIFAR10_RECORDS", 20)
+    monkeypatch.setattr(sources, "_CIFAR10_RECORDS", 20)
     _write_cifar10(tmp_path / "a", 20)
     (tmp_path / "a" / "data_batch_3.bin").write_bytes(b"\x0b" * 20 * 3073)
     with pytest.raises(ValueError, match=r"data_batch_3.bin has label 11; expected 0 to 9"):
@@ -357,6 +358,21 @@ def test_unknown_sources(source):
         data.load(source)
 
 
+def test_a_source_is_one_declared_function(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_READERS", dict(sources._READERS))
+
+    @data.source("lines:PATH")
+    def lines(path: Path) -> data.Dataset:
+        part = data.Split(np.array([[float(line)] for line in path.read_text().split()], np.float32))
+        return data.Dataset("lines", None, part, part, part, ())
+
+    (tmp_path / "x").write_text("1.5 2.5")
+    assert data.load(f"lines:{tmp_path / 'x'}").test.values.tolist() == [[1.5], [2.5]]
+    with pytest.raises(ValueError, match=r"unknown source 'lines'; expected one of digits, .*, npy:PATH, lines:PATH"):
+        data.load("lines")
+    assert f"{', '.join(data.SOURCES[:-1])} or {data.SOURCES[-1]}" == cli._SOURCES, "what the command line says"
+
+
 def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         data.load(f"folder:{tmp_path / 'no'}")
@@ -415,8 +431,8 @@ def test_noise_is_uniform_and_independent():
 
 def test_keyed_streams_are_fixed():
     """Checkpoints of one version resume in another: these figures may never change."""
-    assert data._order(7, 3, 8).tolist() == [2, 4, 0, 6, 7, 5, 1, 3]
-    assert (data._uniform(7, "train", 3, np.array([5]), 4)[0] * 65536).astype(int).tolist() == [33052, 45757, 62050, 58747]
+    assert noise.order(7, 3, 8).tolist() == [2, 4, 0, 6, 7, 5, 1, 3]
+    assert (noise.uniform(7, "train", 3, np.array([5]), 4)[0] * 65536).astype(int).tolist() == [33052, 45757, 62050, 58747]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,7 +519,7 @@ def test_loader_refuses_nan_and_names_batch_and_row(tmp_path, workers):
     loaded = data.load(f"npy:{path}")
     row = int(loaded.train.values[5, 0]) // 3
     loaded.train.values[5, 1] = np.nan
-    order = data._order(0, 0, len(loaded.train)).tolist()
+    order = noise.order(0, 0, len(loaded.train)).tolist()
     batches = iter(data.loader(loaded, "train", 4, seed=0, workers=workers))
     number = order.index(5) // 4
     for _ in range(number):
@@ -516,12 +532,12 @@ def test_loader_refuses_nan_and_names_batch_and_row(tmp_path, workers):
 def test_loader_names_the_file_of_a_bad_image(tmp_path, monkeypatch):
     _write_images(tmp_path, [f"{i}.png" for i in range(5)])
     folder = data.load(f"folder:{tmp_path}", size=4)
-    dequantize = data.dequantize
-    monkeypatch.setattr(data, "dequantize", lambda values, levels, u: dequantize(values, levels, u) * math.inf)
+    dequantize = noise.dequantize
+    monkeypatch.setattr("flowkern.data.batches.dequantize", lambda values, levels, u: dequantize(values, levels, u) * math.inf)
     with pytest.raises(ValueError, match=r"in 1 of 1 samples of val batch 0, epoch 0: ") as error:
         next(iter(data.loader(folder, "val", 4, seed=0)))
     named = Path(str(error.value).rpartition(": ")[2])
-    assert (data._decode(named, 4) == folder.val.values[0]).all()
+    assert (sources._decode(named, 4) == folder.val.values[0]).all()
 
 
 def test_distinct_crops_share_no_pixel(monkeypatch):
@@ -543,7 +559,7 @@ def test_epochs_differ_and_validation_does_not():
     digits = data.load("digits")
     first, second = (_stack(data.loader(digits, "train", 100, seed=0, epoch=e)) for e in (0, 1))
     assert not torch.equal(first, second)
-    assert sorted(data._order(0, 1, 1000).tolist()) == list(range(1000))
+    assert sorted(noise.order(0, 1, 1000).tolist()) == list(range(1000))
     one, other = (_stack(data.loader(digits, "val", 100, seed=0, epoch=e)) for e in (0, 1))
     assert torch.equal(one, other)
     assert (torch.floor(one.double() * 17 + 1e-5).numpy() == digits.val.values).all(), "validation is in file order"

@@ -1,6 +1,6 @@
 """Training on several processes: the run of one process, told by one of them, and failing as one.
 
-A batch of the plan is divided anew for each number of ranks and parts, see ``data._Sampler``: two ranks with batches of B/2
+A batch of the plan is divided anew for each number of ranks and parts, see ``data.loader``: two ranks with batches of B/2
 see the samples, in the order and with the noise, of one rank with batches of B.
 """
 

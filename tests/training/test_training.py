@@ -26,6 +26,7 @@ if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed", allow_module_level=True)
 
 from flowkern import data, models, training  # noqa: E402
+from flowkern.data import noise  # noqa: E402
 from flowkern.training import _codecs, _gallery  # noqa: E402
 
 #: A small flow, also as the command line takes it.
@@ -814,7 +815,7 @@ def test_training_refuses_nan_and_names_the_batch(tmp_path, monkeypatch):
     loaded.train.values[3, 0] = np.inf
     monkeypatch.setattr("flowkern.training._run.load", lambda *a, **k: loaded)
     plan = training.make_plan("nice", f"npy:{path}", config={"couplings": 2, "hidden": 8}, epochs=1, batch_size=8)
-    batch, row = data._order(0, 0, 32).tolist().index(3) // 8, loaded.train.origins[3]
+    batch, row = noise.order(0, 0, 32).tolist().index(3) // 8, loaded.train.origins[3]
     with pytest.raises(ValueError, match=f"x.npy: NaN or infinity in 1 of 8 samples of train batch {batch}, epoch 0: row {row}$"):
         training.train(plan, tmp_path / "run")
 
