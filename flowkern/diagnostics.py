@@ -1,7 +1,7 @@
 """What a trained VAE has learned: where its rate goes, which latents it uses, and pictures of them.
 
 Everything here is a function of a ``nn.VAE`` and data x (N, ...), as the model's likelihood takes it, and raises TypeError for
-another model.
+a model that has no encoder, posterior and evidence as that one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def elbo_surgery(vae: VAE, x: torch.Tensor, context: torch.Tensor | None = None,
 
 
 def _check_vae(vae: VAE) -> None:
-    if not isinstance(vae, VAE):
+    if not all(hasattr(vae, name) for name in ("encoder", "encode", "posterior", "evidence_of", "loss")):
         raise TypeError(f"vae: expected a flowkern.nn.VAE, got {type(vae).__name__}")
 
 

@@ -9,6 +9,7 @@ from ._made import MADE as MADE
 from ._model import DiscreteModel as DiscreteModel
 from ._model import FlowModel as FlowModel
 from ._model import Model as Model
+from ._model import Picture as Picture
 from ._nice import NICE as NICE
 from ._pixelcnn import PixelCNN as PixelCNN
 from ._pixelvae import PixelVAE as PixelVAE

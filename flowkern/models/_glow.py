@@ -123,9 +123,7 @@ class Glow(FlowModel):
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, C, H, W) in [0, 1], context labels (B,), (B, K) or None -> (B,) in nats. Raises ValueError for other shapes."""
-        context = self._as_context(context)
-        self._check_images("x", x)
-        self._initialize(x, context)
+        x, context = self._prepared(x, context)
         return super().log_prob(x, context)
 
     def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
@@ -140,39 +138,26 @@ class Glow(FlowModel):
         """As ``Flow.sample_and_log_prob``; the context may be labels (n,) or (1,)."""
         return super().sample_and_log_prob(n, self._as_context(context))
 
+    def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        x, context = self._prepared(x, context)
+        return super().embed(x, context)
+
+    def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return super().render(z, self._as_context(context))
+
     @torch.no_grad()
     def reconstruct(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, C, H, W) to its latents and back: x up to rounding, which tells how well conditioned the model is."""
+        return self.render(self.embed(x, context), context)
+
+    def _prepared(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x and the context as (B, K), checked, and the ActNorm layers initialized from them where they have to be."""
         context = self._as_context(context)
-        return self.bijection.inverse(self._latents("x", x, context), context)[0]
-
-    @torch.no_grad()
-    def interpolate(self, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None) -> torch.Tensor:
-        """Images on the straight line between the latents of x0 and x1, ends included.
-
-        x0 and x1 (B, C, H, W), context (B, K) or labels (B,) for both -> (B, steps, C, H, W).
-        Raises ValueError for fewer than two steps and for other shapes.
-        """
-        if steps < 2:
-            raise ValueError(f"steps: expected at least 2, the two ends, got {steps}")
-        if x0.shape != x1.shape:
-            raise ValueError(f"x1: expected shape {tuple(x0.shape)} as x0 has, got {tuple(x1.shape)}")
-        context = self._as_context(context)
-        z0, z1 = self._latents("x0", x0, context), self._latents("x1", x1, context)
-        weight = torch.linspace(0.0, 1.0, steps, dtype=z0.dtype, device=z0.device)[:, None]
-        z = torch.lerp(z0[:, None], z1[:, None], weight)
-        rows = None if context is None else context.repeat_interleave(steps, 0)
-        return self.bijection.inverse(z.flatten(0, 1), rows)[0].unflatten(0, (x0.shape[0], steps))
-
-    def _latents(self, name: str, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        self._check_images(name, x)
-        self._initialize(x, context)
-        return self.bijection(x, context)[0]
-
-    def _check_images(self, name: str, x: torch.Tensor) -> None:
-        check_floating(name, x)
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"{name}: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        check_floating("x", x)
+        self.check_shape(x)
+        if self.training and not all(layer.known for layer in self._actnorms):
+            self._initialize_from(x, context)
+        return x, context
 
     def _as_context(self, context: torch.Tensor | None) -> torch.Tensor | None:
         """Labels one-hot, anything else as it is. Raises ValueError for labels that are no classes."""
@@ -190,14 +175,10 @@ class Glow(FlowModel):
         one_hot = context[:, None] == torch.arange(self.classes, device=context.device)
         return one_hot.to(next(self.parameters()).dtype)
 
-    def _initialize(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
-        """Before the first forward in training: set the ActNorm layers from x, all of them or none."""
-        if self.training and not all(layer.known for layer in self._actnorms):
-            self._initialize_from(x, context)
-
     @torch._disable_dynamo
     @torch.no_grad()
     def _initialize_from(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
+        """The first forward in training sets the ActNorm layers from x: all of them or none."""
         waiting = [layer for layer in self._actnorms if not layer.is_initialized()]
         if not waiting or not has_values(x):
             return

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from .. import nn
+from .. import diagnostics, nn
 from .._core.checks import values_can_be_read
 from .._core.split import kept_channels
 from ..nn.bijections.bijection import Bijection
 from ..nn.densities.base import as_shape, check_sizes
 from ..nn.densities.likelihood import check_values
 
-__all__ = ["DiscreteModel", "FlowModel", "Model", "image_bijection", "preprocessing", "vector_bijection"]
+__all__ = ["DiscreteModel", "FlowModel", "Model", "Picture", "image_bijection", "preprocessing", "vector_bijection"]
 
 #: Builds a coupling layer from a split and the number of channels it divides.
 MakeCoupling = Callable[[str, int], Bijection]
 
 PERMUTATIONS = ("alternate", "reverse", "random")
+
+
+class Picture(NamedTuple):
+    """Images (n, *shape) to be shown as a grid: under which name, and what they are."""
+
+    name: str
+    images: torch.Tensor
+    what: str
 
 
 class Model(torch.nn.Module):
@@ -80,14 +88,44 @@ class Model(torch.nn.Module):
         """Whether the model has ``embed`` and ``render``."""
         return type(self).embed is not Model.embed
 
+    @torch.no_grad()
+    def interpolate(self, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None) -> torch.Tensor:
+        """What lies on the straight line between the latents of x0 and x1, ends included.
+
+        x0 and x1 (B, *shape), context (B, K) for both -> (B, steps, *shape). Raises ValueError for fewer than two steps and for
+        other shapes.
+        """
+        if steps < 2:
+            raise ValueError(f"steps: expected at least 2, the two ends, got {steps}")
+        self.check_shape(x0, "x0")
+        if x0.shape != x1.shape:
+            raise ValueError(f"x1: expected shape {tuple(x0.shape)} as x0 has, got {tuple(x1.shape)}")
+        z = diagnostics.interpolate(self.embed(x0, context), self.embed(x1, context), steps)
+        rows = None if context is None else context.repeat_interleave(steps, 0)
+        return self.render(z.flatten(0, 1), rows).unflatten(0, (len(x0), steps))
+
+    def pictures(
+        self, x: torch.Tensor, other: torch.Tensor, context: torch.Tensor | None, contexts: torch.Tensor | None
+    ) -> Iterator[Picture]:
+        """What the model has to show beside samples, and beside reconstructions and interpolations if it has latents.
+
+        x and other (n, *shape) are images, each pair with one label, and context (n, K) is theirs; contexts (n^2, K) go through
+        the classes.
+        """
+        yield from ()
+
+    def remarks(self, x: torch.Tensor) -> list[str]:
+        """Lines on what the model makes of images x (B, *shape)."""
+        return []
+
     def log_weight(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """The logarithm of a random number with mean p(x), (B,) in nats: log_prob(x), unless that is a bound of another form."""
         return self.log_prob(x, context)
 
-    def check_shape(self, x: torch.Tensor) -> None:
+    def check_shape(self, x: torch.Tensor, name: str = "x") -> None:
         """Raises ValueError unless x is (B, *shape)."""
         if x.ndim == 0 or tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+            raise ValueError(f"{name}: expected shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
 
 
 class DiscreteModel(Model):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .. import nn
+from .. import diagnostics, nn
 from ..nn.densities.base import check_sizes
 from ..nn.densities.likelihood import likelihood as named_likelihood
 from ..nn.densities.likelihood import start
 from ._autoregressive import IAF, MAF
-from ._model import DiscreteModel, FlowModel, model_shape
+from ._model import DiscreteModel, FlowModel, Picture, model_shape
 from ._nice import NICE
 from ._realnvp import RECIPE, RealNVP
 from ._registry import model
@@ -211,6 +211,27 @@ class VAE(nn.VAE, DiscreteModel):
         """The likelihood's mean (B, *shape), as dequantized data."""
         mean = self.mean(z, context).view(-1, *self.shape)
         return (mean + 0.5) / self.levels if self.discrete else mean
+
+    def pictures(
+        self, x: torch.Tensor, other: torch.Tensor, context: torch.Tensor | None, contexts: torch.Tensor | None
+    ) -> Iterator[Picture]:
+        """Means of the decoder for latents of the prior, an image with one latent after the other moved, and analogies.
+
+        The latents that differ most between the images come first. Of two layers only the lower one is moved, which alone the
+        decoder sees.
+        """
+        n, dtype = len(x), next(self.parameters()).dtype
+        means = self.render(self.prior.sample(n**2).to(dtype), contexts)
+        yield Picture("means.png", means, "means of p(x | z), for samples z of the prior")
+        z, z_other = self.embed(x, context), self.embed(other, context)
+        first = None if context is None else context[:1].repeat_interleave(n, 0)
+        widest = z[:, : self.latent].var(0).argsort(descending=True)[:n].tolist()
+        moved = [self.render(diagnostics.traverse(z[:1], dimension)[0], first) for dimension in widest]
+        yield Picture("traversals.png", torch.cat(moved), "an image with one latent in each row moved from -3 to 3")
+        following = None if context is None else context.roll(-1, 0)
+        fourth = self.render(diagnostics.analogy(z, z_other, z.roll(-1, 0)), following)
+        rows = torch.cat([x, other, x.roll(-1, 0), fourth])
+        yield Picture("analogies.png", rows, "a, b, c and what is to c as b is to a, one below the other,")
 
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
         return nn.VAE.sample(self, n, context, temperature).long().view(n, *self.shape)

@@ -260,6 +260,15 @@ class _CodeModel(DiscreteModel):
         """How evenly the codes of x (B, C, H, W) are used: perplexity and the share that is used at all, for each map."""
         return tuple(q.usage(c) for q, c in zip(self.autoencoder.quantizers(), self.encode(x), strict=True))
 
+    def remarks(self, x: torch.Tensor) -> list[str]:
+        """How evenly the images use the codes of each map."""
+        parts = []
+        for codes, usage in zip(self.encode(x), self.usage(x), strict=True):
+            height, width = codes.shape[1:]
+            used = f"{float(usage.used):.0%} used, perplexity {float(usage.perplexity):.0f}"
+            parts.append(f"{height}x{width} of {self.codes} ({used})")
+        return [f"codes of {len(x)} test images: {', '.join(parts)}"]
+
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """A lower bound on log P(v), (B,) in nats: log P(v | codes) + log P(codes), with the codes that v is encoded to.
 

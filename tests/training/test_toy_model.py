@@ -34,20 +34,34 @@ def toy() -> Iterator[type[models.Model]]:
         def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
             return torch.distributions.Categorical(logits=self.sharpness * self.logits).sample((n,))
 
+        def pictures(
+            self, x: torch.Tensor, other: torch.Tensor, context: torch.Tensor | None, contexts: torch.Tensor | None
+        ) -> Iterator[models.Picture]:
+            yield models.Picture("toys.png", torch.cat([x, other]), "images and others like them")
+
+        def remarks(self, x: torch.Tensor) -> list[str]:
+            return [f"seen: {len(x)} images"]
+
     yield Toy
     del models.MODELS["toy"], models.PRESETS["toy", "digits"]
 
 
 def test_trains_by_the_command_line(toy, tmp_path, capsys) -> None:
     assert cli.main(["train", "toy", "--data", "digits", "--out", str(tmp_path), "--draws", "1"]) == 0
-    assert "toy (1,088 parameters) on digits" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for line in (
+        "toy (1,088 parameters) on digits",
+        f"images and others like them in {tmp_path / 'toys.png'}",
+        "seen: 447 images",
+    ):
+        assert line in printed
     model = flowkern.load(tmp_path / "best.ckpt")
     assert type(model) is toy
     assert model.config == {"shape": [1, 8, 8], "levels": 17, "sharpness": 2.0, "context": None}
     log = training.read_log(tmp_path / "log")["val_nll"]
     assert len(log) == 2
     assert log[-1][1] < log[0][1] < 64 * math.log(17.0)
-    assert (tmp_path / "samples.png").exists()
+    assert {"samples.png", "toys.png"} <= {path.name for path in tmp_path.iterdir()}
     assert cli.main(["sample", str(tmp_path / "best.ckpt"), "-o", str(tmp_path / "x.npy"), "-n", "2"]) == 0
     assert cli.main(["train", "toy", "--data", "digits", "--set", "blunt=1", "--out", str(tmp_path / "2")]) == 2
     assert "toy has no setting 'blunt'; expected one of levels, sharpness" in capsys.readouterr().err

@@ -25,7 +25,7 @@ pytest.importorskip("sklearn")
 if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed", allow_module_level=True)
 
-from flowkern import data, models, training  # noqa: E402
+from flowkern import data, diagnostics, models, training  # noqa: E402
 from flowkern.data import noise  # noqa: E402
 from flowkern.training import _codecs, _gallery  # noqa: E402
 
@@ -981,8 +981,8 @@ def test_traversals_move_the_latents_that_the_decoder_sees(tmp_path, monkeypatch
     with torch.no_grad():
         for p in model.posterior.network.parameters():
             p.mul_(20.0)
-    moved, traverse = [], _gallery.diagnostics.traverse
-    monkeypatch.setattr(_gallery.diagnostics, "traverse", lambda z, i: (moved.append(i), traverse(z, i))[1])
+    moved, traverse = [], diagnostics.traverse
+    monkeypatch.setattr(diagnostics, "traverse", lambda z, i: (moved.append(i), traverse(z, i))[1])
     _gallery.save_gallery(model, data.load("digits"), tmp_path, seed=0)
     assert sorted(moved) == [0, 1, 2]
 
@@ -1103,7 +1103,7 @@ def test_interpolations_go_from_image_to_image(conditional):
     digits = data.load("digits")
     batch = data.batch_of(digits, "test", np.arange(6), seed=0, epoch=0)
     x, context = batch.x.double(), training.context_of(conditional, batch.labels)
-    lines = _gallery.interpolate(conditional, x[:3], x[3:], 5, context[:3])
+    lines = conditional.interpolate(x[:3], x[3:], 5, context[:3])
     assert lines.shape == (3, 5, 1, 8, 8)
     torch.testing.assert_close(lines[:, 0], x[:3], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(lines[:, 4], x[3:], rtol=1e-10, atol=1e-10)
