@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 import torch
+from comparison import WAYS, running
 
 from flowkern._core import backend as _backend
 
@@ -15,14 +17,33 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _in_the_interpreter() -> Iterator[None]:
+    """In Triton's interpreter (see ``test_triton.py``) every op runs its Triton kernels."""
+    with _backend.backend("triton") if _backend.interpreting() else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(params=WAYS)
+def where(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The torch code, the C++ kernels on every instruction set, and in Triton's interpreter its kernels."""
+    with running(request.param):
+        yield request.param
+
+
 @pytest.fixture(params=_backend.native.isas() if _backend.native else [])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine runs, one after the other."""
-    assert _backend.native is not None
-    before = _backend.native.isa()
-    _backend.native.use_isa(request.param)
-    yield request.param
-    _backend.native.use_isa(before)
+    """The C++ kernels on every instruction set that this machine runs."""
+    with running(request.param):
+        yield request.param
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs wherever there are kernels also runs in Triton's interpreter, which chooses by this mark."""
+    for item in items:
+        if "where" in getattr(item, "fixturenames", ()):
+            item.add_marker("everywhere")
 
 
 class Canaries:

@@ -17,11 +17,16 @@ import torch
 from . import backend
 
 __all__ = [
+    "LOGABSDET",
     "OPS",
     "Kernel",
     "Law",
     "Op",
+    "Output",
     "Sample",
+    "accumulated",
+    "as_index",
+    "as_input",
     "define",
     "normal",
     "observed",
@@ -82,12 +87,54 @@ class Kernel:
 class Law(enum.Flag):
     """What an op promises besides its values; the generic tests hold it to that.
 
-    ``INVERTIBLE``: it returns (y, logabsdet) and takes ``inverse``. ``SEEDED``: it draws noise, the same for the same ``seed``.
+    ``INVERTIBLE``: it takes ``inverse``, which undoes it, and keeps the memory format of its first argument.
+    ``LOG_DET``: it returns (y, logabsdet), log|det dy/dx| of each sample of its first argument x.
+    ``SEEDED``: it draws noise, the same for the same ``seed``.
+    ``EXACT_INDEX``: its integers are those of the reference in float64, whatever the dtype.
+    ``SURROGATE``: its gradient is not the derivative of what it returns, but that of the reference.
+    ``MASKED``: a mask among its arguments hides weights, which then have no say, whatever their value.
     """
 
     NONE = 0
     INVERTIBLE = enum.auto()
+    LOG_DET = enum.auto()
     SEEDED = enum.auto()
+    EXACT_INDEX = enum.auto()
+    SURROGATE = enum.auto()
+    MASKED = enum.auto()
+
+
+def as_input(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype of the first floating argument."""
+    return dtypes[0]
+
+
+def accumulated(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype of the arithmetic: float64 if an argument is float64, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def as_index(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """That of indices: int64."""
+    return torch.int64
+
+
+@dataclass(frozen=True)
+class Output:
+    """One value that an op returns.
+
+    ``dtype`` gives its dtype for those of the floating arguments, or for the keyword ``dtype`` where no argument is floating.
+    ``per_sample``: its first dimensions are those of the batch.
+    """
+
+    name: str
+    dtype: Callable[[Sequence[torch.dtype]], torch.dtype] = as_input
+    differentiable: bool = True
+    per_sample: bool = True
+
+
+#: What the ops of ``Law.LOG_DET`` return.
+LOGABSDET = Output("logabsdet", accumulated)
 
 
 @dataclass(frozen=True)
@@ -103,7 +150,8 @@ class Sample:
 class Op:
     """An op as users and generic tests see it. ``reference`` has the signature of ``function``.
 
-    The first ``per_sample`` arguments have a batch dimension (None: all), the others serve all samples alike.
+    ``outputs`` describes what it returns: a tensor, or a tuple of several. The first ``per_sample`` arguments have a batch
+    dimension (None: all), the others serve all samples alike.
     """
 
     name: str
@@ -111,6 +159,7 @@ class Op:
     reference: Callable[..., Any]
     samples: Callable[[torch.device | str, torch.dtype], Iterable[Sample]]
     kernels: tuple[Kernel, ...]
+    outputs: tuple[Output, ...]
     per_sample: int | None = None
     laws: Law = Law.NONE
 

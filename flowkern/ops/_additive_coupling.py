@@ -13,7 +13,7 @@ import torch
 
 from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch, outside_autocast
-from .._core.op import Law, Op, Sample, define, normal, reference_runs, register
+from .._core.op import Law, Op, Output, Sample, accumulated, define, normal, reference_runs, register
 from .._core.split import SPLITS, FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
 __all__ = ["additive_coupling"]
@@ -145,4 +145,14 @@ def additive_coupling(x: torch.Tensor, shift: torch.Tensor, *, split: Split = "c
     return y, x.new_zeros(x.shape[0], dtype=accumulation_dtype(x, shift))
 
 
-register(Op("additive_coupling", additive_coupling, reference, _samples, (_forward,), laws=Law.INVERTIBLE))
+register(
+    Op(
+        "additive_coupling",
+        additive_coupling,
+        reference,
+        _samples,
+        (_forward,),
+        outputs=(Output("y"), Output("logabsdet", accumulated, differentiable=False)),
+        laws=Law.INVERTIBLE | Law.LOG_DET,
+    )
+)

@@ -32,7 +32,7 @@ from .._core.checks import (
     flatten_batch,
     outside_autocast,
 )
-from .._core.op import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register
+from .._core.op import LOGABSDET, Law, Op, Output, Sample, define, normal, reference_differentiates, reference_runs, register
 from .._core.scale_map import LAYOUTS, ScaleMap, check_scale, named_layout
 from .._core.split import FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
@@ -322,4 +322,14 @@ def undo(y: torch.Tensor, params: torch.Tensor, *, split: Split, inverse: bool, 
         return x, _AffineCoupling.apply(x, params, (y.detach(), -negated), *configuration)
 
 
-register(Op("affine_coupling", affine_coupling, reference, _samples, (_forward, _backward), laws=Law.INVERTIBLE))
+register(
+    Op(
+        "affine_coupling",
+        affine_coupling,
+        reference,
+        _samples,
+        (_forward, _backward),
+        outputs=(Output("y"), LOGABSDET),
+        laws=Law.INVERTIBLE | Law.LOG_DET,
+    )
+)

@@ -21,7 +21,7 @@ import torch
 from .._core import backend
 from .._core import philox as _philox
 from .._core.checks import FLOATING
-from .._core.op import Law, Op, Sample, define, reference_runs, register
+from .._core.op import Law, Op, Output, Sample, accumulated, define, reference_runs, register
 
 __all__ = ["dequantize"]
 
@@ -80,6 +80,9 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield Sample("one-element", (integers(1, 1),), kwargs)
     yield Sample("empty-batch", (integers(0, 6),), kwargs)
     yield Sample("strided", (integers(6, 4).t(),), kwargs)
+    yield Sample("many-levels", (integers(2, 3, levels=65536).int(),), {**kwargs, "levels": 65536, "alpha": 0.05})
+    yield Sample("nothing", (integers(2, 0),), kwargs)
+    yield Sample("seed", (integers(3, 4),), {**kwargs, "seed": torch.tensor([5], device=device)})
 
 
 def _outputs(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, dtype: torch.dtype) -> Pair:
@@ -162,4 +165,14 @@ def dequantize(
     return _forward(integers, key, offset, levels, alpha, dtype)
 
 
-register(Op("dequantize", dequantize, reference, _samples, (_forward,), laws=Law.SEEDED))
+register(
+    Op(
+        "dequantize",
+        dequantize,
+        reference,
+        _samples,
+        (_forward,),
+        outputs=(Output("x", differentiable=False), Output("logabsdet", accumulated, differentiable=False)),
+        laws=Law.SEEDED,
+    )
+)

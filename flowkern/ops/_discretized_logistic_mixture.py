@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
 from .._core.mixture import log_sum, mixture_parts, per_component
-from .._core.op import Op, Sample, define, normal, reference_differentiates, reference_runs, register
+from .._core.op import Op, Output, Sample, accumulated, define, normal, reference_differentiates, reference_runs, register
 
 __all__ = ["discretized_logistic_mixture", "sample_discretized_logistic_mixture"]
 
@@ -101,7 +101,11 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield sample("published", 2, 3, 2, 3, components=2, compat="pixelcnn++")
     yield sample("one-pixel", 1, 1, 1, 1, components=1)
     yield sample("empty-batch", 0, 3, 2, 2, components=1)
-    yield sample("large-image", 2, 3, 17, 19, components=5)
+    yield sample("empty-space", 2, 3, 0, 2, components=2)
+    yield sample("one-bit", 2, 1, 3, 3, components=2, levels=2)
+    yield sample("five-bits", 2, 3, 3, 3, components=1, levels=32)
+    yield sample("sixteen-bits", 2, 3, 3, 3, components=2, levels=65536)
+    yield sample("large-image", 2, 3, 24, 25, components=5)
     x, params = sample("", 2, 3, 3, 4, components=2).args
     yield Sample("strided", (x.mT.contiguous().mT, params.to(memory_format=torch.channels_last)))
 
@@ -263,6 +267,7 @@ register(
         reference,
         _samples,
         (_forward, _backward),
+        outputs=(Output("log_prob", accumulated),),
     )
 )
 

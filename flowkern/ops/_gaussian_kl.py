@@ -23,7 +23,7 @@ import torch
 from .._core import backend
 from .._core import philox as _philox
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
-from .._core.op import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register
+from .._core.op import Law, Op, Output, Sample, accumulated, define, normal, reference_differentiates, reference_runs, register
 
 __all__ = ["gaussian_kl"]
 
@@ -64,6 +64,7 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield Sample("strided", (randn(6, 4).t(), randn(4, 12)[:, ::2]), seed)
     yield Sample("expanded", (randn(1, 4).expand(3, 4), randn(3, 1).expand(3, 4)), seed)
     yield Sample("mixed-dtypes", (randn(3, 6), randn(3, 6, dtype=torch.bfloat16)), seed)
+    yield Sample("seed", (randn(3, 64), randn(3, 64)), {"seed": torch.tensor([5], device=device)})
 
 
 def _outputs(mean: torch.Tensor, log_scale: torch.Tensor, *_: Any) -> Pair:
@@ -190,4 +191,14 @@ def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Se
     return (_GaussianKL.apply if recording else _forward)(*inputs)
 
 
-register(Op("gaussian_kl", gaussian_kl, reference, _samples, (_forward, _backward), laws=Law.SEEDED))
+register(
+    Op(
+        "gaussian_kl",
+        gaussian_kl,
+        reference,
+        _samples,
+        (_forward, _backward),
+        outputs=(Output("z"), Output("kl", accumulated)),
+        laws=Law.SEEDED,
+    )
+)

@@ -33,7 +33,19 @@ from .._core.checks import (
     flatten_batch,
     outside_autocast,
 )
-from .._core.op import Law, Op, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
+from .._core.op import (
+    LOGABSDET,
+    Law,
+    Op,
+    Output,
+    Sample,
+    define,
+    normal,
+    reference_differentiates,
+    reference_runs,
+    register,
+    transformed,
+)
 
 __all__ = ["invertible_linear"]
 
@@ -128,6 +140,11 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield Sample("mixed-dtypes", (randn(3, 6), weight(6, torch.float32), randn(6, dtype=torch.bfloat16)))
     yield Sample("mixed-half", (randn(3, 6, 2, 2, dtype=torch.float32), weight(6, torch.float16)), {"inverse": True})
     yield Sample("half-state", (randn(3, 6, dtype=torch.float16), weight(6), randn(6)))
+    known = weight(4, torch.float64)
+    values = {"weight_inverse": known.inverse().to(dtype), "logabsdet": torch.linalg.slogdet(known)[1].to(dtype)}
+    for inverse in (False, True):
+        suffix = "-inverse" if inverse else ""
+        yield Sample(f"known{suffix}", (randn(3, 4), known.to(dtype), randn(4)), {**values, "inverse": inverse})
 
 
 class _Configuration(NamedTuple):
@@ -418,4 +435,15 @@ def undo(
 
 
 _KERNELS = _forward, _backward
-register(Op("invertible_linear", invertible_linear, reference, _samples, _KERNELS, per_sample=1, laws=Law.INVERTIBLE))
+register(
+    Op(
+        "invertible_linear",
+        invertible_linear,
+        reference,
+        _samples,
+        _KERNELS,
+        outputs=(Output("y"), LOGABSDET),
+        per_sample=1,
+        laws=Law.INVERTIBLE | Law.LOG_DET,
+    )
+)

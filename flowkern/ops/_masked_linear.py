@@ -30,7 +30,7 @@ from .._core.checks import (
     on_host,
     outside_autocast,
 )
-from .._core.op import Op, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
+from .._core.op import Law, Op, Output, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
 from .._core.tables import Tables
 
 __all__ = ["DegreeMask", "masked_linear"]
@@ -430,4 +430,15 @@ def _panels_run(x: torch.Tensor) -> bool:
     return not (transformed() or torch.compiler.is_compiling())
 
 
-register(Op("masked_linear", masked_linear, reference, _samples, (_forward, _backward), per_sample=1))
+register(
+    Op(
+        "masked_linear",
+        masked_linear,
+        reference,
+        _samples,
+        (_forward, _backward),
+        outputs=(Output("y"),),
+        per_sample=1,
+        laws=Law.MASKED,
+    )
+)

@@ -22,7 +22,7 @@ import torch
 
 from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
-from .._core.op import Op, Sample, define, normal, reference_differentiates, reference_runs, register
+from .._core.op import Op, Output, Sample, accumulated, define, normal, reference_differentiates, reference_runs, register
 
 __all__ = ["compact_plu", "plu_weight"]
 
@@ -37,7 +37,7 @@ def reference(
     """The definition in plain torch."""
     dtype = accumulation_dtype(lower, upper, log_diagonal)
     unit = torch.eye(len(sign), dtype=dtype, device=lower.device)
-    diagonal = sign.to(dtype) * log_diagonal.to(dtype).exp()
+    diagonal = sign.detach().to(dtype) * log_diagonal.to(dtype).exp()
     product = (lower.to(dtype).tril(-1) + unit) @ (upper.to(dtype).triu(1) + diagonal.diag())
     return product.index_select(0, permutation)
 
@@ -49,7 +49,7 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
         sign = torch.where(randn(channels) > 0, 1.0, -1.0).to(dtype)
         return (*(randn(channels, channels) for _ in range(2)), 0.3 * randn(channels), sign, torch.randperm(channels).to(device))
 
-    for channels in (1, 2, 5, 37):
+    for channels in (1, 2, 5, 12, 17, 40, 120):
         yield Sample(f"{channels}-channels", factors(channels))
     yield Sample("no-channels", factors(0))
     lower, upper, log_diagonal, sign, permutation = factors(6)
@@ -175,7 +175,17 @@ def plu_weight(
     return (_PLUWeight.apply if recording else _forward)(*factors)
 
 
-register(Op("plu_weight", plu_weight, reference, _samples, (_forward, _backward), per_sample=0))
+register(
+    Op(
+        "plu_weight",
+        plu_weight,
+        reference,
+        _samples,
+        (_forward, _backward),
+        outputs=(Output("weight", accumulated, per_sample=False),),
+        per_sample=0,
+    )
+)
 
 
 class _CompactPLU(torch.autograd.Function):

@@ -23,7 +23,7 @@ import torch
 
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
 from .._core.code_sums import code_sums
-from .._core.op import Op, Sample, normal, reference_differentiates, register, transformed
+from .._core.op import Law, Op, Output, Sample, accumulated, as_index, normal, reference_differentiates, register, transformed
 from ._nearest_code import _forward as nearest_code_kernel
 from ._nearest_code import nearest_code
 
@@ -99,6 +99,9 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield Sample("empty-batch", (randn(0, 4), randn(3, 4)))
     yield Sample("strided", (randn(4, 6).t(), randn(9, 8)[::2, ::2]))
     yield Sample("mixed-dtypes", (randn(6, 5), randn(8, 5, dtype=torch.bfloat16)))
+    yield Sample("one-element", (randn(1, 1), randn(1, 1)), {"beta": 2.0, "rotation": True})
+    yield Sample("many-codes", (randn(40, 33), randn(70, 33)), {"beta": 0.7, "codebook_loss": False})
+    yield Sample("half-state", (randn(7, 3, dtype=torch.float16), randn(5, 3)), {"rotation": True})
 
 
 class _VectorQuantize(torch.autograd.Function):
@@ -232,4 +235,19 @@ def vector_quantize(
     return quantized.view(x.shape), index.view(x.shape[:-1]), loss
 
 
-register(Op("vector_quantize", vector_quantize, reference, _samples, (nearest_code_kernel,), per_sample=1))
+register(
+    Op(
+        "vector_quantize",
+        vector_quantize,
+        reference,
+        _samples,
+        (nearest_code_kernel,),
+        outputs=(
+            Output("quantized"),
+            Output("index", as_index, differentiable=False),
+            Output("loss", accumulated, per_sample=False),
+        ),
+        per_sample=1,
+        laws=Law.EXACT_INDEX | Law.SURROGATE,
+    )
+)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ..._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
-from ..._core.op import Op, Sample, define, normal, reference_differentiates, register, transformed
+from ..._core.op import LOGABSDET, Law, Op, Output, Sample, define, normal, reference_differentiates, register, transformed
 from ..._core.scale_map import LAYOUTS, ScaleMap
 from . import cpp as _autoregressive_cpp
 from . import cuda as _autoregressive_cuda
@@ -316,7 +316,18 @@ def _by_passes(
     return reference(z, tensors, networks, flags)
 
 
-register(Op("autoregressive_inverse", autoregressive_inverse, _by_passes, _samples, (_forward, _backward), per_sample=1))
+register(
+    Op(
+        "autoregressive_inverse",
+        autoregressive_inverse,
+        _by_passes,
+        _samples,
+        (_forward, _backward),
+        outputs=(Output("x"), LOGABSDET),
+        per_sample=1,
+        laws=Law.LOG_DET | Law.MASKED,
+    )
+)
 
 
 def _check(z: torch.Tensor, parameters: Tensors, networks: Networks, contexts: Sequence[torch.Tensor | None]) -> None:
