@@ -184,7 +184,7 @@ def boundary(size: tuple[int, int, int, int], hidden: int, seconds: float) -> It
 
     def without_network() -> Any:
         y, first = linear(inputs[0])
-        z, second = coupling.couple(y, inputs[1], inverse=False)
+        z, second = coupling.transformer.couple(y, inputs[1], coupling.split, inverse=False)
         return torch.autograd.grad((z, (first + second).sum()), inputs, (grad, torch.ones(())))
 
     calls = {

@@ -1,13 +1,15 @@
-"""Buffers that mean something: what a ``state_dict`` must not set them to."""
+"""State of modules: what a ``state_dict`` must not set it to, and attributes that are others for a while."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["CheckedState", "require"]
+__all__ = ["CheckedState", "changed", "require"]
 
 
 def require(holds: torch.Tensor | bool, name: str, expected: str) -> None:
@@ -38,3 +40,14 @@ class CheckedState(nn.Module):
             errors.append(f"{prefix}{error}")
             return
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@contextlib.contextmanager
+def changed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """While it is open, the attribute of that name has another value."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

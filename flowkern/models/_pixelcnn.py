@@ -12,7 +12,7 @@ from .. import nn
 from .._core.checks import accumulation_dtype
 from ..nn.densities.base import as_shape, check_share, check_sizes
 from ..nn.densities.flow import _rows
-from ..nn.networks.conditioner import _check_context
+from ..nn.networks.conditioner import check_context
 from ..nn.networks.masked_conv import Window
 from ._model import DiscreteModel
 from ._registry import model
@@ -163,7 +163,7 @@ class PixelCNN(DiscreteModel):
         return torch.stack([e(v[:, c]) for c, e in enumerate(self.embeddings)]).sum(0).movedim(-1, 1)
 
     def _biases(self, n: int, context: torch.Tensor | None, condition: torch.Tensor | None) -> Biases:
-        _check_context(context, self.context, n)
+        check_context(context, self.context, n)
         expected = None if self.condition is None else (n, self.condition, *self.shape[1:])
         if (None if condition is None else tuple(condition.shape)) != expected:
             got = "none" if condition is None else tuple(condition.shape)

@@ -1,6 +1,7 @@
 """Layers of normalizing flows: bijections, base distributions, conditioner networks, and ``Flow`` that joins them."""
 
 from .bijections.actnorm import ActNorm as ActNorm
+from .bijections.autoregressive import Autoregressive as Autoregressive
 from .bijections.autoregressive import InverseAutoregressive as InverseAutoregressive
 from .bijections.autoregressive import MaskedAutoregressive as MaskedAutoregressive
 from .bijections.batch_norm import BatchNormFlow as BatchNormFlow
@@ -8,12 +9,13 @@ from .bijections.bijection import Bijection as Bijection
 from .bijections.compose import Compose as Compose
 from .bijections.coupling import AdditiveCoupling as AdditiveCoupling
 from .bijections.coupling import AffineCoupling as AffineCoupling
+from .bijections.coupling import Coupling as Coupling
+from .bijections.coupling import MixtureLogisticCoupling as MixtureLogisticCoupling
 from .bijections.glow_step import GlowStep as GlowStep
 from .bijections.glow_step import NormalizedLinear as NormalizedLinear
 from .bijections.invertible_linear import PARAMETRIZATIONS as PARAMETRIZATIONS
 from .bijections.invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
 from .bijections.invertible_linear import InvertibleLinear as InvertibleLinear
-from .bijections.mixture_coupling import MixtureLogisticCoupling as MixtureLogisticCoupling
 from .bijections.multiscale import MultiScale as MultiScale
 from .bijections.permutation import Permutation as Permutation
 from .bijections.planar import Planar as Planar
@@ -56,6 +58,14 @@ from .networks.conditioner import ResNet as ResNet
 from .networks.made import MADE as MADE
 from .networks.masked_conv import GatedMaskedConv as GatedMaskedConv
 from .networks.masked_linear import MaskedLinear as MaskedLinear
-from .quantizers.vector_quantizer import CodeUsage as CodeUsage
-from .quantizers.vector_quantizer import ResidualVectorQuantizer as ResidualVectorQuantizer
-from .quantizers.vector_quantizer import VectorQuantizer as VectorQuantizer
+from .quantizers.vector import CodeUsage as CodeUsage
+from .quantizers.vector import ResidualVectorQuantizer as ResidualVectorQuantizer
+from .quantizers.vector import VectorQuantizer as VectorQuantizer
+from .transformers.additive import Additive as Additive
+from .transformers.affine import Affine as Affine
+from .transformers.affine import GatedAffine as GatedAffine
+from .transformers.mixture_logistic import MixtureLogistic as MixtureLogistic
+from .transformers.transformer import Transformer as Transformer
+
+#: The transformers by their names; that of a class declared with a name is among them.
+TRANSFORMERS = Transformer.kinds

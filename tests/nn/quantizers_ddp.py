@@ -1,7 +1,7 @@
-"""Two processes train quantizers on their shares of batches: ``python tests/nn/vector_quantizer_ddp.py FOLDER``.
+"""Two processes train quantizers on their shares of batches: ``python tests/nn/quantizers_ddp.py FOLDER``.
 
 Each process writes its codebooks after every few steps. Not collected by pytest: processes are started by a script, which
-test_vector_quantizer.py runs.
+test_quantizers.py runs.
 """
 
 import sys

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quantizers_ddp
 import torch
-import vector_quantizer_ddp
 from flowkern.bench.subjects import vector_quantizer as bench
 
 from flowkern import nn, ops
@@ -365,12 +365,12 @@ def test_bench_refuses_another_codebook() -> None:
 
 
 def test_two_processes_have_the_codebooks_of_one(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("vector_quantizer_ddp.py")
+    script = Path(__file__).with_name("quantizers_ddp.py")
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(vector_quantizer_ddp.WORLD)]
-    for kind in vector_quantizer_ddp.KINDS:
-        joined = vector_quantizer_ddp.train(kind)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(quantizers_ddp.WORLD)]
+    for kind in quantizers_ddp.KINDS:
+        joined = quantizers_ddp.train(kind)
         assert len(joined) > 1
         for one, other, together in zip(ranks[0][kind], ranks[1][kind], joined, strict=True):
             assert_equal(one, other)

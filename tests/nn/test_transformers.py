@@ -1,17 +1,69 @@
-"""The coupling of Flow++, and the solver of its inverse."""
+"""Transformers, in couplings and in autoregressive layers: the library's and a user's own; and the solver of their inverses."""
 
 from __future__ import annotations
 
+import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
 
 from flowkern import nn
 from flowkern.nn.bijections.root import solve_increasing
-from flowkern.ops import FeatureMask
+from flowkern.ops import FeatureMask, ScaleMap
 
 K = 3
+
+
+class Sinh(nn.Transformer):
+    """A user's own: y = sinh(x exp(a) + b), written with what the documentation asks for and no more."""
+
+    params_per_feature = 2
+
+    def forward(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = (0.3 * params).unbind(-1)
+        if inverse:
+            inner = torch.asinh(x)
+            return (inner - b) * (-a).exp(), -a - inner.cosh().log()
+        inner = x * a.exp() + b
+        return inner.sinh(), a + inner.cosh().log()
+
+
+class Powered(nn.Transformer, torch.nn.Module, kind="test-powered"):
+    """Another, with a parameter of its own, and a name: y = x exp(t p)."""
+
+    params_per_feature = 1
+
+    def __init__(self, power: float = 0.5):
+        super().__init__()
+        self.power = power
+        self.log_scale = torch.nn.Parameter(torch.tensor(power))
+
+    def forward(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        logabsdet = params[..., 0] * (-self.log_scale if inverse else self.log_scale)
+        return x * logabsdet.exp(), logabsdet
+
+
+TRANSFORMERS: dict[str, Any] = {
+    "affine": nn.Affine,
+    "affine-exp": lambda: nn.Affine(ScaleMap.tanh(1.0), "shift_scale"),
+    "affine-shift-first": lambda: nn.Affine(ScaleMap.softplus(), shift_first=True),
+    "gated": nn.GatedAffine,
+    "additive": nn.Additive,
+    "mixture": lambda: nn.MixtureLogistic(K),
+    "own": Sinh,
+    "own-module": Powered,
+}
+FUSED = ("affine", "affine-exp", "affine-shift-first", "additive")
+
+#: Shape of x, split, number of moved channels.
+SPLITS: dict[str, tuple[tuple[int, ...], str | FeatureMask, int]] = {
+    "channel": ((4, 5), "channel", 2),
+    "channel_swap": ((4, 5), "channel_swap", 3),
+    "checkerboard": ((4, 2, 3, 3), "checkerboard", 2),
+    "mask": ((4, 4), FeatureMask(torch.tensor([True, False, True, True])), 3),
+}
 
 
 class _Given(torch.nn.Module):
@@ -25,39 +77,204 @@ class _Given(torch.nn.Module):
         return self.params
 
 
-def layer(shape: tuple[int, ...], split: str | FeatureMask, moved: int, scale: float = 1.0) -> nn.MixtureLogisticCoupling:
-    generator = torch.Generator().manual_seed(0)
-    params = scale * torch.randn(shape[0], (2 + 3 * K) * moved, *shape[2:], generator=generator, dtype=torch.float64)
-    return nn.MixtureLogisticCoupling(_Given(params), K, split=split)
+def coupling(transformer: nn.Transformer, split: str, scale: float = 1.0) -> tuple[nn.Coupling, torch.Tensor]:
+    """A coupling in float64 whose parameters are drawn, and an input."""
+    shape, how, moved = SPLITS[split]
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    params = scale * draw(shape[0], transformer.params_per_feature * moved, *shape[2:])
+    return nn.Coupling(_Given(params), transformer, split=how).double(), 2.0 * draw(shape)
 
 
-CASES = {
-    "channel": ((4, 5), "channel", 2),
-    "channel_swap": ((4, 5), "channel_swap", 3),
-    "checkerboard": ((4, 2, 3, 3), "checkerboard", 2),
-    "mask": ((4, 4), FeatureMask(torch.tensor([True, False, True, True])), 3),
-}
+def autoregressive(name: str, direction: str = "forward", context: int | None = None) -> tuple[nn.Autoregressive, torch.Tensor]:
+    torch.manual_seed(0)
+    how: dict[str, Any] = {"direction": direction, "activation": "tanh", "order": "random", "context": context}
+    return nn.Autoregressive(4, TRANSFORMERS[name](), (7,), **how).double(), torch.randn(3, 4, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_inverse_and_log_determinants(name: str, scale: float) -> None:
-    shape, split, moved = CASES[name]
-    coupling = layer(shape, split, moved, scale)
-    x = 2.0 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    z, logabsdet = coupling(x)
-    again, back = coupling.inverse(z)
-    torch.testing.assert_close(again, x, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(back, -logabsdet, rtol=1e-8, atol=1e-8)
-    jacobian = torch.autograd.functional.jacobian(lambda x: coupling(x)[0], x)
+def assert_inverse_and_log_determinant(layer: nn.Bijection, x: torch.Tensor, rtol: float = 1e-9) -> None:
+    z, logabsdet = layer(x)
+    again, back = layer.inverse(z)
+    torch.testing.assert_close(again, x, rtol=rtol, atol=1e-9)
+    torch.testing.assert_close(back, -logabsdet, rtol=10 * rtol, atol=1e-8)
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x)[0], x)
     for i in range(len(x)):
         block = jacobian[i].flatten(0, x.ndim - 2)[:, i].flatten(1)
         torch.testing.assert_close(logabsdet[i], torch.linalg.slogdet(block).logabsdet, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_coupling_inverse_and_log_determinant(name: str, split: str) -> None:
+    assert_inverse_and_log_determinant(*coupling(TRANSFORMERS[name](), split))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_wide_mixtures(split: str) -> None:
+    assert_inverse_and_log_determinant(*coupling(nn.MixtureLogistic(K), split, scale=4.0))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_autoregressive_inverse_and_log_determinant(name: str, direction: str) -> None:
+    layer, x = autoregressive(name, direction)
+    assert_inverse_and_log_determinant(layer, x)
+    assert (layer.network is None) == (name not in ("affine", "affine-exp", "gated"))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused_equals_the_default(name: str, split: str, inverse: bool) -> None:
+    transformer = TRANSFORMERS[name]()
+    layer, x = coupling(transformer, split)
+    arguments = x.requires_grad_(), layer.conditioner.params
+    results = []
+    for couple in (transformer.couple, functools.partial(nn.Transformer.couple, transformer)):
+        outputs = couple(*arguments, layer.split, inverse)
+        loss = (outputs[0].square().flatten(1).sum(1) + outputs[1]).sum()
+        results.append((*outputs, *torch.autograd.grad(loss, arguments)))
+    for fused, default in zip(*results, strict=True):
+        torch.testing.assert_close(fused, default)
+
+
+@pytest.mark.parametrize("name", ["affine", "affine-exp", "gated"])
+def test_the_op_equals_passes(name: str) -> None:
+    layer, x = autoregressive(name, context=2)
+    context = torch.randn(3, 2, dtype=torch.float64)
+    by_passes = copy.deepcopy(layer)
+    by_passes._network, by_passes._levels = None, [level.tolist() for level in layer.made.levels()]
+    results = []
+    for made in (layer, by_passes):
+        made.zero_grad()
+        outputs = made.inverse(x, context)
+        (outputs[0].square().sum() + outputs[1].sum()).backward()
+        results.append((*outputs, *(p.grad for p in made.parameters())))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["additive", "mixture", "own", "own-module"])
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    transformer = TRANSFORMERS[name]()
+    draw = functools.partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    x, params = draw(2, 2), draw(2, transformer.params_per_feature)
+    if isinstance(transformer, torch.nn.Module):
+        transformer.double()
+    for inverse in (False, True):
+        couple = functools.partial(transformer.couple, split="channel", inverse=inverse)
+        assert torch.autograd.gradcheck(couple, (x, params))
+        assert torch.autograd.gradgradcheck(couple, (x, params))
+    layer, x = autoregressive(name)
+    assert torch.autograd.gradcheck(layer.inverse, (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_reversible_memory(name: str, inverse: bool) -> None:
+    """One evaluation of the conditioner in the backward, and the gradients of storing."""
+    calls: list[bool] = []
+
+    class Counted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(torch.is_grad_enabled())
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    transformers = [TRANSFORMERS[name]() for _ in range(2)]
+    couplings = [
+        nn.Coupling(Counted(2, 2 * t.params_per_feature), t, split=split)
+        for t, split in zip(transformers, ("channel", "channel_swap"), strict=True)
+    ]
+    results = []
+    for memory in ("store", "reversible"):
+        compose = nn.Compose(*couplings, autoregressive(name)[0], memory=memory).double()
+        x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        compose.zero_grad()
+        calls.clear()
+        outputs = compose.inverse(x) if inverse else compose(x)
+        (outputs[0].square().sum() - outputs[1].sum()).backward()
+        results.append([*outputs, x.grad, *(p.grad.clone() for p in compose.parameters())])
+    assert calls == [False, False, True, True]
+    for stored, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, stored)
+
+
+def test_a_module_moves_and_learns_with_its_layer() -> None:
+    layer = nn.Coupling(nn.MLP(2, 2), Powered())
+    assert "transformer.log_scale" in layer.state_dict()
+    assert layer.double().transformer.log_scale.dtype is torch.float64
+    assert "Powered" in repr(layer)
+    assert "Sinh" in repr(nn.Coupling(nn.MLP(2, 4), Sinh()))
+
+
+@pytest.mark.parametrize("name", ["own", "mixture"])
+def test_own_layers_compile_in_one_graph_and_keep_float32(name: str) -> None:
+    layers = coupling(TRANSFORMERS[name](), "channel")[0].float(), autoregressive(name)[0].float()
+    for layer, x in zip(layers, (torch.randn(4, 5), torch.randn(4, 4)), strict=True):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda v, m=layer: (*m(v), *m.inverse(v)), fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(x), (*layer(x), *layer.inverse(x)), strict=True):
+            torch.testing.assert_close(a, b)
+        half = layer.bfloat16()
+        for z, logabsdet in (half(x.bfloat16()), half.inverse(x.bfloat16())):
+            assert (z.dtype, logabsdet.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_kept_pixels_of_a_checkerboard_have_no_say() -> None:
+    layer, x = coupling(Sinh(), "checkerboard")
+    expected = layer(x)
+    kept = nn.Coupling(_Given(torch.ones(4, 2, 3, 3)), nn.Additive(), split="checkerboard")(torch.zeros(4, 2, 3, 3))[0] == 0
+    with torch.no_grad():
+        layer.conditioner.params.masked_fill_(kept.repeat(1, 2, 1, 1), torch.inf)
+    z, logabsdet = layer(x.requires_grad_())
+    torch.testing.assert_close((z, logabsdet), expected)
+    (z.sum() + logabsdet.sum()).backward()
+    assert x.grad.isfinite().all()
+    assert layer.conditioner.params.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["affine-exp", "gated", "additive", "mixture"])
+def test_config_round_trip(name: str) -> None:
+    transformer = TRANSFORMERS[name]()
+    config = transformer.config()
+    assert nn.TRANSFORMERS[config["kind"]] is type(transformer)
+    assert nn.Transformer.of(config) == transformer
+    assert nn.Transformer.of(transformer) is transformer
+
+
+def test_config_of_own_transformers() -> None:
+    assert Powered(0.25).config() == {"kind": "test-powered", "power": 0.25}
+    assert nn.Transformer.of({"kind": "test-powered", "power": 0.25}).power == 0.25
+    with pytest.raises(TypeError, match=r"Sinh: it has no name to be saved by; declare it as class Sinh\(\.\.\., kind"):
+        Sinh().config()
+
+    class Unnamed(nn.Affine):
+        """Derived from one with a name, and something else."""
+
+    with pytest.raises(TypeError, match="Unnamed: it has no name"):
+        Unnamed().config()
+
+    class Forgetful(nn.Transformer, kind="test-forgetful"):
+        def __init__(self, bins: int):
+            self.widths = bins
+
+    with pytest.raises(TypeError, match="Forgetful: no attribute for the argument 'bins'"):
+        Forgetful(3).config()
+    with pytest.raises(ValueError, match="transformer: unknown kind 'spline'; expected one of 'affine'"):
+        nn.Transformer.of({"kind": "spline"})
+    with pytest.raises(TypeError, match=r"transformer: expected a Transformer or its config, .*, got 'affine'"):
+        nn.Transformer.of("affine")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'power'"):
+        nn.Transformer.of({"kind": "affine", "power": 2})
+
+
+def logistic(batch: int) -> tuple[nn.MixtureLogisticCoupling, torch.Tensor]:
+    params = torch.randn(batch, 2 + 3 * K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return nn.MixtureLogisticCoupling(_Given(params), K), torch.randn(batch, 2, dtype=torch.float64)
+
+
 def test_values_by_the_distribution_function() -> None:
-    coupling = layer((4, 2), "channel", 1)
-    x = torch.randn(4, 2, dtype=torch.float64)
+    coupling, x = logistic(4)
     raw, shift, *mixture = coupling.conditioner.params.unbind(1)
     logits, mean, raw_scales = (torch.stack(mixture[i * K : (i + 1) * K], 1) for i in range(3))
     distribution = (logits.softmax(1) * ((x[:, 1:] - mean) / coupling.scale(raw_scales)[0]).sigmoid()).sum(1)
@@ -67,22 +284,12 @@ def test_values_by_the_distribution_function() -> None:
 
 def test_far_from_every_component() -> None:
     """Where F is 0 or 1 to every bit the map is still linear, finite and invertible, in float32 too."""
-    coupling = layer((2, 2), "channel", 1).float()
+    coupling = logistic(2)[0].float()
     x = torch.tensor([[0.0, 1e4], [0.0, -1e4]])
     z, logabsdet = coupling(x)
     assert z.isfinite().all()
     assert logabsdet.isfinite().all()
     torch.testing.assert_close(coupling.inverse(z)[0], x, rtol=1e-5, atol=1e-3)
-
-
-def test_gradients_of_both_directions() -> None:
-    coupling = layer((2, 2), "channel", 1, 0.5)
-    x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
-    params = coupling.conditioner.params.detach().clone().requires_grad_()
-    for inverse in (False, True):
-        couple = functools.partial(coupling.couple, inverse=inverse)
-        assert torch.autograd.gradcheck(couple, (x, params))
-        assert torch.autograd.gradgradcheck(couple, (x, params))
 
 
 def test_trains_inside_a_flow() -> None:
@@ -139,3 +346,16 @@ def test_errors() -> None:
         nn.MixtureLogisticCoupling(torch.nn.Identity(), 0)
     with pytest.raises(ValueError, match=r"params: expected shape \(B, 11\), got \(2, 1\)"):
         nn.MixtureLogisticCoupling(torch.nn.Identity(), K)(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="gated: expected a sigmoid scale"):
+        nn.GatedAffine(ScaleMap.exp())
+    with pytest.raises(ValueError, match="layout: unknown name 'rows'"):
+        nn.Affine(layout="rows")
+    with pytest.raises(TypeError, match=r"scale: expected an ops\.ScaleMap"):
+        nn.MixtureLogistic(K, scale="tanh")
+    for build in (lambda: nn.Coupling(torch.nn.Identity(), "affine"), lambda: nn.Autoregressive(3, ScaleMap.exp())):
+        with pytest.raises(TypeError, match=r"transformer: expected an nn\.Transformer, got (str|ScaleMap)"):
+            build()
+    with pytest.raises(ValueError, match="direction: unknown name 'backward'; expected one of 'forward', 'inverse'"):
+        nn.Autoregressive(3, nn.Affine(), direction="backward")
+    with pytest.raises(NotImplementedError, match="Transformer has no forward"):
+        nn.Transformer().forward(torch.zeros(1), torch.zeros(1, 1), inverse=False)

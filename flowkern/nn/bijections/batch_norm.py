@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 
 from ..._core.checks import accumulation_dtype, check_floating
-from ..._core.state import CheckedState, require
+from ..._core.state import CheckedState, changed, require
 from .bijection import Bijection, Pair
 
 __all__ = ["BatchNormFlow"]
@@ -91,6 +93,9 @@ class BatchNormFlow(CheckedState, Bijection):
         log_scale, shift = self._affine(values, self.running_mean, self.running_variance)
         x = (values - shift.view(shape)) * (-log_scale).exp().view(shape)
         return x.to(z.dtype), (-z.shape[2:].numel() * log_scale.sum()).expand(z.shape[0])
+
+    def frozen(self) -> contextlib.AbstractContextManager[None]:
+        return changed(self, "momentum", 0.0)
 
     def extra_repr(self) -> str:
         return f"features={self.features}, momentum={self.momentum}, eps={self.eps}"

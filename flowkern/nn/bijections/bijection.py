@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
 
-__all__ = ["Bijection", "Pair", "Replay", "Run", "run"]
+__all__ = ["Bijection", "Joined", "Pair", "Replay", "Run", "run"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -63,6 +64,18 @@ class Bijection(nn.Module):
             replay.differentiate(*run(self, x, context, inverse), x)
         return x.detach()
 
+    def join(self, following: Sequence[Bijection], inverse: bool) -> Joined | None:
+        """This bijection and some of those that follow it in a ``Compose``, as one that does the same faster, or None.
+
+        ``inverse`` is the direction in which it is to run. A ``Compose`` asks once, and again when its bijections are
+        others or ``is_current`` is False. With reversible memory, and under ``torch.compile``, it runs the bijections themselves.
+        """
+        return None
+
+    def frozen(self) -> contextlib.AbstractContextManager[None]:
+        """While it is open, a forward in training mode computes the same and leaves running statistics as they are."""
+        return contextlib.nullcontext()
+
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of z without its batch dimension, for an x of that ``shape``. Raises ValueError if x does not fit."""
         return shape
@@ -71,3 +84,15 @@ class Bijection(nn.Module):
 def run(bijection: Bijection, x: torch.Tensor, context: torch.Tensor | None, inverse: bool) -> Pair:
     """The bijection's ``inverse`` or, by a call of the module, its ``forward``."""
     return bijection.inverse(x, context) if inverse else bijection(x, context)
+
+
+class Joined(Bijection):
+    """What ``Bijection.join`` makes of its neighbours ``members``: one bijection in their place, in one direction."""
+
+    def __init__(self, members: Sequence[Bijection]):
+        super().__init__()
+        self.members = (*members,)  # no ModuleList: they belong to their Compose
+
+    def is_current(self) -> bool:
+        """Whether the members are still what this was made of."""
+        return True

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from ..._core.checks import accumulation_dtype
-from .autoregressive import Chains
-from .bijection import Bijection, Pair
+from .bijection import Bijection, Joined, Pair
 from .reversible import MEMORY, Keeper, walk
 
 __all__ = ["Compose"]
@@ -19,8 +18,8 @@ __all__ = ["Compose"]
 class Compose(Bijection):
     """z = f_n(... f_2(f_1(x))); logabsdet is the sum of theirs. The inverse runs them backwards.
 
-    The context goes to each of them. Shapes as the first takes and the last gives. Autoregressive layers that follow each other,
-    permutations among them included, run their slow direction in one call of ``ops.autoregressive_inverse``.
+    The context goes to each of them. Shapes as the first takes and the last gives. Neighbours that ``join``
+    run as one: autoregressive layers and the permutations between them are one call of ``ops.autoregressive_inverse``.
 
     Args:
         memory: how gradients come about.
@@ -70,7 +69,7 @@ class Compose(Bijection):
         self.bijections = nn.ModuleList(bijections)
         self.memory, self.anchors, self.drift = memory, anchors, drift
         self._keeper = None if memory == "store" else Keeper(memory, anchors, drift)
-        self._chains = Chains()
+        self._joined: dict[bool, tuple[list[int], list[Bijection]]] = {}
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         for bijection in self.bijections:
@@ -90,11 +89,28 @@ class Compose(Bijection):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and files have no use for what can be found again.
-        return {**self.__dict__, "_chains": Chains()}
+        return {**self.__dict__, "_joined": {}}
 
     def _ordered(self, inverse: bool) -> Sequence[Bijection]:
-        bijections = self._chains.joined([*cast(Sequence[Bijection], self.bijections)], inverse)
-        return [*reversed(bijections)] if inverse else bijections
+        bijections = [*cast(Sequence[Bijection], self.bijections)]
+        if not torch.compiler.is_compiling() and any(_joins(b) for b in bijections):
+            bijections = self._with_joined(bijections, inverse)
+        return bijections[::-1] if inverse else bijections
+
+    def _with_joined(self, bijections: list[Bijection], inverse: bool) -> list[Bijection]:
+        """The bijections in the order of ``forward``, neighbours that join for this direction as one."""
+        key = [*map(id, bijections)]
+        known, found = self._joined.get(inverse, ([], []))
+        if known == key and all(b.is_current() for b in found if isinstance(b, Joined)):
+            return found
+        found, i = [], 0
+        while i < len(bijections):
+            joined = bijections[i].join(bijections[i + 1 :], inverse) if _joins(bijections[i]) else None
+            found.append(bijections[i] if joined is None else joined)
+            i += 1 if joined is None else len(joined.members)
+        if len(found) < len(bijections):
+            self._joined[inverse] = key, found
+        return found
 
     def extra_repr(self) -> str:
         return "" if self.memory == "store" else f"memory={self.memory!r}, anchors={self.anchors}, drift={self.drift}"
@@ -110,6 +126,10 @@ def _check(bijections: Sequence[Bijection], memory: str, anchors: int | None, dr
     others = [b for b in bijections if not isinstance(b, Bijection)]
     if others and memory != "store":
         raise TypeError(f"Compose: memory={memory!r} needs every layer to be a Bijection, got {type(others[0]).__name__}")
+
+
+def _joins(bijection: nn.Module) -> bool:
+    return getattr(type(bijection), "join", Bijection.join) is not Bijection.join
 
 
 def _flattened(bijection: Bijection) -> Iterator[Bijection]:

@@ -1,22 +1,24 @@
-"""Coupling layers: a conditioner reads the kept elements, an op of ``flowkern.ops`` transforms the others."""
+"""Coupling layers: a conditioner reads the kept elements, a transformer maps the others by what it returns."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
 
 from ... import ops
-from ..._core.scale_map import check_scale, named_layout
 from ..._core.split import SPLITS, FeatureMask, Split, conditioner_input
-from ...ops.parts import undo_affine_coupling
+from ..transformers.additive import Additive
+from ..transformers.affine import Affine
+from ..transformers.mixture_logistic import MixtureLogistic
+from ..transformers.transformer import Transformer, setting
 from .bijection import Bijection, Pair, Replay
 
-__all__ = ["AdditiveCoupling", "AffineCoupling"]
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "MixtureLogisticCoupling"]
 
 _SIGMOID = ops.ScaleMap.sigmoid()
+_SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 
 
 def _beside(conditioner: nn.Module, split: Split) -> Split:
@@ -27,36 +29,44 @@ def _beside(conditioner: nn.Module, split: Split) -> Split:
     return split if device == split.rank.device else copy.deepcopy(split).to(device)
 
 
-class _Coupling(Bijection):
+class Coupling(Bijection):
+    """z = transformer(x; conditioner(kept)) on the elements that ``split`` moves, z = x on the kept ones.
+
+    logabsdet is the sum of the transformer's over a sample's moved elements.
+
+    Args:
+        conditioner: any module; called as ``conditioner(kept)`` or ``conditioner(kept, context)``. ``kept`` holds the kept
+            channels, or, for a checkerboard, x with zeros at the moved pixels. It returns P M channels for M moved ones
+            (P C for a checkerboard): the first of P parameters for each, then the second, and so on.
+        transformer: an ``nn.Transformer`` with P parameters for each value.
+        split: as in ``flowkern.ops.affine_coupling``.
+
+    Shapes: x and z (B, D) or (B, C, H, W), context (B, K), logabsdet (B,) in nats.
+    Raises TypeError for another transformer, ValueError for an unknown split, and if the conditioner's output has a wrong shape.
+    """
+
     split: Split  # a FeatureMask becomes a submodule, so that it moves with .to()
 
-    def __init__(self, conditioner: nn.Module, split: Split):
+    def __init__(self, conditioner: nn.Module, transformer: Transformer, *, split: Split = "channel"):
         super().__init__()
+        if not isinstance(transformer, Transformer):
+            raise TypeError(f"transformer: expected an nn.Transformer, got {type(transformer).__name__}")
         if not isinstance(split, FeatureMask) and split not in SPLITS:
             raise ValueError(f"split: unknown {split!r}; expected a FeatureMask or one of {', '.join(map(repr, SPLITS))}")
         self.conditioner = conditioner
         self.split = _beside(conditioner, split)
+        self.transformer = transformer
 
     def condition(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """The conditioner's output for the elements that the split keeps; the same for x and for its transform."""
         kept = conditioner_input(x, self.split)
         return self.conditioner(kept) if context is None else self.conditioner(kept, context)
 
-    def couple(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
-        """The op itself, with the conditioner's output."""
-        raise NotImplementedError(f"{type(self).__name__} has no couple")
-
-    def uncouple(self, y: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, Pair]:
-        """The x, a leaf, that ``couple`` makes y of, and the result of ``couple`` as a function of x and params."""
-        x = self.couple(y, params.detach(), not inverse)[0].detach().requires_grad_()
-        with torch.enable_grad():
-            return x, self.couple(x, params, inverse)
-
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        return self.couple(x, self.condition(x, context), inverse=False)
+        return self.transformer.couple(x, self.condition(x, context), self.split, inverse=False)
 
     def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        return self.couple(z, self.condition(z, context), inverse=True)
+        return self.transformer.couple(z, self.condition(z, context), self.split, inverse=True)
 
     def backward_step(self, y: torch.Tensor, context: torch.Tensor | None, replay: Replay, inverse: bool = False) -> torch.Tensor:
         # The kept elements are the same before and after: one evaluation of the conditioner gives the inverse, and its graph
@@ -64,27 +74,28 @@ class _Coupling(Bijection):
         kept = y.detach().requires_grad_()
         with torch.enable_grad():
             params = self.condition(kept, context)
-        x, coupled = self.uncouple(y, params, inverse)
+        x, coupled = self.transformer.undo(y, params, self.split, inverse)
         replay.differentiate(*coupled, x, kept)
         return x.detach()
 
+    def extra_repr(self) -> str:
+        named = "" if isinstance(self.transformer, nn.Module) else f", transformer={self.transformer}"
+        return f"split={self.split!r}{named}"
 
-class AffineCoupling(_Coupling):
-    """z = x * s(u) + t on the elements that ``split`` transforms, z = x on the others; (u, t) = conditioner(kept).
 
-    logabsdet is the sum of log s(u) over a sample's transformed elements.
+class AffineCoupling(Coupling):
+    """``Coupling`` with ``Affine``: z = x * s(u) + t on the moved elements, (u, t) = conditioner(kept).
 
     Args:
-        conditioner: any module; called as ``conditioner(kept)`` or ``conditioner(kept, context)``. ``kept`` holds the kept
-            channels, or, for a checkerboard, x with zeros at the transformed pixels. It returns the ``params`` of
-            ``flowkern.ops.affine_coupling``: 2 M channels for M transformed ones (2 C for a checkerboard).
+        conditioner: as in ``Coupling``; it returns the ``params`` of ``flowkern.ops.affine_coupling``.
         split, scale, layout, shift_first: as in ``flowkern.ops.affine_coupling``.
 
-    Shapes: x and z (B, D) or (B, C, H, W), context (B, K), logabsdet (B,) in nats.
-    Raises ValueError for an unknown split or layout, and if the conditioner's output has a wrong shape.
+    Shapes and errors are those of ``Coupling``; TypeError for another scale and ValueError for an unknown layout besides.
 
     Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017), eq. 7 and 8.
     """
+
+    scale, layout, shift_first = map(setting, ("scale", "layout", "shift_first"))
 
     def __init__(
         self,
@@ -95,39 +106,27 @@ class AffineCoupling(_Coupling):
         layout: str = "scale_shift",
         shift_first: bool = False,
     ):
-        super().__init__(conditioner, split)
-        check_scale(scale)
-        self.scale = scale
-        self.layout = named_layout(layout).name
-        self.shift_first = shift_first
-
-    def _settings(self) -> dict[str, Any]:
-        return {"split": self.split, "scale": self.scale, "layout": self.layout, "shift_first": self.shift_first}
-
-    def couple(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
-        return ops.affine_coupling(x, params, inverse=inverse, **self._settings())
-
-    def uncouple(self, y: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, Pair]:
-        return undo_affine_coupling(y, params, inverse=inverse, **self._settings())
-
-    def extra_repr(self) -> str:
-        return f"split={self.split!r}, scale={self.scale}, layout={self.layout!r}, shift_first={self.shift_first}"
+        super().__init__(conditioner, Affine(scale, layout, shift_first), split=split)
 
 
-class AdditiveCoupling(_Coupling):
-    """z = x + conditioner(kept) on the elements that ``split`` transforms, z = x on the others; logabsdet = 0.
-
-    The conditioner returns M channels for M transformed ones (C for a checkerboard). Shapes and errors as for
-    ``AffineCoupling``.
+class AdditiveCoupling(Coupling):
+    """``Coupling`` with ``Additive``: z = x + conditioner(kept) on the moved elements; logabsdet = 0.
 
     Source: Dinh, Krueger and Bengio, "NICE: Non-linear Independent Components Estimation" (2015), eq. 4.
     """
 
     def __init__(self, conditioner: nn.Module, *, split: Split = "channel"):
-        super().__init__(conditioner, split)
+        super().__init__(conditioner, Additive(), split=split)
 
-    def couple(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
-        return ops.additive_coupling(x, params, split=self.split, inverse=inverse)
 
-    def extra_repr(self) -> str:
-        return f"split={self.split!r}"
+class MixtureLogisticCoupling(Coupling):
+    """``Coupling`` with ``MixtureLogistic`` of so many ``components``, the coupling of Flow++.
+
+    Source: Ho et al., "Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design"
+    (2019), section 3.2.
+    """
+
+    components, scale = map(setting, ("components", "scale"))
+
+    def __init__(self, conditioner: nn.Module, components: int, *, split: Split = "channel", scale: ops.ScaleMap = _SOFT_CLIP):
+        super().__init__(conditioner, MixtureLogistic(components, scale), split=split)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..._core.checks import accumulation_dtype, check_floating
-from ..networks.conditioner import _check_context
+from ..networks.conditioner import check_context
 from .bijection import Bijection, Pair
 from .root import solve_increasing
 
@@ -37,7 +37,7 @@ class _Amortized(nn.Module):
         self.context = context
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        _check_context(context, self.context, x.shape[0])
+        check_context(context, self.context, x.shape[0])
         values = self.constants[None]
         if self.conditioner is not None and context is not None:
             values = values + self.conditioner(context.to(values.dtype))

@@ -29,7 +29,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from ..._core.checks import accumulation_dtype
-from .batch_norm import BatchNormFlow
+from ..._core.state import changed
 from .bijection import Bijection, Pair, run
 from .drift import drift, evenly, spot
 
@@ -440,20 +440,13 @@ def _kept_random_state(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def _frozen_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Normalization layers normalize as they would, and leave their running statistics alone."""
-    changed: list[tuple[nn.Module, str, Any]] = []
-    for module in modules:
-        if module.training and isinstance(module, _BatchNorm) and module.track_running_stats:
-            # In training mode such a layer normalizes by its batch and knows no running statistics.
-            changed.append((module, "track_running_stats", False))
-        elif module.training and (
-            isinstance(module, BatchNormFlow) or (isinstance(module, _InstanceNorm) and module.track_running_stats)
-        ):
-            changed.append((module, "momentum", 0.0))
-    before = [(module, name, getattr(module, name)) for module, name, _ in changed]
-    try:
-        for module, name, value in changed:
-            setattr(module, name, value)
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, Bijection):
+                stack.enter_context(module.frozen())
+            elif module.training and isinstance(module, _BatchNorm) and module.track_running_stats:
+                # In training mode such a layer normalizes by its batch and knows no running statistics.
+                stack.enter_context(changed(module, "track_running_stats", False))
+            elif module.training and isinstance(module, _InstanceNorm) and module.track_running_stats:
+                stack.enter_context(changed(module, "momentum", 0.0))
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..densities.base import as_shape, check_share, check_sizes
-from .conditioner import ACTIVATIONS, _check_context, _named_activation
+from .conditioner import ACTIVATIONS, check_context, named_activation
 
 __all__ = ["ConvDecoder", "ConvEncoder", "downsampling", "upsampling"]
 
@@ -18,7 +18,7 @@ __all__ = ["ConvDecoder", "ConvEncoder", "downsampling", "upsampling"]
 class _Activation(nn.Module):
     def __init__(self, name: str):
         super().__init__()
-        self.name = _named_activation(name)
+        self.name = named_activation(name)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         return ACTIVATIONS[self.name](h)
@@ -120,7 +120,7 @@ class ConvEncoder(nn.Module):
         self.last = nn.Linear(hidden[-1] * height * width + (context or 0), out_features)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        _check_context(context, self.context, x.shape[0])
+        check_context(context, self.context, x.shape[0])
         h = self.network(x.reshape(-1, *self.shape)).flatten(1)
         return self.last(h if context is None else torch.cat([h, context.to(h.dtype)], 1))
 
@@ -158,6 +158,6 @@ class ConvDecoder(nn.Module):
         self.network = upsampling(hidden[0], hidden, maps, blocks, dropout=dropout, activation=activation)
 
     def forward(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        _check_context(context, self.context, z.shape[0])
+        check_context(context, self.context, z.shape[0])
         h = self.first(z if context is None else torch.cat([z, context.to(z.dtype)], 1))
         return self.network(h.unflatten(1, self.inner))

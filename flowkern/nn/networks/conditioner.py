@@ -17,13 +17,13 @@ __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "Parallel", "ResNet"]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {name: of for name, (of, _) in _WITH_SLOPES.items()}
 
 
-def _named_activation(name: str) -> str:
+def named_activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: unknown name {name!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
     return name
 
 
-def _check_context(context: torch.Tensor | None, size: int | None, batch: int) -> None:
+def check_context(context: torch.Tensor | None, size: int | None, batch: int) -> None:
     if size is None and context is not None:
         raise ValueError(f"context: got shape {tuple(context.shape)}, but the network was built without (context=None)")
     if size is not None and (context is None or context.shape != (batch, size)):
@@ -73,13 +73,13 @@ class MLP(nn.Module):
         widths = itertools.chain([in_features + (context or 0)], _checked(hidden), [out_features])
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.dropout = nn.Dropout(dropout)
-        self.activation = _named_activation(activation)
+        self.activation = named_activation(activation)
         self.context = context
         if zero_init:
             _zero(self.layers[-1])  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        _check_context(context, self.context, x.shape[0])
+        check_context(context, self.context, x.shape[0])
         h = x if context is None else torch.cat([x, context.to(x.dtype)], 1)
         for layer in self.layers[:-1]:
             h = self.dropout(ACTIVATIONS[self.activation](layer(h)))
@@ -143,7 +143,7 @@ class ResNet(nn.Module):
         check_sizes(in_channels=in_channels, out_channels=out_channels, hidden=hidden, context=context)
         check_sizes(0, blocks=blocks)
         check_share(dropout=dropout)
-        self.activation = _named_activation(activation)
+        self.activation = named_activation(activation)
         self.context = context
         self.first = nn.Conv2d(in_channels, hidden, 3, padding=1)
         self.blocks = nn.ModuleList(_ResidualBlock(hidden, context, activation, dropout) for _ in range(blocks))
@@ -152,7 +152,7 @@ class ResNet(nn.Module):
             _zero(self.last)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        _check_context(context, self.context, x.shape[0])
+        check_context(context, self.context, x.shape[0])
         h = self.first(x)
         for block in self.blocks:
             h = block(h, None if context is None else context.to(x.dtype))
@@ -193,7 +193,7 @@ class ConvNet(nn.Module):
         super().__init__()
         check_sizes(in_channels=in_channels, out_channels=out_channels, hidden=hidden, context=context)
         check_share(dropout=dropout)
-        self.activation = _named_activation(activation)
+        self.activation = named_activation(activation)
         self.context = context
         self.first = nn.Conv2d(in_channels, hidden, 3, padding=1)
         self.second = nn.Conv2d(hidden, hidden, 1)
@@ -204,7 +204,7 @@ class ConvNet(nn.Module):
             _zero(self.last)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        _check_context(context, self.context, x.shape[0])
+        check_context(context, self.context, x.shape[0])
         # In place: a convolution's output is read by nothing else, and its backward does not need it.
         act = torch.relu_ if self.activation == "relu" else ACTIVATIONS[self.activation]
         h = self.first(x)

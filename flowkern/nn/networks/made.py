@@ -14,7 +14,7 @@ from ... import ops
 from ..._core.checks import accumulation_dtype, host_tensor, on_host
 from ...ops.autoregressive import sweep as _autoregressive_sweep
 from ...ops.autoregressive.network import plans
-from .conditioner import ACTIVATIONS, _check_context, _named_activation
+from .conditioner import ACTIVATIONS, check_context, named_activation
 from .masked_linear import MaskedLinear
 
 __all__ = ["MADE"]
@@ -176,7 +176,7 @@ class MADE(nn.Module):
             raise ValueError("context: expected a hidden layer that it can be added to, got hidden=()")
         self.features, self.params_per_feature = features, params_per_feature
         self.hidden, self.residual, self.context = tuple(hidden), residual, context
-        self.activation = _named_activation(activation)
+        self.activation = named_activation(activation)
         seen = self._degrees(order, degrees, torch.Generator().manual_seed(seed))
         self.layers = nn.ModuleList(MaskedLinear(into, out, strict=strict) for into, out, strict in seen)
         self.context_layer = None if context is None else nn.Linear(context, hidden[0], bias=False)
@@ -258,7 +258,7 @@ class MADE(nn.Module):
         """x (B, D), context (B, C) or None -> (B, D, K) in the dtype of x. Raises ValueError for other shapes."""
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(f"x: expected shape (B, {self.features}), got {tuple(x.shape)}")
-        _check_context(context, self.context, x.shape[0])
+        check_context(context, self.context, x.shape[0])
         *hidden, last = self.layers  # iterated over: each slice of a ModuleList is a module of its own, made anew
         h = self._hidden(x, context, hidden) if hidden else x
         return last(h).unflatten(1, (self.features, self.params_per_feature))
@@ -276,7 +276,7 @@ class MADE(nn.Module):
         features into their values (n, F). Outputs and x are float64 if the parameters are, else float32. No gradients are
         recorded. Raises ValueError for a context (n, C) of a wrong shape.
         """
-        _check_context(context, self.context, n)
+        check_context(context, self.context, n)
         weights, biases = ([cast(torch.Tensor, getattr(layer, name)) for layer in self.layers] for name in ("weight", "bias"))
         (plan,) = plans(self.description().text)
         with torch.autocast(weights[0].device.type, enabled=False):

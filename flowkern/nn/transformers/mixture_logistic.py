@@ -1,84 +1,76 @@
-"""The coupling of Flow++: elements pass through the distribution function of a mixture of logistics."""
+"""The transformer of Flow++: values pass through the distribution function of a mixture of logistics."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ... import ops
-from ..._core.checks import accumulation_dtype
-from ..._core.split import Split, moved_channels, put, restrict, take
-from .bijection import Pair
-from .coupling import _Coupling
-from .root import solve_increasing
+from ..bijections.bijection import Pair
+from ..bijections.root import solve_increasing
+from .transformer import Transformer, take_scale
 
-__all__ = ["MixtureLogisticCoupling"]
+__all__ = ["MixtureLogistic"]
 
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 
 
-class MixtureLogisticCoupling(_Coupling):
-    """z = s logit(F(x)) + t on the elements that ``split`` transforms, F(x) = sum_k pi_k sigmoid((x - m_k) / s_k).
+@dataclass(frozen=True)
+class MixtureLogistic(Transformer, kind="mixture_logistic"):
+    """y = s logit(F(x)) + t for each value, F(x) = sum_k pi_k sigmoid((x - m_k) / s_k).
 
-    log|dz / dx| = log s + log f(x) - log F(x) - log(1 - F(x)) with the mixture's density f, each from sums of exponentials
-    that neither overflow nor cancel. ``inverse`` solves logit(F(x)) = (z - t) / s between the least and the largest of the
-    components' own solutions m_k + s_k (z - t) / s, on the device.
+    log|dy / dx| = log s + log f(x) - log F(x) - log(1 - F(x)) with the mixture's density f, each from sums of exponentials
+    that neither overflow nor cancel. The inverse solves logit(F(x)) = (y - t) / s between the least and the largest of the
+    components' own solutions m_k + s_k (y - t) / s, on the device.
 
     Args:
-        conditioner: as for ``AffineCoupling``; it returns (2 + 3 K) M channels for M transformed ones (C for a checkerboard):
-            raw scales, shifts, then K logits, K means and K raw log-scales for each.
-        components: K.
-        split, scale: as for ``AffineCoupling``; ``scale`` gives s. The s_k are between 1e-3 and 1e3.
+        components: K. The 2 + 3 K parameters are a raw scale, a shift, then K logits, K means and K raw log-scales.
+        scale: gives s: a ``ScaleMap``, or its fields ``{"kind", "a", "b"}``. The s_k are between 1e-3 and 1e3.
 
-    Raises ValueError for an unknown split, fewer than one component, and a conditioner's output of a wrong shape.
+    Raises ValueError for fewer than one component, TypeError for another scale.
     Source: Ho et al., "Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design"
     (2019), section 3.2.
     """
 
-    def __init__(self, conditioner: nn.Module, components: int, *, split: Split = "channel", scale: ops.ScaleMap = _SOFT_CLIP):
-        super().__init__(conditioner, split)
-        if components < 1:
-            raise ValueError(f"components: expected at least 1, got {components}")
-        self.components, self.scale = components, scale
+    components: int
+    scale: ops.ScaleMap = _SOFT_CLIP
 
-    def couple(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
-        moved = moved_channels(self.split, x.shape[1])
-        expected = ((2 + 3 * self.components) * moved, *x.shape[2:])
-        if params.shape[1:] != expected:
-            raise ValueError(f"params: expected shape (B, {', '.join(map(str, expected))}), got {tuple(params.shape)}")
-        dtype = accumulation_dtype(x, params)
-        parts = params.to(dtype).unflatten(1, (2 + 3 * self.components, moved))
-        scale, log_scale = self.scale(parts[:, 0])
-        shift, mixture = parts[:, 1], _Mixture(parts[:, 2:])
-        inner = take(x, self.split).to(dtype)
+    def __post_init__(self) -> None:
+        if self.components < 1:
+            raise ValueError(f"components: expected at least 1, got {self.components}")
+        take_scale(self)
+
+    @property
+    def params_per_feature(self) -> int:  # type: ignore[override]
+        return 2 + 3 * self.components
+
+    def forward(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
+        params = params.movedim(-1, 0)
+        scale, log_scale = self.scale(params[0])
+        shift, mixture = params[1], _Mixture(params[2:])
         if inverse:
-            inner = mixture.solve((inner - shift) / scale)
-            z, log_slope = mixture.logit(inner)
-            out, logabsdet = inner, -(log_slope + log_scale)
-        else:
-            z, log_slope = mixture.logit(inner)
-            out, logabsdet = z * scale + shift, log_slope + log_scale
-        return put(x, out.to(x.dtype), self.split), restrict(logabsdet, self.split).flatten(1).sum(1)
-
-    def extra_repr(self) -> str:
-        return f"split={self.split!r}, components={self.components}, scale={self.scale}"
+            x = mixture.solve((x - shift) / scale)
+            return x, -(mixture.logit(x)[1] + log_scale)
+        z, log_slope = mixture.logit(x)
+        return z * scale + shift, log_slope + log_scale
 
 
 class _Mixture:
-    """logit(F(x)) of mixtures of logistics, by their ``params`` (B, 3 K, M, ...)."""
+    """logit(F(x)) of mixtures of logistics, by their ``params`` (3 K, ...)."""
 
     def __init__(self, params: torch.Tensor):
-        logits, self.mean, raw = params.chunk(3, 1)
-        self.log_weight = logits.log_softmax(1)
+        logits, self.mean, raw = params.chunk(3)
+        self.log_weight = logits.log_softmax(0)
         self.scale, self.log_scale = _SOFT_CLIP(raw)
 
     def logit(self, x: torch.Tensor) -> Pair:
-        """(logit(F(x)), the logarithm of its slope) of x (B, M, ...)."""
-        t = (x.unsqueeze(1) - self.mean) / self.scale
+        """(logit(F(x)), the logarithm of its slope) of x (...)."""
+        t = (x - self.mean) / self.scale
         below, above = F.logsigmoid(t), F.logsigmoid(-t)
-        log_f = (self.log_weight + below + above - self.log_scale).logsumexp(1)
-        log_below, log_above = (self.log_weight + below).logsumexp(1), (self.log_weight + above).logsumexp(1)
+        log_f = (self.log_weight + below + above - self.log_scale).logsumexp(0)
+        log_below, log_above = (self.log_weight + below).logsumexp(0), (self.log_weight + above).logsumexp(0)
         return log_below - log_above, log_f - log_below - log_above
 
     def solve(self, z: torch.Tensor) -> torch.Tensor:
@@ -88,5 +80,5 @@ class _Mixture:
             value, log_slope = self.logit(x)
             return value - z, log_slope.exp()
 
-        candidates = (self.mean + self.scale * z.unsqueeze(1)).detach()
-        return solve_increasing(function, candidates.amin(1), candidates.amax(1))
+        candidates = (self.mean + self.scale * z).detach()
+        return solve_increasing(function, candidates.amin(0), candidates.amax(0))

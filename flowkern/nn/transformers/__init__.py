@@ -1,0 +1,1 @@
+"""What couplings and autoregressive layers do to each value."""
