@@ -90,7 +90,7 @@ def accepts(cxx: str, folder: Path, *flags: str, source: str = "int main() { ret
 
 
 def ninja_file(cxx: str, folder: Path, output: Path) -> str:
-    """The text of build.ninja: every kernel source once per instruction set, the bindings, and the link."""
+    """The text of build.ninja: every kernel source once per instruction set, what they share, and the link."""
     import pybind11
 
     # Copy loops stay loops (csrc/cpu/coupling.h says why); only gcc would turn them into calls.
@@ -116,7 +116,8 @@ def ninja_file(cxx: str, folder: Path, output: Path) -> str:
     for isa, isa_flags in ISAS.items() if x86 else [("baseline", [])]:
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             compile_one(source, f"{source.stem}.{isa}.o", [*isa_flags, f"-DFLOWKERN_ISA={isa}"])
-    compile_one(ROOT / "csrc" / "bindings.cpp", "bindings.o", includes)
+    for source in sorted((ROOT / "csrc").glob("*.cpp")):
+        compile_one(source, f"{source.stem}.o", includes)
     rules.append(f"build {escape(output)}: link {' '.join(objects)}")
     return "\n".join(rules) + "\n"
 

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <type_traits>
 
 #include "tensor.h"
 
@@ -123,9 +124,9 @@ inline bool to_dtype(dlpack::DType from, Dtype& to) {
 
 namespace pybind11::detail {
 
-template <>
-struct type_caster<flowkern::Tensor> {
-  PYBIND11_TYPE_CASTER(flowkern::Tensor, const_name("torch.Tensor | None"));
+template <class T>
+struct tensor_caster {
+  PYBIND11_TYPE_CASTER(T, const_name("torch.Tensor | None"));
 
   bool load(handle source, bool) {
     if (source.is_none()) return true;
@@ -137,13 +138,26 @@ struct type_caster<flowkern::Tensor> {
     if (view.ndim > flowkern::max_dims || !flowkern::to_dtype(view.dtype, value.dtype)) return false;
     static char nothing;  // no address means that the tensor was not given
     value.data = view.data ? static_cast<char*>(view.data) + view.byte_offset : &nothing;
-    value.dims = view.ndim;
+    value.dims = view.ndim ? view.ndim : 1;
+    value.size[0] = value.stride[0] = 1;  // 0-d: one element
     for (int i = 0; i < view.ndim; ++i) {
       value.size[i] = view.shape[i];
       value.stride[i] = view.strides[i];
     }
+    if (std::is_same_v<T, flowkern::Output> && view.ndim == 1 && view.shape[0] == 0) value.data = nullptr;
     return true;
   }
+};
+
+template <>
+struct type_caster<flowkern::Tensor> : tensor_caster<flowkern::Tensor> {};
+template <>
+struct type_caster<flowkern::Output> : tensor_caster<flowkern::Output> {};
+
+template <>
+struct type_caster<flowkern::Unused> {
+  PYBIND11_TYPE_CASTER(flowkern::Unused, const_name("object"));
+  bool load(handle, bool) { return true; }
 };
 
 }  // namespace pybind11::detail

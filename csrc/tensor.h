@@ -17,4 +17,10 @@ struct Tensor {
   int64_t stride[max_dims] = {};  // in elements
 };
 
+// A tensor that is written. One of shape (0,) is not wanted, and has no address.
+struct Output : Tensor {};
+
+// An argument of an op that its CPU kernel does not need.
+struct Unused {};
+
 }  // namespace flowkern

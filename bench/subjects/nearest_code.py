@@ -56,7 +56,7 @@ def _on(name: str, isa: str | None, pairs: bool) -> Search:
     def run(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         if isa is not None:
             backend.native.use_isa(isa)  # type: ignore[union-attr]
-        _nearest_code._PAIRS = pairs
+        backend.multiply_bfloat16 = pairs
         with flowkern.backend(name):
             return ops.nearest_code(x, codebook)[0]
 
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     common = {"threads": arguments.threads, **provenance("cpu")}
     missing = {field.name: None for field in fields(Row)} | {"against": "", "failure": ""}
-    screen, isa = _nearest_code._PAIRS, backend.native.isa() if backend.native else None
+    screen, isa = backend.multiply_bfloat16, backend.native.isa() if backend.native else None
     found = []
     try:
         for size in QUICK if arguments.quick else SIZES:
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found.append(Row(**{**missing, **common, **value}))
                 print(line(found[-1]), flush=True)
     finally:
-        _nearest_code._PAIRS = screen
+        backend.multiply_bfloat16 = screen
         if isa:
             backend.native.use_isa(isa)  # type: ignore[union-attr]
     if arguments.csv is not None:

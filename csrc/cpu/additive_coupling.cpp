@@ -32,7 +32,8 @@ void forward(const Coupling& c, const Tensor& x, const Tensor& shift, const Tens
 
 }  // namespace
 
-void additive_coupling_forward(const Coupling& c, const Tensor& x, const Tensor& shift, const Tensor& y) {
+void additive_coupling(In x, In shift, In place, int split, bool inverse, Out y, int threads) {
+  const Coupling c(x, place, shift, 1, split, inverse, threads);
   if (x.dtype == Dtype::float64 || shift.dtype == Dtype::float64) {
     forward<double>(c, x, shift, y);
   } else {

@@ -8,6 +8,16 @@ namespace flowkern {
 namespace FLOWKERN_ISA {
 namespace {
 
+struct Affine : Coupling {
+  int scale, layout;  // the positions in ScaleMap's kinds, and in flowkern.ops.LAYOUTS
+  double a, b;
+  bool shift_first;
+
+  Affine(const Tensor& x, const Tensor& place, const Tensor& params, int split, int scale, double a, double b, int layout,
+         bool shift_first, bool inverse, int threads)
+      : Coupling(x, place, params, 2, split, inverse, threads), scale(scale), layout(layout), a(a), b(b), shift_first(shift_first) {}
+};
+
 // The loops take their map as an address, so that what surrounds them is compiled once.
 template <class A, bool Inverse, bool ShiftFirst, class Map>
 A transform(const void* address, const A* x, const A* u, const A* t, A* y, int64_t n) {
@@ -95,7 +105,7 @@ Halves halves(const Tensor& p, const Affine& c) {
 }
 
 template <class A>
-void forward(const Affine& c, const Tensor& x, const Tensor& params, const Tensor& y, A* logabsdet, double* partial) {
+void forward(const Affine& c, const Tensor& x, const Tensor& params, const Tensor& y, A* logabsdet) {
   const Halves h = halves(params, c);
   const Operand moved_operands[] = {operand(x, true), h.raw, h.shift, operand(y, true)};
   const Operand kept_operands[] = {moved_operands[0], moved_operands[3]};
@@ -103,6 +113,7 @@ void forward(const Affine& c, const Tensor& x, const Tensor& params, const Tenso
   const int nests = make_nests<A>(c, true, moved_operands, 3, 4, moved);
   const int kept_nests = make_nests<A>(c, false, kept_operands, 1, 2, kept);
   const int64_t segments = segments_of(c);
+  const Buffer<double> partial(c.batch * segments);
   const auto sweep = [&](Transform<A> run, const void* map) {
     parallel_for(c.batch * segments, c.batch * c.channels * c.height * c.width, c.threads, [&](int64_t task) {
       const int64_t sample = task / segments, s = task % segments;
@@ -176,24 +187,21 @@ void backward(const Affine& c, const Tensor& grad, const Tensor& grad_logabsdet,
 
 }  // namespace
 
-int64_t affine_coupling_partials(const Affine& c) { return c.batch * segments_of(c); }
-
-void affine_coupling_forward(const Affine& c, const Tensor& x, const Tensor& params, const Tensor& y, const Tensor& logabsdet,
-                             double* partial) {
+void affine_coupling(In x, In params, In place, int split, int scale, double a, double b, int layout, bool shift_first,
+                     bool inverse, Out y, Out logabsdet, int threads) {
+  const Affine c(x, place, params, split, scale, a, b, layout, shift_first, inverse, threads);
   if (logabsdet.dtype == Dtype::float64) {
-    forward(c, x, params, y, reinterpret_cast<double*>(logabsdet.data), partial);
+    forward(c, x, params, y, reinterpret_cast<double*>(logabsdet.data));
   } else {
-    forward(c, x, params, y, reinterpret_cast<float*>(logabsdet.data), partial);
+    forward(c, x, params, y, reinterpret_cast<float*>(logabsdet.data));
   }
 }
 
-void affine_coupling_backward(const Affine& c, const Tensor& grad, const Tensor& grad_logabsdet, const Tensor& x,
-                              const Tensor& params, const Tensor& dx, const Tensor& dparams) {
-  if (x.dtype == Dtype::float64 || params.dtype == Dtype::float64) {
-    backward<double>(c, grad, grad_logabsdet, x, params, dx, dparams);
-  } else {
-    backward<float>(c, grad, grad_logabsdet, x, params, dx, dparams);
-  }
+void affine_coupling_backward(In x, In params, In grad, In grad_logabsdet, In place, int split, int scale, double a, double b,
+                              int layout, bool shift_first, bool inverse, Out dx, Out dparams, int threads) {
+  const Affine c(x, place, params, split, scale, a, b, layout, shift_first, inverse, threads);
+  const auto run = x.dtype == Dtype::float64 || params.dtype == Dtype::float64 ? backward<double> : backward<float>;
+  run(c, grad, grad_logabsdet, x, params, dx, dparams);
 }
 
 }  // namespace FLOWKERN_ISA

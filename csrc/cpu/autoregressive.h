@@ -1,7 +1,6 @@
 // An autoregressive network as the CPU's kernels read it: the plan, and the weights in the order of use.
 #pragma once
 
-#include "../autoregressive.h"
 #include "matrix.h"
 
 namespace flowkern {

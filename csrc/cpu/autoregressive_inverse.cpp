@@ -588,15 +588,14 @@ void backward(const Pull& pull, int threads) {
 
 }  // namespace
 
-void autoregressive_inverse_forward(const Autoregressive* networks, int64_t count, const Tensor& z, const Tensor& x,
-                                    const Tensor& logabsdet, int threads) {
+void autoregressive_inverse(const Autoregressive* networks, int64_t count, In z, Out x, Out logabsdet, int threads) {
   const bool wide = logabsdet.dtype == Dtype::float64;
   if (z.size[0] <= few) return (wide ? forward_few<double> : forward_few<float>)(networks, count, z, x, logabsdet);
   (wide ? forward<double> : forward<float>)(networks, count, z, x, logabsdet, threads);
 }
 
-void autoregressive_inverse_backward(const Autoregressive& network, const Tensor& grad, const Tensor& grad_log, const Tensor& x,
-                                     const Tensor& z, const Tensor& dz, const Tensor* values, const Tensor* grads, int threads) {
+void autoregressive_inverse_backward(const Autoregressive& network, In grad, In grad_log, In x, Out z, Out dz, const Tensor* values,
+                                     const Tensor* grads, int threads) {
   const Pull pull{network, grad, grad_log, x, z, dz, values, grads};
   const auto run = z.dtype == Dtype::float64 ? backward<double> : backward<float>;
   if (x.size[0]) run(pull, threads);

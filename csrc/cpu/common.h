@@ -10,7 +10,7 @@
 #include <cstring>
 #include <new>
 
-#include "../tensor.h"
+#include "../kernels.h"
 
 #ifdef _OPENMP
 #include <omp.h>

@@ -5,11 +5,47 @@
 // accumulation type: straight from memory where that is what lies there, else through small buffers.
 #pragma once
 
-#include "../coupling.h"
+#include "../checks.h"
 #include "memory.h"
 
 namespace flowkern {
 namespace FLOWKERN_ISA {
+
+// The numbers are the positions in flowkern.ops.SPLITS; a mask comes after them.
+enum class Split : int { channel = 0, channel_swap = 1, checkerboard = 2, checkerboard_swap = 3, mask = 4 };
+
+// What a coupling of x does. A mask comes as the place of each channel among the transformed ones, -1 for one that is kept;
+// `params` has `per_channel` numbers for each transformed element.
+struct Coupling {
+  int64_t batch, channels, height, width;
+  Split split;
+  bool inverse;
+  int threads;
+  const int32_t *moved = nullptr, *kept = nullptr;  // channel numbers, for Split::mask
+  int64_t moved_count = 0;
+  Buffer<int32_t> order;  // the channels that a mask transforms, and then those that it keeps
+
+  Coupling(const Tensor& x, const Tensor& place, const Tensor& params, int64_t per_channel, int split, bool inverse, int threads)
+      : batch(x.size[0]),
+        channels(x.size[1]),
+        height(x.dims >= 4 ? x.size[2] : 1),
+        width(x.dims >= 4 ? x.size[3] : 1),
+        split(static_cast<Split>(split)),
+        inverse(inverse),
+        threads(threads),
+        order(place.data ? channels : 0) {
+    if (!place.data) return;
+    check_mask(place, channels, per_channel * batch * height * width, params);
+    const auto kept_at = [&](int64_t i) { return reinterpret_cast<const int32_t*>(place.data)[i * place.stride[0]] < 0; };
+    for (int64_t i = 0; i < channels; ++i)
+      if (!kept_at(i)) order[moved_count++] = int32_t(i);
+    int64_t count = moved_count;
+    for (int64_t i = 0; i < channels; ++i)
+      if (kept_at(i)) order[count++] = int32_t(i);
+    moved = order;
+    kept = order + moved_count;
+  }
+};
 
 constexpr int max_operands = 7;
 constexpr int64_t segment = 65536;  // elements of a sample that are one task, whatever the number of threads

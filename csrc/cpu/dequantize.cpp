@@ -99,8 +99,7 @@ void run(const Tensor& v, const Philox& philox, double levels, double alpha, con
 }  // namespace
 
 // v (B, N) of uint8 or int32; x (B, N); logabsdet (B,) in the accumulation type. A negative alpha: no logit.
-void dequantize(const Tensor& v, const Tensor& seed, int64_t offset, int64_t levels, double alpha, const Tensor& x,
-                const Tensor& logabsdet, int threads) {
+void dequantize(In v, In seed, int64_t offset, int64_t levels, double alpha, Unused, Out x, Out logabsdet, int threads) {
   (logabsdet.dtype == Dtype::float64 ? run<double> : run<float>)(v, Philox(seed, offset), double(levels), alpha, x, logabsdet, threads);
 }
 

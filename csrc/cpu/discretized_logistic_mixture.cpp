@@ -312,12 +312,10 @@ void run(const Shape& s, const Tensor& x, const Tensor& params, const Tensor& gr
   }
 }
 
-}  // namespace
-
 // x (B, C, P) and grad (B,) in the dtype of log_prob (B,); params and its gradient (B, rows, P) in another or the same one. Without
 // `grad` the gradient is that of the sum, without `gradient` there is none.
-void discretized_logistic_mixture(const Tensor& x, const Tensor& params, const Tensor& grad, const Tensor& log_prob,
-                                  const Tensor& gradient, int64_t levels, bool compat, int threads) {
+void mixture(const Tensor& x, const Tensor& params, const Tensor& grad, int64_t levels, bool compat, const Tensor& log_prob,
+             const Tensor& gradient, int threads) {
   Shape s;
   s.channels = x.size[1];
   s.rows = params.size[1];
@@ -326,6 +324,17 @@ void discretized_logistic_mixture(const Tensor& x, const Tensor& params, const T
   s.last_level = double(levels - 1);
   s.compat = compat;
   (log_prob.dtype == Dtype::float64 ? run<double> : run<float>)(s, x, params, grad, log_prob, gradient, threads);
+}
+
+}  // namespace
+
+void discretized_logistic_mixture(In x, In params, int64_t levels, bool compat, Out log_prob, int threads) {
+  mixture(x, params, Tensor(), levels, compat, log_prob, Tensor(), threads);
+}
+
+void discretized_logistic_mixture_backward(In x, In params, In grad, int64_t levels, bool compat, Out log_prob, Out gradient,
+                                           int threads) {
+  mixture(x, params, grad, levels, compat, log_prob, gradient, threads);
 }
 
 }  // namespace FLOWKERN_ISA

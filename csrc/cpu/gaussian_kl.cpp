@@ -121,13 +121,11 @@ bool in_double(const Tensor& mean, const Tensor& log_scale) {
 }  // namespace
 
 // All (B, N), kl and its gradient (B,) in the accumulation type; gradients that were not given are absent.
-void gaussian_kl_forward(const Tensor& mean, const Tensor& log_scale, const Tensor& seed, int64_t offset, const Tensor& z,
-                         const Tensor& kl, int threads) {
+void gaussian_kl(In mean, In log_scale, In seed, int64_t offset, Out z, Out kl, int threads) {
   (in_double(mean, log_scale) ? forward<double> : forward<float>)(mean, log_scale, Philox(seed, offset), z, kl, threads);
 }
 
-void gaussian_kl_backward(const Tensor& mean, const Tensor& log_scale, const Tensor& seed, int64_t offset, const Tensor& grad,
-                          const Tensor& grad_kl, const Tensor& dmean, const Tensor& dlog_scale, int threads) {
+void gaussian_kl_backward(In mean, In log_scale, In seed, int64_t offset, In grad, In grad_kl, Out dmean, Out dlog_scale, int threads) {
   (in_double(mean, log_scale) ? backward<double> : backward<float>)(mean, log_scale, Philox(seed, offset), grad, grad_kl, dmean,
                                                                       dlog_scale, threads);
 }

@@ -570,16 +570,14 @@ bool in_double(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 
 }  // namespace
 
-void invertible_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& weight_inverse,
-                               const Tensor& known, const Tensor& y, const Tensor& logabsdet, const Tensor& found, bool inverse,
-                               int threads) {
+void invertible_linear(In x, In weight, In bias, In weight_inverse, In known, bool inverse, Unused, Out y, Out logabsdet, Out found,
+                       int threads) {
   const auto run = in_double(x, weight, bias) ? forward<double> : forward<float>;
   run(x, weight, bias, weight_inverse, known, y, logabsdet, found, inverse, threads);
 }
 
-void invertible_linear_backward(const Tensor& grad, const Tensor& grad_logabsdet, const Tensor& x, const Tensor& weight,
-                                const Tensor& bias, const Tensor& weight_inverse, const Tensor& dx, const Tensor& dweight,
-                                const Tensor& dbias, const Tensor& dknown, bool inverse, int threads) {
+void invertible_linear_backward(In x, In weight, In bias, In weight_inverse, In, bool inverse, Unused, Unused, In grad,
+                                In grad_logabsdet, Out dx, Out dweight, Out dbias, Out dknown, int threads) {
   const auto run = in_double(x, weight, bias) ? backward<double> : backward<float>;
   run(grad, grad_logabsdet, x, weight, bias, weight_inverse, dx, dweight, dbias, dknown, inverse, threads);
 }

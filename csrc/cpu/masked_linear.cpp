@@ -5,6 +5,7 @@
 // The vectors of y run over the batch, so that W's elements are broadcast from where they lie; those of the gradients
 // run over the inputs. Rows of little work are given to a thread together with rows of much.
 
+#include "../checks.h"
 #include "matrix.h"
 
 namespace flowkern {
@@ -422,15 +423,15 @@ bool in_double(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 
 }  // namespace
 
-void masked_linear_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach, const Tensor& rows,
-                           const Tensor& columns, const Tensor& y, int threads) {
+void masked_linear(In x, In weight, In bias, In reach, In first, In rows, In columns, Unused, Out y, int threads) {
+  check_degrees(x, weight, reach, Tensor(), rows, columns);
   const auto run = in_double(x, weight, bias) ? forward<double> : forward<float>;
-  run(x, weight, bias, Degrees(reach, Tensor(), rows, columns), y, threads);
+  if (y.size[0] && y.size[1]) run(x, weight, bias, Degrees(reach, first, rows, columns), y, threads);
 }
 
-void masked_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& reach,
-                            const Tensor& first, const Tensor& rows, const Tensor& columns, const Tensor& dx, const Tensor& dweight,
-                            const Tensor& dbias, int threads) {
+void masked_linear_backward(In grad, In x, In weight, In bias, In reach, In first, In rows, In columns, Unused, Unused, Unused,
+                            Unused, Out dx, Out dweight, Out dbias, int threads) {
+  check_degrees(x, weight, reach, first, rows, columns);
   const auto run = in_double(x, weight, bias) ? backward<double> : backward<float>;
   run(grad, x, weight, Degrees(reach, first, rows, columns), dx, dweight, dbias, threads);
 }

@@ -4,8 +4,6 @@
 // one by one. The order of every sum is that of `count`, whatever the number of threads.
 #pragma once
 
-#include <cstdlib>
-
 #include "memory.h"
 
 namespace flowkern {
@@ -50,26 +48,6 @@ template <class A>
 constexpr int64_t padded(int64_t columns) {
   return (columns + lanes<A> - 1) / lanes<A> * lanes<A>;
 }
-
-// Memory of a task, aligned to cache lines, not initialized. Throws std::bad_alloc, Python's MemoryError, if there is none.
-template <class A>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : raw_(count < most ? std::malloc(size_t(count) * sizeof(A) + 64) : nullptr) {
-    if (!raw_) throw std::bad_alloc();
-    const uintptr_t address = reinterpret_cast<uintptr_t>(raw_);
-    data_ = reinterpret_cast<A*>((address + 63) & ~uintptr_t(63));
-  }
-  ~Buffer() { std::free(raw_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator A*() const { return data_; }
-
- private:
-  static constexpr int64_t most = INT64_MAX / int64_t(sizeof(A)) - 64;
-  void* raw_;
-  A* data_;
-};
 
 // What a sum is added to: nothing, one value per row, one per column, or what stands in `out`.
 enum class Plus { nothing, rows, columns, out };

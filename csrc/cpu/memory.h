@@ -4,12 +4,34 @@
 // the next block (3-7% faster on that one, 35% slower on the first): the hardware's own prefetch knows its machine best.
 #pragma once
 
+#include <cstdlib>
+
 #include "common.h"
 
 namespace flowkern {
 namespace FLOWKERN_ISA {
 
 constexpr int64_t block = 1024;  // elements a kernel sees at a time: buffers of them stay in the first cache
+
+// Memory of a task, aligned to cache lines, not initialized. Throws std::bad_alloc, Python's MemoryError, if there is none.
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : raw_(count < most ? std::malloc(size_t(count) * sizeof(A) + 64) : nullptr) {
+    if (!raw_) throw std::bad_alloc();
+    const uintptr_t address = reinterpret_cast<uintptr_t>(raw_);
+    data_ = reinterpret_cast<A*>((address + 63) & ~uintptr_t(63));
+  }
+  ~Buffer() { std::free(raw_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator A*() const { return data_; }
+
+ private:
+  static constexpr int64_t most = INT64_MAX / int64_t(sizeof(A)) - 64;
+  void* raw_;
+  A* data_;
+};
 
 struct Operand {
   char* data = nullptr;

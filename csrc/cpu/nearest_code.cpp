@@ -591,8 +591,7 @@ bool multiplies_pairs() {
 
 }  // namespace
 
-void nearest_code_forward(const Tensor& x, const Tensor& codebook, const Tensor& index, const Tensor& sqdist, const Tensor& looked,
-                          bool cosine, bool pairs, int threads) {
+void nearest_code(In x, In codebook, bool cosine, bool pairs, Out index, Out sqdist, Out looked, int threads) {
   Matrix rows{x, cosine}, all{codebook, cosine};
   const Frame frame(all);
   frame.apply(rows);

@@ -1,6 +1,7 @@
 // W = P L U from its factors, and the backward: triangular products that skip the zeros. The formulas stand at the top of
 // flowkern/ops/_plu_weight.py.
 
+#include "../checks.h"
 #include "matrix.h"
 
 namespace flowkern {
@@ -139,15 +140,15 @@ bool in_double(const Tensor& a, const Tensor& b, const Tensor& c) {
 
 }  // namespace
 
-void plu_weight_forward(const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal, const Tensor& sign,
-                        const Tensor& permutation, const Tensor& weight, int threads) {
+void plu_weight(In lower, In upper, In log_diagonal, In sign, In permutation, Out weight, int threads) {
+  check_permutation(permutation, lower.size[0]);
   const auto run = in_double(lower, upper, log_diagonal) ? forward<double> : forward<float>;
   run(lower, upper, log_diagonal, sign, permutation, weight, threads);
 }
 
-void plu_weight_backward(const Tensor& grad, const Tensor& lower, const Tensor& upper, const Tensor& log_diagonal,
-                         const Tensor& sign, const Tensor& permutation, const Tensor& dlower, const Tensor& dupper,
-                         const Tensor& dlog_diagonal, int threads) {
+void plu_weight_backward(In grad, In lower, In upper, In log_diagonal, In sign, In permutation, Out dlower, Out dupper,
+                         Out dlog_diagonal, int threads) {
+  check_permutation(permutation, lower.size[0]);
   const auto run = in_double(lower, upper, log_diagonal) ? backward<double> : backward<float>;
   run(grad, lower, upper, log_diagonal, sign, permutation, dlower, dupper, dlog_diagonal, threads);
 }

@@ -43,6 +43,10 @@ def _load_native() -> tuple[ModuleType | None, str]:
 native, _native_reason = _load_native()
 
 
+#: Whether the extension may multiply bfloat16 where it has float32: it does where the processor can, and the result is certified.
+multiply_bfloat16 = True
+
+
 def _load_native_cuda() -> tuple[ModuleType | None, str]:
     """The compiled CUDA extension, or None and the reason. Loading it needs no GPU."""
     try:

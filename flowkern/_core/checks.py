@@ -59,9 +59,12 @@ def check_codes(name: str, index: torch.Tensor, codes: int, x: torch.Tensor, of:
             raise ValueError(f"{name}: expected codes from 0 to under {codes}, got {lowest} to {highest}")
 
 
-def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def accumulation_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 if any input is float64, else float32: the dtype of the arithmetic and of logabsdet."""
-    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def empty_as(x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from . import backend
 
 __all__ = [
+    "KERNELS",
     "LOGABSDET",
     "OPS",
     "Kernel",
@@ -30,6 +31,7 @@ __all__ = [
     "define",
     "normal",
     "observed",
+    "recording",
     "reference_differentiates",
     "reference_runs",
     "register",
@@ -70,10 +72,15 @@ def observed(arguments: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One registered torch op: its overload and what each backend runs for it."""
+    """One registered torch op: its overload, how its results are allocated, and what each backend runs for it.
+
+    ``outputs`` returns uninitialized results for the op's inputs. An implementation takes these inputs and then the results,
+    which it fills.
+    """
 
     name: str
     overload: Callable[..., Any]
+    outputs: Callable[..., Any]
     implementations: Mapping[str, Callable[..., Any]]
 
     def __call__(self, *args: Any) -> Any:
@@ -81,7 +88,13 @@ class Kernel:
 
     def run(self, *args: Any) -> Any:
         """Choose the backend on these real tensors, and run it."""
-        return self.implementations[backend.choose(self.name, self.implementations, args[:1])](*args)
+        implementation = self.implementations[backend.choose(self.name, self.implementations, args[:1])]
+        outputs = self.outputs(*args)
+        if isinstance(outputs, tuple):
+            implementation(*args, *outputs)
+        else:
+            implementation(*args, outputs)
+        return outputs
 
 
 class Law(enum.Flag):
@@ -165,6 +178,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+KERNELS: dict[str, Kernel] = {}
 
 
 def normal(device: torch.device | str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -191,31 +205,72 @@ def _lazy_triton(target: str) -> Callable[..., Any]:
     return launch
 
 
+def _native(name: str) -> Callable[..., Any]:
+    """The extension's entry of that name."""
+
+    def call(*args: Any) -> None:
+        backend.call_native(name, *args)
+
+    return call
+
+
+def _copied(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """An implementation from a function that returns its ``count`` results. A result that is None leaves its output alone."""
+
+    def fill(*args: Any) -> None:
+        with torch.no_grad():
+            results = function(*args[:-count])
+        for output, result in zip(args[-count:], results if isinstance(results, tuple) else (results,), strict=True):
+            if result is not None:
+                output.copy_(result)
+
+    return fill
+
+
 def define(
     schema: str,
     *,
-    fake: Callable[..., Any],
+    outputs: Callable[..., Any],
     torch_: Callable[..., Any],
-    cpp: Callable[..., Any],
+    fills: bool = False,
+    cpp: Callable[..., Any] | None = None,
     triton: str | None = None,
     cuda: Callable[..., Any] | None = None,
 ) -> Kernel:
-    """Register ``flowkern::<schema>`` on the CPU and CUDA keys with a fake, and return the callable.
+    """Register ``flowkern::<schema>`` on the CPU and CUDA keys, and return the callable.
 
     The backend is chosen inside the implementation, on real tensors, so a compiler never traces the choice.
+
+    Args:
+        outputs: allocates the results, for the fake and for every backend. One of shape (0,) is not wanted by anyone.
+        torch_: returns the results, from the inputs alone; or with ``fills`` is an implementation like the others.
+        cpp: the implementation on the CPU. None is the extension's entry of the op's name.
+        triton: that on a GPU, as ``"module.function"`` of flowkern.kernels.
+        cuda: that of the CUDA extension.
     """
     _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     name = schema.split("(")[0]
-    implementations = {"torch": torch_, "cpp": cpp}
+    overload = getattr(torch.ops.flowkern, name).default
+    plain = torch_ if fills else _copied(torch_, len(overload._schema.returns))
+    implementations = {"torch": plain, "cpp": cpp or _native(name)}
     if triton:
         implementations["triton"] = _lazy_triton(triton)
     if cuda:
         implementations["cuda"] = cuda
-    kernel = Kernel(name, getattr(torch.ops.flowkern, name).default, implementations)
+    kernel = KERNELS[name] = Kernel(name, overload, outputs, implementations)
     _LIBRARY.impl(name, kernel.run, "CPU")
     _LIBRARY.impl(name, kernel.run, "CUDA")
-    torch.library.register_fake(f"flowkern::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"flowkern::{name}", outputs, lib=_LIBRARY)
     return kernel
+
+
+def recording(*tensors: torch.Tensor | None) -> bool:
+    """Whether gradients are being recorded for one of these tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def transformed() -> bool:

@@ -33,7 +33,7 @@ class FeatureMask(Tables):
     for one that is not 1-D, or holds no values.
     """
 
-    rank: torch.Tensor  # (C,) int32: the place of a channel among the transformed ones, or -1 if it is kept
+    place: torch.Tensor  # (C,) int32: the place of a channel among the transformed ones, or -1 if it is kept
     moved: torch.Tensor  # indices of the transformed channels
     kept: torch.Tensor  # indices of the kept channels
 
@@ -45,15 +45,15 @@ class FeatureMask(Tables):
             raise ValueError(f"FeatureMask: expected a 1-D mask over the channels, got shape {tuple(mask.shape)}")
         on = host_tensor("FeatureMask", mask)
         with on_host():
-            rank = torch.where(on, on.cumsum(0) - 1, -1).to(torch.int32)
+            place = torch.where(on, on.cumsum(0) - 1, -1).to(torch.int32)
             moved, kept = on.nonzero().flatten(), (~on).nonzero().flatten()
         self.channels, self.moved_count = len(on), len(moved)
-        self.keep(mask.device, rank=rank, moved=moved, kept=kept)
+        self.keep(mask.device, place=place, moved=moved, kept=kept)
 
     @classmethod
-    def from_rank(cls, rank: torch.Tensor) -> FeatureMask:
-        """The mask whose ``rank`` this is."""
-        return cls(rank >= 0)
+    def from_place(cls, place: torch.Tensor) -> FeatureMask:
+        """The mask whose ``place`` this is."""
+        return cls(place >= 0)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, transformed={self.moved_count}"
@@ -67,8 +67,8 @@ def resolve(split: Split, x: torch.Tensor) -> int:
     if isinstance(split, FeatureMask):
         if split.channels != x.shape[1]:
             raise ValueError(f"split: the FeatureMask has {split.channels} channels, x has {x.shape[1]}")
-        if split.rank.device != x.device:
-            raise ValueError(f"split: the FeatureMask is on {split.rank.device}, x on {x.device}; move it with .to()")
+        if split.place.device != x.device:
+            raise ValueError(f"split: the FeatureMask is on {split.place.device}, x on {x.device}; move it with .to()")
         return len(SPLITS)
     if not isinstance(split, str):
         raise TypeError(f"split: expected a name or a FeatureMask, got {type(split).__name__}")
@@ -79,9 +79,9 @@ def resolve(split: Split, x: torch.Tensor) -> int:
     return SPLITS.index(split)
 
 
-def from_code(code: int, rank: torch.Tensor | None) -> Split:
-    """The split that the kernels know as ``code``, with the rank of its FeatureMask."""
-    return SPLITS[code] if rank is None else FeatureMask.from_rank(rank)
+def from_code(code: int, place: torch.Tensor | None) -> Split:
+    """The split that the kernels know as ``code``, with the place of its FeatureMask."""
+    return SPLITS[code] if place is None else FeatureMask.from_place(place)
 
 
 def moved_channels(split: Split, channels: int) -> int:

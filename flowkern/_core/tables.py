@@ -28,9 +28,9 @@ class Tables(nn.Module):
         """Make buffers on that device, now and later, of what these tensors on the CPU hold."""
         with on_host():
             self.numbers = {name: None if t is None else (tuple(t.tolist()), t.dtype) for name, t in tables.items()}
-        self.place(device)
+        self.make(device)
 
-    def place(self, device: torch.device) -> None:
+    def make(self, device: torch.device) -> None:
         """Make the buffers anew, on that device."""
         for name, table in self.numbers.items():
             # From numbers: a fake tensor mode makes its own of them, where it would refuse a tensor of the host's.
@@ -42,5 +42,5 @@ class Tables(nn.Module):
         super()._apply(fn, recurse)
         after = [*self.buffers(recurse=False)]
         if any(a is not b for a, b in zip(after, before, strict=True)):
-            self.place(after[0].device)
+            self.make(after[0].device)
         return self

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch, outside_autocast
-from .._core.op import Law, Op, Output, Sample, accumulated, define, normal, reference_runs, register
+from .._core.op import Law, Op, Output, Sample, accumulated, define, normal, recording, reference_runs, register
 from .._core.split import SPLITS, FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
 __all__ = ["additive_coupling"]
@@ -57,26 +56,10 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield Sample("half-state", (randn(3, 6, dtype=torch.float16), randn(3, 3)))
 
 
-def _output(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
-    return empty_as(x)
-
-
-def _torch_forward(x: torch.Tensor, shift: torch.Tensor, rank: torch.Tensor | None, split: int, inverse: bool) -> torch.Tensor:
-    return empty_as(x).copy_(reference(x, shift, split=from_code(split, rank), inverse=inverse)[0])
-
-
-def _cpp_forward(x: torch.Tensor, shift: torch.Tensor, *configuration: Any) -> torch.Tensor:
-    y = _output(x)
-    backend.call_native("additive_coupling_forward", x, shift, y, *configuration)
-    return y
-
-
 _forward = define(
-    "additive_coupling(Tensor x, Tensor shift, Tensor? rank, int split, bool inverse) -> Tensor",
-    fake=_output,
-    torch_=_torch_forward,
-    cpp=_cpp_forward,
+    "additive_coupling(Tensor x, Tensor shift, Tensor? place, int split, bool inverse) -> Tensor",
+    outputs=lambda x, *_: empty_as(x),
+    torch_=lambda x, shift, place, split, inverse: reference(x, shift, split=from_code(split, place), inverse=inverse)[0],
     triton="additive_coupling.forward",
 )
 
@@ -85,12 +68,12 @@ class _AdditiveCoupling(torch.autograd.Function):
     """Saves no tensor but a mask's indices. Its backward needs no kernel: both gradients are (parts of) the given one."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, shift: torch.Tensor, rank: torch.Tensor | None, *configuration: Any) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, shift: torch.Tensor, place: torch.Tensor | None, *configuration: Any) -> torch.Tensor:
         ctx.split, ctx.inverse, moved = configuration
         ctx.dtype = shift.dtype
         if moved is not None:
             ctx.save_for_backward(moved)
-        return _forward(x, shift, rank, ctx.split, ctx.inverse)
+        return _forward(x, shift, place, ctx.split, ctx.inverse)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -137,11 +120,11 @@ def additive_coupling(x: torch.Tensor, shift: torch.Tensor, *, split: Split = "c
         )
     if reference_runs(x):
         return reference(x, shift, split=split, inverse=inverse)
-    rank, moved = (split.rank, split.moved) if isinstance(split, FeatureMask) else (None, None)
-    if torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad):
-        y = _AdditiveCoupling.apply(x, shift, rank, code, inverse, moved)
+    place, moved = (split.place, split.moved) if isinstance(split, FeatureMask) else (None, None)
+    if recording(x, shift):
+        y = _AdditiveCoupling.apply(x, shift, place, code, inverse, moved)
     else:
-        y = _forward(x, shift, rank, code, inverse)
+        y = _forward(x, shift, place, code, inverse)
     return y, x.new_zeros(x.shape[0], dtype=accumulation_dtype(x, shift))
 
 

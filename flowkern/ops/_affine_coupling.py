@@ -18,11 +18,10 @@ logabsdet is the sum of L over a sample's transformed elements, negated for the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from .._core import backend
 from .._core.checks import (
     accumulation_dtype,
     check_floating,
@@ -32,7 +31,19 @@ from .._core.checks import (
     flatten_batch,
     outside_autocast,
 )
-from .._core.op import LOGABSDET, Law, Op, Output, Sample, define, normal, reference_differentiates, reference_runs, register
+from .._core.op import (
+    LOGABSDET,
+    Law,
+    Op,
+    Output,
+    Sample,
+    define,
+    normal,
+    recording,
+    reference_differentiates,
+    reference_runs,
+    register,
+)
 from .._core.scale_map import LAYOUTS, ScaleMap, check_scale, named_layout
 from .._core.split import FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
@@ -40,30 +51,8 @@ __all__ = ["affine_coupling"]
 
 _SIGMOID = ScaleMap.sigmoid()
 
-
-class _Configuration(NamedTuple):
-    """What a kernel needs to know besides its tensors; ``_SCHEMA`` says the same to torch."""
-
-    rank: torch.Tensor | None  # of the FeatureMask
-    split: int
-    scale: int
-    a: float
-    b: float
-    layout: int
-    shift_first: bool
-    inverse: bool
-
-    def reference_kwargs(self) -> dict[str, Any]:
-        return {
-            "split": from_code(self.split, self.rank),
-            "scale": ScaleMap.from_code(self.scale, self.a, self.b),
-            "layout": LAYOUTS[self.layout],
-            "shift_first": self.shift_first,
-            "inverse": self.inverse,
-        }
-
-
-_SCHEMA = "Tensor? rank, int split, int scale, float a, float b, int layout, bool shift_first, bool inverse"
+# What a kernel needs to know besides its tensors: ``place`` is that of the FeatureMask.
+_SCHEMA = "Tensor? place, int split, int scale, float a, float b, int layout, bool shift_first, bool inverse"
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -150,62 +139,42 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
 
 
 def _outputs(x: torch.Tensor, params: torch.Tensor, *_: Any) -> Pair:
-    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
     return empty_as(x), x.new_empty((x.shape[0],), dtype=accumulation_dtype(x, params))
 
 
-def _gradients(x: torch.Tensor, params: torch.Tensor, *_: Any) -> Pair:
-    """What the backward returns, uninitialized: the fake, and what every kernel fills."""
-    return empty_as(x), empty_as(params)
+def _settings(
+    place: torch.Tensor | None, split: int, scale: int, a: float, b: float, layout: int, shift_first: bool, inverse: bool
+) -> dict[str, Any]:
+    """The arguments of the reference that say what ``_SCHEMA`` says to kernels."""
+    return {
+        "split": from_code(split, place),
+        "scale": ScaleMap.from_code(scale, a, b),
+        "layout": LAYOUTS[layout],
+        "shift_first": shift_first,
+        "inverse": inverse,
+    }
 
 
-def _torch_forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> Pair:
-    y, logabsdet = reference(x, params, **_Configuration(*configuration).reference_kwargs())
-    return empty_as(x).copy_(y), logabsdet
-
-
-def _torch_backward(
+def _differentiate(
     x: torch.Tensor,
     params: torch.Tensor,
     grad: torch.Tensor | None,
     grad_logabsdet: torch.Tensor | None,
     *configuration: Any,
-) -> Pair:
-    kwargs = _Configuration(*configuration).reference_kwargs()
-    dx, dparams = differentiate(reference, (x.detach(), params.detach()), kwargs, (grad, grad_logabsdet))
-    return empty_as(x).copy_(dx), empty_as(params).copy_(dparams)
-
-
-def _cpp_forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> Pair:
-    y, logabsdet = _outputs(x, params)
-    backend.call_native("affine_coupling_forward", x, params, y, logabsdet, *configuration)
-    return y, logabsdet
-
-
-def _cpp_backward(
-    x: torch.Tensor,
-    params: torch.Tensor,
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
-    *configuration: Any,
-) -> Pair:
-    dx, dparams = _gradients(x, params)
-    backend.call_native("affine_coupling_backward", grad, grad_logabsdet, x, params, dx, dparams, *configuration)
-    return dx, dparams
+) -> tuple[torch.Tensor, ...]:
+    return differentiate(reference, (x, params), _settings(*configuration), (grad, grad_logabsdet))
 
 
 _forward = define(
     f"affine_coupling(Tensor x, Tensor params, {_SCHEMA}) -> (Tensor, Tensor)",
-    fake=_outputs,
-    torch_=_torch_forward,
-    cpp=_cpp_forward,
+    outputs=_outputs,
+    torch_=lambda x, params, *configuration: reference(x, params, **_settings(*configuration)),
     triton="affine_coupling.forward",
 )
 _backward = define(
     f"affine_coupling_backward(Tensor x, Tensor params, Tensor? grad, Tensor? grad_logabsdet, {_SCHEMA}) -> (Tensor, Tensor)",
-    fake=_gradients,
-    torch_=_torch_backward,
-    cpp=_cpp_backward,
+    outputs=lambda x, params, *_: (empty_as(x), empty_as(params)),
+    torch_=_differentiate,
     triton="affine_coupling.backward",
 )
 
@@ -227,13 +196,10 @@ class _AffineCoupling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
-        x, params, rank = ctx.saved_tensors
-        configuration = _Configuration(rank, *ctx.configuration)
-        if reference_differentiates(grad, grad_logabsdet):
-            grads = differentiate(reference, (x, params), configuration.reference_kwargs(), (grad, grad_logabsdet))
-        else:
-            grads = _backward(x, params, grad, grad_logabsdet, *configuration)
-        return *grads, None, *([None] * len(configuration))
+        x, params, place = ctx.saved_tensors
+        differentiated = _differentiate if reference_differentiates(grad, grad_logabsdet) else _backward
+        grads = differentiated(x, params, grad, grad_logabsdet, place, *ctx.configuration)
+        return *grads, None, None, *(None for _ in ctx.configuration)
 
 
 def affine_coupling(
@@ -285,14 +251,14 @@ def affine_coupling(
     configuration = _configuration(x, params, split, **kwargs)
     if reference_runs(x):
         return reference(x, params, split=split, **kwargs)
-    if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad):
+    if recording(x, params):
         return _AffineCoupling.apply(x, params, None, *configuration)
     return _forward(x, params, *configuration)
 
 
 def _configuration(
     x: torch.Tensor, params: torch.Tensor, split: Split, *, scale: ScaleMap, layout: str, shift_first: bool, inverse: bool
-) -> _Configuration:
+) -> tuple[Any, ...]:
     """The arguments as kernels take them. Raises ValueError if params does not fit x of shape (B, C) or (B, C, H, W)."""
     check_scale(scale)
     split_code, param_layout = resolve(split, x), named_layout(layout)
@@ -302,8 +268,8 @@ def _configuration(
             f"params: expected shape {tuple(expected)} for x of shape {tuple(x.shape)}, split {split!r} and layout {layout!r}, "
             f"got {tuple(params.shape)}"
         )
-    rank = split.rank if isinstance(split, FeatureMask) else None
-    return _Configuration(rank, split_code, scale.code, *scale.constants, param_layout.code, shift_first, inverse)
+    place = split.place if isinstance(split, FeatureMask) else None
+    return place, split_code, scale.code, *scale.constants, param_layout.code, shift_first, inverse
 
 
 def undo(y: torch.Tensor, params: torch.Tensor, *, split: Split, inverse: bool, **kwargs: Any) -> tuple[torch.Tensor, Pair]:

@@ -18,18 +18,13 @@ from collections.abc import Iterator
 
 import torch
 
-from .._core import backend
 from .._core import philox as _philox
-from .._core.checks import FLOATING
+from .._core.checks import FLOATING, accumulation_dtype
 from .._core.op import Law, Op, Output, Sample, accumulated, define, reference_runs, register
 
 __all__ = ["dequantize"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _noisy(v: torch.Tensor, seed: torch.Tensor, offset: int, dtype: torch.dtype) -> torch.Tensor:
@@ -58,7 +53,7 @@ def reference(
     offset: int = 0,
 ) -> Pair:
     """The definition in plain torch."""
-    w = _noisy(v, _philox.as_seed(seed, v.device), offset, _accumulation(dtype))
+    w = _noisy(v, _philox.as_seed(seed, v.device), offset, torch.float64 if dtype is torch.float64 else torch.float32)
     if alpha is None:
         constant = -v.shape[1:].numel() * math.log(levels)
         return _rounded_down(w / levels, dtype), w.new_full((v.shape[0],), constant)
@@ -85,30 +80,20 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield Sample("seed", (integers(3, 4),), {**kwargs, "seed": torch.tensor([5], device=device)})
 
 
-def _outputs(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, dtype: torch.dtype) -> Pair:
-    """What it returns, uninitialized: the fake, and what every kernel fills."""
-    return v.new_empty(v.shape, dtype=dtype), v.new_empty((v.shape[0],), dtype=_accumulation(dtype))
+def _outputs(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float, dtype: torch.dtype) -> Pair:
+    x = v.new_empty(v.shape, dtype=dtype)
+    return x, v.new_empty((v.shape[0],), dtype=accumulation_dtype(x))
 
 
-def _torch_forward(
-    v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, dtype: torch.dtype
-) -> Pair:
-    x, logabsdet = reference(v, seed, levels=levels, alpha=alpha, dtype=dtype, offset=offset)
-    return v.new_empty(v.shape, dtype=dtype).copy_(x), logabsdet
+def _torch_forward(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float, dtype: torch.dtype) -> Pair:
+    return reference(v, seed, levels=levels, alpha=None if alpha < 0 else alpha, dtype=dtype, offset=offset)
 
 
-def _cpp_forward(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, dtype: torch.dtype) -> Pair:
-    x, logabsdet = _outputs(v, seed, offset, levels, alpha, dtype)
-    flag = -1.0 if alpha is None else alpha
-    backend.call_native("dequantize", v.flatten(1), seed, offset, levels, flag, x.flatten(1), logabsdet)
-    return x, logabsdet
-
-
+# v is (B, N), uint8 or int32; a negative alpha stands for none.
 _forward = define(
-    "dequantize(Tensor v, Tensor seed, int offset, int levels, float? alpha, ScalarType dtype) -> (Tensor, Tensor)",
-    fake=_outputs,
+    "dequantize(Tensor v, Tensor seed, int offset, int levels, float alpha, ScalarType dtype) -> (Tensor, Tensor)",
+    outputs=_outputs,
     torch_=_torch_forward,
-    cpp=_cpp_forward,
     triton="dequantize.forward",
 )
 
@@ -162,7 +147,8 @@ def dequantize(
     if reference_runs(v):
         return reference(v, key, levels=levels, alpha=alpha, dtype=dtype, offset=offset)
     integers = v if v.dtype is torch.uint8 else v.to(torch.int32)
-    return _forward(integers, key, offset, levels, alpha, dtype)
+    x, logabsdet = _forward(integers.flatten(1), key, offset, levels, -1.0 if alpha is None else alpha, dtype)
+    return x.view(v.shape), logabsdet
 
 
 register(

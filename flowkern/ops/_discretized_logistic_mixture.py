@@ -31,7 +31,18 @@ import torch.nn.functional as F
 from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
 from .._core.mixture import log_sum, mixture_parts, per_component
-from .._core.op import Op, Output, Sample, accumulated, define, normal, reference_differentiates, reference_runs, register
+from .._core.op import (
+    Op,
+    Output,
+    Sample,
+    accumulated,
+    define,
+    normal,
+    recording,
+    reference_differentiates,
+    reference_runs,
+    register,
+)
 
 __all__ = ["discretized_logistic_mixture", "sample_discretized_logistic_mixture"]
 
@@ -111,56 +122,40 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
 
 
 def _output(x: torch.Tensor, params: torch.Tensor, *_: Any) -> torch.Tensor:
-    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
     return x.new_empty((x.shape[0],), dtype=accumulation_dtype(params))
 
 
-def _outputs(x: torch.Tensor, params: torch.Tensor, *_: Any) -> Pair:
-    """What the backward returns, uninitialized: the fake, and what every kernel fills."""
-    return _output(x, params), empty_as(params)
-
-
-def _torch_forward(x: torch.Tensor, params: torch.Tensor, levels: int, compat: bool) -> torch.Tensor:
-    return reference(x, params, levels=levels, compat=COMPAT[compat])
-
-
 def _torch_backward(x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, levels: int, compat: bool) -> Pair:
-    log_prob, gradient = _outputs(x, params)
     with torch.enable_grad():
         leaf = params.detach().requires_grad_()
-        total = reference(x, leaf, levels=levels, compat=COMPAT[compat])
-    given = torch.ones_like(total) if grad is None else grad
-    return log_prob.copy_(total.detach()), gradient.copy_(torch.autograd.grad(total, leaf, given)[0])
+        log_prob = reference(x, leaf, levels=levels, compat=COMPAT[compat])
+    given = torch.ones_like(log_prob) if grad is None else grad
+    return log_prob.detach(), torch.autograd.grad(log_prob, leaf, given)[0]
 
 
-def _run_native(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> None:
-    # Where rows of pixels do not lie one behind the other, flatten copies.
+# Where rows of pixels do not lie one behind the other, flatten copies.
+
+
+def _cpp_forward(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> None:
     backend.call_native("discretized_logistic_mixture", x.flatten(2), params.flatten(2), *rest)
 
 
-def _cpp_forward(x: torch.Tensor, params: torch.Tensor, levels: int, compat: bool) -> torch.Tensor:
-    log_prob = _output(x, params)
-    _run_native(x, params, None, log_prob, None, levels, compat)
-    return log_prob
-
-
-def _cpp_backward(x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, levels: int, compat: bool) -> Pair:
-    log_prob, gradient = _outputs(x, params)
-    _run_native(x, params, grad, log_prob, gradient.flatten(2), levels, compat)
-    return log_prob, gradient
+def _cpp_backward(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> None:
+    *rest, gradient = rest  # type: ignore[assignment]
+    backend.call_native("discretized_logistic_mixture_backward", x.flatten(2), params.flatten(2), *rest, gradient.flatten(2))
 
 
 _forward = define(
     "discretized_logistic_mixture(Tensor x, Tensor params, int levels, bool compat) -> Tensor",
-    fake=_output,
-    torch_=_torch_forward,
+    outputs=_output,
+    torch_=lambda x, params, levels, compat: reference(x, params, levels=levels, compat=COMPAT[compat]),
     cpp=_cpp_forward,
     triton="discretized_logistic_mixture.forward",
 )
 # Also what runs forward: the gradient costs little more once the values are there. Without ``grad`` it is that of the sum.
 _backward = define(
     "discretized_logistic_mixture_backward(Tensor x, Tensor params, Tensor? grad, int levels, bool compat) -> (Tensor, Tensor)",
-    fake=_outputs,
+    outputs=lambda x, params, *_: (_output(x, params), empty_as(params)),
     torch_=_torch_backward,
     cpp=_cpp_backward,
     triton="discretized_logistic_mixture.backward",
@@ -255,7 +250,7 @@ def discretized_logistic_mixture(
     if reference_runs(params):
         return reference(x, params, levels=levels, compat=compat)
     level = x.detach().to(accumulation_dtype(params))
-    if torch.is_grad_enabled() and params.requires_grad:
+    if recording(params):
         return _DiscretizedLogisticMixture.apply(level, params, levels, compat is not None)
     return _forward(level, params, levels, compat is not None)
 

@@ -20,10 +20,21 @@ from typing import Any
 
 import torch
 
-from .._core import backend
 from .._core import philox as _philox
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
-from .._core.op import Law, Op, Output, Sample, accumulated, define, normal, reference_differentiates, reference_runs, register
+from .._core.op import (
+    Law,
+    Op,
+    Output,
+    Sample,
+    accumulated,
+    define,
+    normal,
+    recording,
+    reference_differentiates,
+    reference_runs,
+    register,
+)
 
 __all__ = ["gaussian_kl"]
 
@@ -68,13 +79,7 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
 
 
 def _outputs(mean: torch.Tensor, log_scale: torch.Tensor, *_: Any) -> Pair:
-    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
     return mean.new_empty(mean.shape), mean.new_empty((mean.shape[0],), dtype=accumulation_dtype(mean, log_scale))
-
-
-def _gradients(mean: torch.Tensor, log_scale: torch.Tensor, *_: Any) -> Pair:
-    """What the backward returns, uninitialized: the fake, and what every kernel fills."""
-    return mean.new_empty(mean.shape), log_scale.new_empty(log_scale.shape)
 
 
 def _differentiate(
@@ -88,54 +93,26 @@ def _differentiate(
     return differentiate(lambda m, s: reference(m, s, seed, offset), (mean, log_scale), {}, (grad, grad_kl))
 
 
-def _torch_forward(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> Pair:
-    z, kl = reference(mean, log_scale, seed, offset)
-    return _outputs(mean, log_scale)[0].copy_(z), kl
-
-
-def _torch_backward(mean: torch.Tensor, log_scale: torch.Tensor, *rest: Any) -> Pair:
-    outputs = _gradients(mean, log_scale)
-    grads = _differentiate(mean.detach(), log_scale.detach(), *rest)
-    return outputs[0].copy_(grads[0]), outputs[1].copy_(grads[1])
-
-
-def _cpp_forward(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> Pair:
-    z, kl = _outputs(mean, log_scale)
-    backend.call_native("gaussian_kl_forward", mean.flatten(1), log_scale.flatten(1), seed, offset, z.flatten(1), kl)
-    return z, kl
-
-
-def _cpp_backward(
-    mean: torch.Tensor,
-    log_scale: torch.Tensor,
-    seed: torch.Tensor,
-    offset: int,
-    grad: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-) -> Pair:
-    dmean, dlog_scale = _gradients(mean, log_scale)
-    grad = None if grad is None else grad.flatten(1)
-    inputs, outputs = (mean.flatten(1), log_scale.flatten(1)), (dmean.flatten(1), dlog_scale.flatten(1))
-    backend.call_native("gaussian_kl_backward", *inputs, seed, offset, grad, grad_kl, *outputs)
-    return dmean, dlog_scale
-
-
+# All are (B, N), but kl and its gradient (B,).
 _INPUTS = "Tensor mean, Tensor log_scale, Tensor seed, int offset"
 
 _forward = define(
     f"gaussian_kl({_INPUTS}) -> (Tensor, Tensor)",
-    fake=_outputs,
-    torch_=_torch_forward,
-    cpp=_cpp_forward,
+    outputs=_outputs,
+    torch_=reference,
     triton="gaussian_kl.forward",
 )
 _backward = define(
     f"gaussian_kl_backward({_INPUTS}, Tensor? grad, Tensor? grad_kl) -> (Tensor, Tensor)",
-    fake=_gradients,
-    torch_=_torch_backward,
-    cpp=_cpp_backward,
+    outputs=lambda mean, log_scale, *_: (mean.new_empty(mean.shape), log_scale.new_empty(log_scale.shape)),
+    torch_=_differentiate,
     triton="gaussian_kl.backward",
 )
+
+
+def _draw(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> Pair:
+    z, kl = _forward(mean.flatten(1), log_scale.flatten(1), seed, offset)
+    return z.view(mean.shape), kl
 
 
 class _GaussianKL(torch.autograd.Function):
@@ -146,13 +123,16 @@ class _GaussianKL(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, log_scale, seed)
         ctx.offset = offset
-        return _forward(mean, log_scale, seed, offset)
+        return _draw(mean, log_scale, seed, offset)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_kl: torch.Tensor | None) -> Any:
         mean, log_scale, seed = ctx.saved_tensors
-        differentiated = _differentiate if reference_differentiates(grad, grad_kl) else _backward
-        return *differentiated(mean, log_scale, seed, ctx.offset, grad, grad_kl), None, None
+        if reference_differentiates(grad, grad_kl):
+            return *_differentiate(mean, log_scale, seed, ctx.offset, grad, grad_kl), None, None
+        flat = None if grad is None else grad.flatten(1)
+        dmean, dlog_scale = _backward(mean.flatten(1), log_scale.flatten(1), seed, ctx.offset, flat, grad_kl)
+        return dmean.view(mean.shape), dlog_scale.view(mean.shape), None, None
 
 
 def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Seed = None, offset: int = 0) -> Pair:
@@ -187,8 +167,7 @@ def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Se
     inputs = mean, log_scale, _philox.as_seed(seed, mean.device), _philox.as_offset(offset)
     if reference_runs(mean):
         return reference(*inputs)
-    recording = torch.is_grad_enabled() and (mean.requires_grad or log_scale.requires_grad)
-    return (_GaussianKL.apply if recording else _forward)(*inputs)
+    return (_GaussianKL.apply if recording(mean, log_scale) else _draw)(*inputs)
 
 
 register(

@@ -18,12 +18,11 @@ Where log|det W| is given, its gradient is n sum(l), negated for the inverse, an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .._core import backend
 from .._core.checks import (
     accumulation_dtype,
     check_floating,
@@ -41,6 +40,7 @@ from .._core.op import (
     Sample,
     define,
     normal,
+    recording,
     reference_differentiates,
     reference_runs,
     register,
@@ -52,10 +52,6 @@ __all__ = ["invertible_linear"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Quadruple = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _accumulation_dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
-    return accumulation_dtype(x, weight) if bias is None else accumulation_dtype(x, weight, bias)
 
 
 def _differentiable() -> bool:
@@ -87,7 +83,7 @@ def reference(
 
     While gradients are recorded ``weight_inverse`` is not used: the inverse is computed anew, to be differentiable.
     """
-    accumulate = _accumulation_dtype(x, weight, bias)
+    accumulate = accumulation_dtype(x, weight, bias)
     exact, moved = weight.double(), x.to(accumulate)
     shift = None if bias is None else bias.to(accumulate)
     if logabsdet is None:
@@ -147,153 +143,128 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
         yield Sample(f"known{suffix}", (randn(3, 4), known.to(dtype), randn(4)), {**values, "inverse": inverse})
 
 
-class _Configuration(NamedTuple):
-    """The arguments of the backward that are no gradients."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    weight_inverse: torch.Tensor | None  # given, or found by the forward; at least where it is used
-    known: torch.Tensor | None  # logabsdet, if it was given
-    inverse: bool
-    needs_x: bool = True
-    needs_weight: bool = True
-
-    def gradients(self, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """Those of x, weight, bias and logabsdet by autograd of the reference; differentiable where that is recorded."""
-        optional = [t for t in (self.bias, self.known) if t is not None]
-
-        def function(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> Pair:
-            given = iter(rest)
-            bias = None if self.bias is None else next(given)
-            known = None if self.known is None else next(given)
-            return reference(x, weight, bias, inverse=self.inverse, logabsdet=known)
-
-        dx, dweight, *rest = differentiate(function, (self.x, self.weight, *optional), {}, (grad, grad_logabsdet))
-        given = iter(rest)
-        return dx, dweight, *(None if t is None else next(given) for t in (self.bias, self.known))
+Optional = torch.Tensor | None
 
 
 def _outputs(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight_inverse: torch.Tensor | None,
-    known: torch.Tensor | None,
+    bias: Optional,
+    weight_inverse: Optional,
+    known: Optional,
     inverse: bool,
     invert: bool,
 ) -> Triple:
-    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
-    accumulate = _accumulation_dtype(x, weight, bias)
-    found = x.new_empty((x.shape[1], x.shape[1]) if invert else (0,), dtype=accumulate)
-    return empty_as(x), x.new_empty((x.shape[0],), dtype=accumulate), found
+    dtype = accumulation_dtype(x, weight, bias)
+    found = x.new_empty((x.shape[1], x.shape[1]) if invert else (0,), dtype=dtype)
+    return empty_as(x), x.new_empty((x.shape[0],), dtype=dtype), found
 
 
-def _gradients(*arguments: Any) -> Quadruple:
-    """What the backward returns, uninitialized: the fake, and what every kernel fills. Empty where nothing is needed."""
-    c = _Configuration(*arguments[:-2])
+def _gradients(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional,
+    weight_inverse: Optional,
+    known: Optional,
+    inverse: bool,
+    needs_x: bool,
+    needs_weight: bool,
+    *_: Any,
+) -> Quadruple:
     nothing = (0,)
     return (
-        empty_as(c.x) if c.needs_x else c.x.new_empty(nothing),
-        c.weight.new_empty(c.weight.shape if c.needs_weight else nothing),
-        c.weight.new_empty(nothing) if c.bias is None else c.bias.new_empty(c.bias.shape if c.needs_weight else nothing),
-        c.weight.new_empty(nothing) if c.known is None else c.known.new_empty(()),
+        empty_as(x) if needs_x else x.new_empty(nothing),
+        weight.new_empty(weight.shape if needs_weight else nothing),
+        weight.new_empty(nothing) if bias is None else bias.new_empty(bias.shape if needs_weight else nothing),
+        weight.new_empty(nothing) if known is None else known.new_empty(()),
     )
 
 
 def _torch_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight_inverse: torch.Tensor | None,
-    known: torch.Tensor | None,
+    bias: Optional,
+    weight_inverse: Optional,
+    known: Optional,
     inverse: bool,
     invert: bool,
-) -> Triple:
-    y, logabsdet, found = _outputs(x, weight, bias, weight_inverse, known, inverse, invert)
+) -> tuple[Optional, ...]:
+    found = None
     if invert:
-        weight_inverse = found.copy_(torch.linalg.inv_ex(weight.double())[0])
-    results = reference(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=known)
-    return y.copy_(results[0]), logabsdet.copy_(results[1]), found
+        found = torch.linalg.inv_ex(weight.double())[0].to(accumulation_dtype(x, weight, bias))
+        weight_inverse = found
+    return *reference(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=known), found
 
 
-def fill_by_logabsdet(outputs: Quadruple, c: _Configuration, grad_logabsdet: torch.Tensor | None) -> None:
-    """The gradients where y has none, which is not taken for zero: an infinite x or W^-1 would make it NaN."""
-    _, dweight, _, dknown = (out.zero_() for out in outputs)
-    if grad_logabsdet is None:
-        return
-    pixels = c.x.shape[2:].numel()
-    total = (-pixels if c.inverse else pixels) * grad_logabsdet.sum(dtype=torch.float64)
-    if c.known is not None:
-        dknown.copy_(total)
-    elif c.needs_weight:
-        assert c.weight_inverse is not None
-        dweight.copy_(total * c.weight_inverse.double().t())
-
-
-def _torch_backward(*arguments: Any) -> Quadruple:
-    *configuration, grad, grad_logabsdet = arguments
-    outputs = _gradients(*arguments)
-    detached = _Configuration(*(t.detach() if isinstance(t, torch.Tensor) else t for t in configuration))  # type: ignore[arg-type]
-    for out, value in zip(outputs, detached.gradients(grad, grad_logabsdet), strict=True):
-        if value is not None and out.shape == value.shape:
-            out.copy_(value)
-    return outputs
-
-
-def _some(t: torch.Tensor, wanted: bool) -> torch.Tensor | None:
-    return t.view(1) if wanted and t.ndim == 0 else t if wanted else None
-
-
-def _cpp_forward(
+def _differentiate(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight_inverse: torch.Tensor | None,
-    known: torch.Tensor | None,
+    bias: Optional,
+    weight_inverse: Optional,
+    known: Optional,
     inverse: bool,
-    invert: bool,
-) -> Triple:
-    y, logabsdet, found = _outputs(x, weight, bias, weight_inverse, known, inverse, invert)
-    known = None if known is None else known.view(1)
-    given = (x, weight, bias, weight_inverse, known, y, logabsdet, _some(found, invert))
-    backend.call_native("invertible_linear_forward", *given, inverse)
-    return y, logabsdet, found
+    needs_x: bool,
+    needs_weight: bool,
+    grad: Optional,
+    grad_logabsdet: Optional,
+) -> tuple[Optional, ...]:
+    """Those of x, weight, bias and logabsdet by autograd of the reference; None where there is nothing, or no need."""
 
+    def function(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> Pair:
+        given = iter(rest)
+        shift = None if bias is None else next(given)
+        return reference(x, weight, shift, inverse=inverse, logabsdet=None if known is None else next(given))
 
-def _cpp_backward(*arguments: Any) -> Quadruple:
-    *configuration, grad, grad_logabsdet = arguments
-    outputs = dx, dweight, dbias, dknown = _gradients(*arguments)
-    c = _Configuration(*configuration)
-    if grad is None:
-        fill_by_logabsdet(outputs, c, grad_logabsdet)
-        return outputs
-    filled = (
-        _some(dx, c.needs_x),
-        _some(dweight, c.needs_weight),
-        _some(dbias, c.needs_weight and c.bias is not None),
-        _some(dknown, c.known is not None),
+    optional = [t for t in (bias, known) if t is not None]
+    dx, dweight, *rest = differentiate(function, (x, weight, *optional), {}, (grad, grad_logabsdet))
+    dbias = None if bias is None else rest[0]
+    return (
+        dx if needs_x else None,
+        dweight if needs_weight else None,
+        dbias if needs_weight else None,
+        None if known is None else rest[-1],
     )
-    given = (grad, grad_logabsdet, c.x, c.weight, c.bias, c.weight_inverse, *filled)
-    backend.call_native("invertible_linear_backward", *given, c.inverse)
-    return outputs
+
+
+def _differentiate_logabsdet(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: Optional,
+    weight_inverse: Optional,
+    known: Optional,
+    inverse: bool,
+    needs_x: bool,
+    needs_weight: bool,
+    grad_logabsdet: torch.Tensor,
+) -> tuple[Optional, ...]:
+    """The gradients where y has none, which is not taken for zero: an infinite x or W^-1 would make it NaN."""
+    pixels = x.shape[2:].numel()
+    total = (-pixels if inverse else pixels) * grad_logabsdet.sum(dtype=torch.float64)
+    dweight = torch.zeros_like(weight) if needs_weight else None
+    if known is None and dweight is not None:
+        assert weight_inverse is not None
+        dweight.copy_(total * weight_inverse.double().t())
+    return (
+        torch.zeros_like(x) if needs_x else None,
+        dweight,
+        torch.zeros_like(bias) if needs_weight and bias is not None else None,
+        None if known is None else total.to(known.dtype),
+    )
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? weight_inverse, Tensor? logabsdet, bool inverse"
 
 _forward = define(
     f"invertible_linear({_INPUTS}, bool invert) -> (Tensor, Tensor, Tensor)",
-    fake=_outputs,
+    outputs=_outputs,
     torch_=_torch_forward,
-    cpp=_cpp_forward,
     triton="invertible_linear.forward",
 )
 _backward = define(
-    f"invertible_linear_backward({_INPUTS}, bool needs_x, bool needs_weight, Tensor? grad, Tensor? grad_logabsdet)"
+    f"invertible_linear_backward({_INPUTS}, bool needs_x, bool needs_weight, Tensor grad, Tensor? grad_logabsdet)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_gradients,
-    torch_=_torch_backward,
-    cpp=_cpp_backward,
+    outputs=_gradients,
+    torch_=_differentiate,
     triton="invertible_linear.backward",
 )
 
@@ -329,21 +300,18 @@ class _InvertibleLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
-        configuration = _Configuration(*ctx.saved_tensors, *ctx.flags)
+        arguments: tuple[Any, ...] = (*ctx.saved_tensors, *ctx.flags)
+        bias, _, known = ctx.saved_tensors[2:]
+        _, needs_x, needs_weight = ctx.flags
         if reference_differentiates(grad, grad_logabsdet):
-            dx, dweight, dbias, dknown = configuration.gradients(grad, grad_logabsdet)
+            grads = _differentiate(*(*arguments, grad, grad_logabsdet))
+        elif grad is None:
+            grads = (None,) * 4 if grad_logabsdet is None else _differentiate_logabsdet(*(*arguments, grad_logabsdet))
         else:
-            dx, dweight, dbias, dknown = _backward(*configuration, grad, grad_logabsdet)
-        weighted = configuration.needs_weight
-        return (
-            dx if configuration.needs_x else None,
-            dweight if weighted else None,
-            dbias if weighted and configuration.bias is not None else None,
-            None,
-            None if configuration.known is None else dknown,
-            None,
-            None,
-        )
+            grads = _backward(*arguments, grad, grad_logabsdet)
+        wanted = needs_x, needs_weight, needs_weight and bias is not None, known is not None
+        dx, dweight, dbias, dknown = (g if there else None for g, there in zip(grads, wanted, strict=True))
+        return dx, dweight, dbias, None, dknown, None, None
 
 
 def _check(name: str, value: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
@@ -407,7 +375,7 @@ def invertible_linear(
     if reference_runs(x) or channels == 0:
         return reference(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=logabsdet)
     weight_inverse = None if weight_inverse is None else weight_inverse.detach()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, logabsdet)):
+    if recording(x, weight, bias, logabsdet):
         return _InvertibleLinear.apply(x, weight, bias, weight_inverse, logabsdet, inverse, None)
     invert = inverse and weight_inverse is None
     return _forward(x, weight, bias, weight_inverse, logabsdet, inverse, invert)[:2]

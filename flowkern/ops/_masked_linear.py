@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .._core import backend
 from .._core.checks import (
     accumulation_dtype,
     check_floating,
@@ -30,7 +29,19 @@ from .._core.checks import (
     on_host,
     outside_autocast,
 )
-from .._core.op import Law, Op, Output, Sample, define, normal, reference_differentiates, reference_runs, register, transformed
+from .._core.op import (
+    Law,
+    Op,
+    Output,
+    Sample,
+    define,
+    normal,
+    recording,
+    reference_differentiates,
+    reference_runs,
+    register,
+    transformed,
+)
 from .._core.tables import Tables
 
 __all__ = ["DegreeMask", "masked_linear"]
@@ -110,8 +121,8 @@ class DegreeMask(Tables):
         self.panels = _panels(ends) if self.sorted and len(out) * len(into) >= _PANELS_FROM else ()
         self.keep(out_degrees.device, **tables)
 
-    def place(self, device: torch.device) -> None:
-        super().place(device)
+    def make(self, device: torch.device) -> None:
+        super().make(device)
         # What the registered ops take of a mask: a plain attribute, which is found ten times faster than a buffer.
         self.indices: tuple[Any, ...] = self.reach, self.first, self.rows, self.columns, self.panels
 
@@ -139,10 +150,6 @@ def _dense(reach: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor
     return place < ends[:, None]
 
 
-def _accumulation_dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.dtype:
-    return accumulation_dtype(x, weight) if bias is None else accumulation_dtype(x, weight, bias)
-
-
 @outside_autocast
 def _reference(
     x: torch.Tensor,
@@ -154,7 +161,7 @@ def _reference(
     columns: torch.Tensor | None,
     panels: tuple[int, ...],
 ) -> torch.Tensor:
-    dtype = _accumulation_dtype(x, weight, bias)
+    dtype = accumulation_dtype(x, weight, bias)
     masked = torch.where(_dense(reach, rows, columns, weight.shape[1]), weight.to(dtype), 0.0)
     return F.linear(x.to(dtype), masked, None if bias is None else bias.to(dtype)).to(x.dtype)
 
@@ -197,7 +204,6 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
 
 
 def _output(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
-    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -215,7 +221,6 @@ def _gradients(
     needs_weight: bool,
     needs_bias: bool,
 ) -> Triple:
-    """What the backward returns, uninitialized: the fake, and what every kernel fills. Empty where nothing is needed."""
     nothing = (0,)
     like = weight if bias is None else bias
     return (
@@ -235,12 +240,13 @@ def _each_panel(panels: tuple[int, ...], reach: torch.Tensor) -> Any:
         start = end
 
 
-def _torch_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any) -> torch.Tensor:
-    y = _output(x, weight)
+def _torch_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> None:
+    *mask, y = rest
     reach, *_, panels = mask
-    dtype = _accumulation_dtype(x, weight, bias)
+    dtype = accumulation_dtype(x, weight, bias)
     if not panels:
-        return y.copy_(_reference(x, weight, bias, *mask))
+        y.copy_(_reference(x, weight, bias, *mask))
+        return
     result = y if y.dtype is dtype else y.to(dtype)
     x, weight = x.to(dtype), weight.to(dtype)
     shift = x.new_zeros(len(weight)) if bias is None else bias.to(dtype)
@@ -248,71 +254,48 @@ def _torch_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         part = result[:, rows]
         torch.addmm(shift[rows], x[:, whole], weight[rows, whole].t(), out=part)
         part.addmm_(x[:, some], torch.where(seen, weight[rows, some], 0.0).t())
-    return y if result is y else y.copy_(result)
+    if result is not y:
+        y.copy_(result)
 
 
-def _torch_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Triple:
-    *mask, needs_x, needs_weight, needs_bias = rest
-    outputs = dx, dweight, dbias = _gradients(grad, x, weight, bias, *mask, needs_x, needs_weight, needs_bias)  # type: ignore[call-arg]
-    dtype = _accumulation_dtype(x, weight, bias)
-    if needs_bias:
-        dbias.copy_(grad.sum(0, dtype=dtype))
-    reach, _, rows, columns, panels = mask
+def _torch_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor | None, ...]:
+    reach, _, rows, columns, panels, needs_x, needs_weight, needs_bias = rest
+    dtype = accumulation_dtype(x, weight, bias)
+    dbias = grad.sum(0, dtype=dtype) if needs_bias else None
     grad, x, weight = grad.to(dtype), x.to(dtype), weight.to(dtype)
     if not panels:
         seen = _dense(reach, rows, columns, weight.shape[1])
-        if needs_x:
-            dx.copy_(grad @ torch.where(seen, weight, 0.0))
-        if needs_weight:
-            dweight.copy_(torch.where(seen, grad.t() @ x, 0.0))
-        return outputs
-    by_x = torch.zeros_like(x) if needs_x else dx
-    by_weight = torch.zeros_like(weight) if needs_weight else dweight
+        dx = grad @ torch.where(seen, weight, 0.0) if needs_x else None
+        return dx, torch.where(seen, grad.t() @ x, 0.0) if needs_weight else None, dbias
+    dx = torch.zeros_like(x) if needs_x else None
+    dweight = torch.zeros_like(weight) if needs_weight else None
     for own, whole, some, visible in _each_panel(panels, reach):
         g = grad[:, own]
-        if needs_x:
-            by_x[:, whole].addmm_(g, weight[own, whole])
-            by_x[:, some].addmm_(g, torch.where(visible, weight[own, some], 0.0))
-        if needs_weight:
-            by_weight[own, whole].addmm_(g.t(), x[:, whole], beta=0)
-            by_weight[own, some] = torch.where(visible, g.t() @ x[:, some], 0.0)
-    if needs_x:
-        dx.copy_(by_x)
-    if needs_weight:
-        dweight.copy_(by_weight)
-    return outputs
-
-
-def _cpp_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any) -> torch.Tensor:
-    y = _output(x, weight)
-    if y.numel():
-        reach, _, rows, columns, _ = mask
-        backend.call_native("masked_linear_forward", x, weight, bias, reach, rows, columns, y)
-    return y
-
-
-def _cpp_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Triple:
-    outputs = _gradients(grad, x, weight, bias, *rest)
-    filled = (out if needed else None for out, needed in zip(outputs, rest[-3:], strict=True))
-    backend.call_native("masked_linear_backward", grad, x, weight, bias, *rest[:4], *filled)
-    return outputs
+        if dx is not None:
+            dx[:, whole].addmm_(g, weight[own, whole])
+            dx[:, some].addmm_(g, torch.where(visible, weight[own, some], 0.0))
+        if dweight is not None:
+            dweight[own, whole].addmm_(g.t(), x[:, whole], beta=0)
+            dweight[own, some] = torch.where(visible, g.t() @ x[:, some], 0.0)
+    return dx, dweight, dbias
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor reach, Tensor first, Tensor? rows, Tensor? columns, int[] panels"
 
 _forward = define(
     f"masked_linear({_INPUTS}) -> Tensor",
-    fake=_output,
+    outputs=_output,
     torch_=_torch_forward,
-    cpp=_cpp_forward,
+    fills=True,
     triton="masked_linear.forward",
 )
 _backward = define(
     f"masked_linear_backward(Tensor grad, {_INPUTS}, bool needs_x, bool needs_weight, bool needs_bias)"
     " -> (Tensor, Tensor, Tensor)",
-    fake=_gradients,
+    outputs=_gradients,
     torch_=_torch_backward,
-    cpp=_cpp_backward,
     triton="masked_linear.backward",
 )
 
@@ -420,7 +403,7 @@ def masked_linear(
         return y.view(*x.shape[:-1], mask.out_features)
     if reference_runs(x) and not (mask.panels and _panels_run(x)):
         return _reference(x, weight, bias, *mask.indices)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if recording(x, weight, bias):
         return _MaskedLinear.apply(x, weight, bias, mask.indices)
     return _forward(x, weight, bias, *mask.indices)
 

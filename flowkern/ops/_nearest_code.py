@@ -43,9 +43,6 @@ _SAMPLED = 15
 # The definition's own rounding of a distance, far below this by |x|^2 + |c|^2.
 _OWN = 2.0**-45
 
-# The extension screens in bfloat16 where the processor multiplies that.
-_PAIRS = True
-
 
 # --- the definition ---
 
@@ -130,7 +127,6 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
 
 
 def _outputs(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
-    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
     rows = x.shape[:1]
     return (
         x.new_empty(rows, dtype=torch.int64),
@@ -252,11 +248,12 @@ def _candidates(scores: torch.Tensor, norms: torch.Tensor, screen: _Screen) -> t
 
 
 @outside_autocast
-def _torch_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
-    index, sqdist, looked = _outputs(x, codebook, cosine)
+def _torch_forward(
+    x: torch.Tensor, codebook: torch.Tensor, cosine: bool, index: torch.Tensor, sqdist: torch.Tensor, looked: torch.Tensor
+) -> None:
     looked.zero_()
     if not len(x):
-        return index, sqdist, looked
+        return
     screen = _Screen(x, codebook, cosine)
     width = len(screen.slope) * _TILE
     rows = min(len(x), max(_FEWEST_ROWS, _SCORES // width))
@@ -276,20 +273,14 @@ def _torch_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Tri
             looked += (row.bincount(minlength=len(exact)) > 1).sum()
         index[own], d = _decide(exact, screen, row, code, alone)
         sqdist[own] = d if finite is None else torch.where(finite, d, _largest(x[own]).double())
-    return index, sqdist, looked
-
-
-def _cpp_forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
-    outputs = index, sqdist, looked = _outputs(x, codebook, cosine)
-    backend.call_native("nearest_code_forward", x, codebook, index, sqdist, looked, cosine, _PAIRS)
-    return outputs
 
 
 _forward = define(
     "nearest_code(Tensor x, Tensor codebook, bool cosine) -> (Tensor index, Tensor sqdist, Tensor looked)",
-    fake=_outputs,
+    outputs=_outputs,
     torch_=_torch_forward,
-    cpp=_cpp_forward,
+    fills=True,
+    cpp=lambda *args: backend.call_native("nearest_code", *args[:3], backend.multiply_bfloat16, *args[3:]),
     triton="nearest_code.forward",
 )
 

@@ -20,14 +20,23 @@ from typing import Any
 
 import torch
 
-from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
-from .._core.op import Op, Output, Sample, accumulated, define, normal, reference_differentiates, reference_runs, register
+from .._core.op import (
+    Op,
+    Output,
+    Sample,
+    accumulated,
+    define,
+    normal,
+    recording,
+    reference_differentiates,
+    reference_runs,
+    register,
+)
 
 __all__ = ["compact_plu", "plu_weight"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @outside_autocast
@@ -59,35 +68,7 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
 
 
 def _output(lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, *_: Any) -> torch.Tensor:
-    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
     return lower.new_empty(lower.shape, dtype=accumulation_dtype(lower, upper, log_diagonal))
-
-
-def _gradients(grad: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, *_: Any) -> Triple:
-    """What the backward returns, uninitialized: the fake, and what every kernel fills."""
-    return empty_as(lower), empty_as(upper), empty_as(log_diagonal)
-
-
-def _torch_forward(*factors: torch.Tensor) -> torch.Tensor:
-    return reference(*factors)
-
-
-def _torch_backward(grad: torch.Tensor, *factors: torch.Tensor) -> Triple:
-    outputs = _gradients(grad, *factors)
-    grads = _differentiate(grad, *(f.detach() for f in factors))
-    return tuple(out.copy_(g) for out, g in zip(outputs, grads, strict=True))  # type: ignore[return-value]
-
-
-def _cpp_forward(*factors: torch.Tensor) -> torch.Tensor:
-    weight = _output(*factors)
-    backend.call_native("plu_weight_forward", *factors, weight)
-    return weight
-
-
-def _cpp_backward(grad: torch.Tensor, *factors: torch.Tensor) -> Triple:
-    outputs = _gradients(grad, *factors)
-    backend.call_native("plu_weight_backward", grad, *factors, *outputs)
-    return outputs
 
 
 def _differentiate(grad: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -103,16 +84,14 @@ _FACTORS = "Tensor lower, Tensor upper, Tensor log_diagonal, Tensor sign, Tensor
 
 _forward = define(
     f"plu_weight({_FACTORS}) -> Tensor",
-    fake=_output,
-    torch_=_torch_forward,
-    cpp=_cpp_forward,
+    outputs=_output,
+    torch_=reference,
     triton="plu_weight.forward",
 )
 _backward = define(
     f"plu_weight_backward(Tensor grad, {_FACTORS}) -> (Tensor, Tensor, Tensor)",
-    fake=_gradients,
-    torch_=_torch_backward,
-    cpp=_cpp_backward,
+    outputs=lambda grad, lower, upper, log_diagonal, *_: (empty_as(lower), empty_as(upper), empty_as(log_diagonal)),
+    torch_=_differentiate,
     triton="plu_weight.backward",
 )
 
@@ -171,8 +150,7 @@ def plu_weight(
     factors = lower, upper, log_diagonal, sign, permutation
     if reference_runs(lower):
         return reference(*factors)
-    recording = torch.is_grad_enabled() and any(f.requires_grad for f in factors[:3])
-    return (_PLUWeight.apply if recording else _forward)(*factors)
+    return (_PLUWeight.apply if recording(*factors[:3]) else _forward)(*factors)
 
 
 register(
@@ -215,7 +193,7 @@ def compact_plu(lu: torch.Tensor, sign: torch.Tensor, permutation: torch.Tensor)
 
     All in the dtype of lu, which is float32 or float64.
     """
-    if torch.compiler.is_compiling() or reference_runs(lu) or not (torch.is_grad_enabled() and lu.requires_grad):
+    if torch.compiler.is_compiling() or reference_runs(lu) or not recording(lu):
         log_diagonal = lu.diagonal()
         # Dynamo refuses one tensor as two inputs of an autograd Function.
         upper = lu.view_as(lu) if torch.compiler.is_compiling() else lu

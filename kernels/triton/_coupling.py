@@ -19,17 +19,17 @@ from flowkern._core.split import SPLITS, moved_channels
 __all__ = [
     "DTYPES",
     "FORMS",
+    "Grid",
     "Launch",
-    "Plan",
     "Strides",
     "example",
     "example_split",
+    "grid",
     "keeps",
     "load_pair",
     "load_samples",
     "locate",
     "param_strides",
-    "plan",
     "sample_strides",
     "store_pair",
     "tile",
@@ -69,7 +69,7 @@ def keeps(i_tile, N, H, W, kept, SPLIT: tl.constexpr, ELEMENTS: tl.constexpr, WI
 
 
 @triton.jit
-def locate(n, m_n, C, H, W, kept, p_rank, SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def locate(n, m_n, C, H, W, kept, p_place, SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     # Of element n: its coordinates (c, h, w), whether it is transformed, and its channel's place among those that are.
     if CHANNELS_LAST:
         pixel = n // C
@@ -80,18 +80,18 @@ def locate(n, m_n, C, H, W, kept, p_rank, SPLIT: tl.constexpr, CHANNELS_LAST: tl
         c = line // H
         h, w = line - c * H, n - line * W
     if SPLIT == "channel":
-        m_moved, rank = c >= kept, c - kept
+        m_moved, place = c >= kept, c - kept
     elif SPLIT == "channel_swap":
-        m_moved, rank = c < kept, c
+        m_moved, place = c < kept, c
     elif SPLIT == "checkerboard":
-        m_moved, rank = ((h + w) & 1) == 1, c
+        m_moved, place = ((h + w) & 1) == 1, c
     elif SPLIT == "checkerboard_swap":
-        m_moved, rank = ((h + w) & 1) == 0, c
+        m_moved, place = ((h + w) & 1) == 0, c
     else:
         tl.static_assert(SPLIT == "mask")
-        rank = tl.load(p_rank + c, mask=m_n, other=-1)
-        m_moved = (rank >= 0) & (rank < C - kept)  # whatever the table holds, it is a place among the parameters
-    return c, h, w, m_n & m_moved, rank
+        place = tl.load(p_place + c, mask=m_n, other=-1)
+        m_moved = (place >= 0) & (place < C - kept)  # whatever the table holds, it is a place among the parameters
+    return c, h, w, m_n & m_moved, place
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def store_pair(p, distance, scale, shift, mask, ADJACENT: tl.constexpr, SCALE_FI
 Strides = tuple[int, ...]
 
 
-class Plan(NamedTuple):
+class Grid(NamedTuple):
     """How to launch a coupling kernel on tensors of certain shapes and strides."""
 
     programs: int
@@ -133,19 +133,19 @@ class Launch(NamedTuple):
 
     kernel: Any
     tensors: tuple[Any, ...]  # or None
-    plan: Plan
+    grid: Grid
 
     def arguments(self) -> tuple[Any, ...]:
         """The kernel's positional arguments."""
-        return *self.tensors, *self.plan.integers
+        return *self.tensors, *self.grid.integers
 
     def keywords(self) -> dict[str, Any]:
         """The kernel's constants, and options of the compiler."""
-        return self.plan.keywords
+        return self.grid.keywords
 
     def run(self) -> None:
         with torch.cuda.device_of(next(t for t in self.tensors if t is not None)):
-            self.kernel[(self.plan.programs,)](*self.arguments(), **self.plan.keywords)
+            self.kernel[(self.grid.programs,)](*self.arguments(), **self.grid.keywords)
 
 
 def sample_strides(strides: Strides) -> Strides:
@@ -200,7 +200,7 @@ def _tiling(samples: int, elements: int, per_thread: int) -> tuple[int, int, int
     return rows, columns, max(rows * columns // warp, 1)
 
 
-def plan(
+def grid(
     shape: tuple[int, ...],
     channels_last: bool,
     double: bool,
@@ -208,8 +208,8 @@ def plan(
     moved: int,
     whole: Sequence[Strides],
     parts: Sequence[Strides],
-) -> Plan:
-    """The plan for x of this shape, ``moved`` transformed channels, and outputs in memory order (H, W, C) or (C, H, W).
+) -> Grid:
+    """The grid for x of this shape, ``moved`` transformed channels, and outputs in memory order (H, W, C) or (C, H, W).
 
     ``whole`` has the strides of the tensors of x's shape, ``parts`` those of the tensors that hold something for the
     transformed channels alone (with the distance from scale to shift, where there are both). ``double`` is for
@@ -257,7 +257,7 @@ def plan(
     }
     flat = [x for s, steps in zip((*whole, *parts), strides, strict=True) for x in (s[0], *steps, *s[4:])]
     integers = (samples, elements, channels, height, width, kept, tiles, *flat)
-    return Plan(triton.cdiv(samples, rows) * tiles, tiles, integers, keywords)
+    return Grid(triton.cdiv(samples, rows) * tiles, tiles, integers, keywords)
 
 
 #: Shapes and memory formats of x to compile for; the first is the one that streams.
@@ -289,7 +289,7 @@ def example(shape: Sequence[int], dtype: torch.dtype, form: str) -> torch.Tensor
 
 
 def example_split(split: str, form: str) -> tuple[tuple[int, ...], int, torch.Tensor | None, int]:
-    """(shape of x, code of the split, rank, transformed channels). Checkerboards fall back to images for vectors."""
+    """(shape of x, code of the split, place, transformed channels). Checkerboards fall back to images for vectors."""
     shape = FORMS["odd" if split.startswith("checkerboard") and form == "vector" else form]
     if split == "mask":
         return shape, len(SPLITS), torch.empty(shape[1], dtype=torch.int32, device="meta"), shape[1] // 2

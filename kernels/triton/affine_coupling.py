@@ -14,24 +14,24 @@ import torch
 import triton
 import triton.language as tl
 
+from flowkern._core.op import KERNELS
 from flowkern._core.scale_map import KINDS, LAYOUTS, ScaleMap, named_layout
 from flowkern._core.split import SPLITS
-from flowkern.ops._affine_coupling import _Configuration, _gradients, _outputs
 
 from ._coupling import (
     DTYPES,
     FORMS,
+    Grid,
     Launch,
-    Plan,
     Strides,
     example,
     example_split,
+    grid,
     keeps,
     load_pair,
     load_samples,
     locate,
     param_strides,
-    plan,
     sample_strides,
     store_pair,
     tile,
@@ -43,7 +43,7 @@ __all__ = ["backward", "forward"]
 
 @triton.jit(do_not_specialize=["B"])
 def forward_kernel(
-    p_x, p_params, p_rank, p_y, p_logabsdet,
+    p_x, p_params, p_place, p_y, p_logabsdet,
     B, N, C, H, W, kept, n_tiles,
     x_b, x_c, x_h, x_w, u_b, u_c, u_h, u_w, u_distance,
     SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, LINEAR: tl.constexpr, SKIP: tl.constexpr, WIDE: tl.constexpr,
@@ -54,7 +54,7 @@ def forward_kernel(
     CHECKERBOARD: tl.constexpr = SPLIT == "checkerboard" or SPLIT == "checkerboard_swap"
     UNIT: tl.constexpr = 2 if ADJACENT else 1
     i_b, m_b, n, m_n, i_tile = tile(B, N, n_tiles, ROWS, ELEMENTS, WIDE)
-    c, h, w, m_moved_n, rank = locate(n, m_n, C, H, W, kept, p_rank, SPLIT, CHANNELS_LAST)
+    c, h, w, m_moved_n, place = locate(n, m_n, C, H, W, kept, p_place, SPLIT, CHANNELS_LAST)
     m_inside, m_moved = m_b & m_n, m_b & m_moved_n  # [ROWS, ELEMENTS]
 
     o_x = n if LINEAR else c * x_c + h * x_h + w * x_w
@@ -65,7 +65,7 @@ def forward_kernel(
         return
     # A checkerboard's params are read whole, kept places too: in wide accesses, of lines that are touched anyway.
     m_params = m_inside if CHECKERBOARD else m_moved
-    o_params = n * u_w if CHECKERBOARD and LINEAR else rank * u_c + h * u_h + w * u_w
+    o_params = n * u_w if CHECKERBOARD and LINEAR else place * u_c + h * u_h + w * u_w
     raw, shift = load_pair(p_params + i_b * u_b + o_params * UNIT, u_distance, m_params, ADJACENT, SCALE_FIRST, ACC)
     s, log_s, _ = scale_map(raw, KIND, SCALE_A, SCALE_B)
 
@@ -82,7 +82,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def backward_kernel(
-    p_grad, p_grad_logabsdet, p_x, p_params, p_rank, p_dx, p_dparams, grad_logabsdet_b,
+    p_grad, p_grad_logabsdet, p_x, p_params, p_place, p_dx, p_dparams, grad_logabsdet_b,
     B, N, C, H, W, kept, n_tiles,
     g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w, u_b, u_c, u_h, u_w, u_distance, d_b, d_c, d_h, d_w, d_distance,
     SPLIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, LINEAR: tl.constexpr, SKIP: tl.constexpr, WIDE: tl.constexpr,
@@ -93,14 +93,14 @@ def backward_kernel(
     CHECKERBOARD: tl.constexpr = SPLIT == "checkerboard" or SPLIT == "checkerboard_swap"
     UNIT: tl.constexpr = 2 if ADJACENT else 1
     i_b, m_b, n, m_n, i_tile = tile(B, N, n_tiles, ROWS, ELEMENTS, WIDE)
-    c, h, w, m_moved_n, rank = locate(n, m_n, C, H, W, kept, p_rank, SPLIT, CHANNELS_LAST)
+    c, h, w, m_moved_n, place = locate(n, m_n, C, H, W, kept, p_place, SPLIT, CHANNELS_LAST)
     m_inside, m_moved = m_b & m_n, m_b & m_moved_n  # [ROWS, ELEMENTS]
     m_params = m_inside if CHECKERBOARD else m_moved
 
     o_grad = n if LINEAR else c * g_c + h * g_h + w * g_w
     o_x = n if LINEAR else c * x_c + h * x_h + w * x_w
-    o_params = n * u_w if CHECKERBOARD and LINEAR else rank * u_c + h * u_h + w * u_w
-    o_dparams = n * d_w if CHECKERBOARD and LINEAR else rank * d_c + h * d_h + w * d_w
+    o_params = n * u_w if CHECKERBOARD and LINEAR else place * u_c + h * u_h + w * u_w
+    o_dparams = n * d_w if CHECKERBOARD and LINEAR else place * d_c + h * d_h + w * d_w
     if p_grad is None:  # and not zeros, which would meet the infinity of a scale or an x that overflows
         b_grad = tl.zeros((ROWS, ELEMENTS), p_dx.dtype.element_ty)
     else:
@@ -143,7 +143,7 @@ def _paired(parts: Sequence[Strides]) -> tuple[bool, Sequence[Strides]]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def _grid(
     shape: tuple[int, ...],
     channels_last: bool,
     double: bool,
@@ -157,12 +157,12 @@ def _plan(
     layout: int,
     shift_first: bool,
     inverse: bool,
-) -> Plan:
+) -> Grid:
     """How to launch a kernel on tensors of x's shape and tensors of params' shape with ``width`` channels."""
     name = LAYOUTS[layout]
     moved = width if name.startswith("pair") else width // 2
     adjacent, steps = _paired([param_strides(strides, name, moved) for strides in parts])
-    how = plan(shape, channels_last, double, split, moved, [sample_strides(strides) for strides in whole], steps)
+    how = grid(shape, channels_last, double, split, moved, [sample_strides(strides) for strides in whole], steps)
     constants = {
         "KIND": KINDS[scale],
         "SCALE_A": a,
@@ -176,13 +176,13 @@ def _plan(
 
 
 def _forward_launch(
-    x: torch.Tensor, params: torch.Tensor, configuration: _Configuration, y: torch.Tensor, logabsdet: torch.Tensor
+    x: torch.Tensor, params: torch.Tensor, configuration: Sequence[Any], y: torch.Tensor, logabsdet: torch.Tensor
 ) -> Launch:
-    rank, *settings = configuration
+    place, *settings = configuration
     double = torch.float64 in (x.dtype, params.dtype)
-    how = _plan(x.shape, not y.is_contiguous(), double, (x.stride(),), (params.stride(),), params.shape[1], *settings)
+    how = _grid(x.shape, not y.is_contiguous(), double, (x.stride(),), (params.stride(),), params.shape[1], *settings)
     sums = logabsdet if how.tiles == 1 else logabsdet.new_empty((len(x), how.tiles))
-    return Launch(forward_kernel, (x, params, rank, y, sums), how)
+    return Launch(forward_kernel, (x, params, place, y, sums), how)
 
 
 def _backward_launch(
@@ -190,43 +190,38 @@ def _backward_launch(
     params: torch.Tensor,
     grad: torch.Tensor | None,
     grad_logabsdet: torch.Tensor | None,
-    configuration: _Configuration,
+    configuration: Sequence[Any],
     dx: torch.Tensor,
     dparams: torch.Tensor,
 ) -> Launch:
-    rank, *settings = configuration
+    place, *settings = configuration
     double = torch.float64 in (x.dtype, params.dtype)
     whole, parts = ((x if grad is None else grad).stride(), x.stride()), (params.stride(), dparams.stride())
-    how = _plan(x.shape, not dx.is_contiguous(), double, whole, parts, params.shape[1], *settings)
+    how = _grid(x.shape, not dx.is_contiguous(), double, whole, parts, params.shape[1], *settings)
     step = 0 if grad_logabsdet is None else grad_logabsdet.stride(0)
     how = how._replace(integers=(step, *how.integers))
-    return Launch(backward_kernel, (grad, grad_logabsdet, x, params, rank, dx, dparams), how)
+    return Launch(backward_kernel, (grad, grad_logabsdet, x, params, place, dx, dparams), how)
 
 
-def forward(x: torch.Tensor, params: torch.Tensor, *configuration: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, logabsdet): ``flowkern::affine_coupling``."""
-    y, logabsdet = _outputs(x, params)
+def forward(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> None:
+    """``flowkern::affine_coupling``: fills y and logabsdet."""
+    *configuration, y, logabsdet = rest
     if x.numel() == 0:
-        return y, logabsdet.zero_()
-    launch = _forward_launch(x, params, _Configuration(*configuration), y, logabsdet)
+        logabsdet.zero_()
+        return
+    launch = _forward_launch(x, params, configuration, y, logabsdet)
     launch.run()
-    if launch.plan.tiles > 1:
+    if launch.grid.tiles > 1:
         torch.sum(launch.tensors[-1], 1, out=logabsdet)
-    return y, logabsdet
 
 
 def backward(
-    x: torch.Tensor,
-    params: torch.Tensor,
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
-    *configuration: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx, dparams): ``flowkern::affine_coupling_backward``."""
-    dx, dparams = _gradients(x, params)
+    x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None, *rest: Any
+) -> None:
+    """``flowkern::affine_coupling_backward``: fills dx and dparams."""
+    *configuration, dx, dparams = rest
     if x.numel() > 0:
-        _backward_launch(x, params, grad, grad_logabsdet, _Configuration(*configuration), dx, dparams).run()
-    return dx, dparams
+        _backward_launch(x, params, grad, grad_logabsdet, configuration, dx, dparams).run()
 
 
 _SCALES = {
@@ -254,13 +249,13 @@ def compile_cases(
     split: str, scale: str, layout: str, shift_first: bool, inverse: bool, dtypes: str, form: str
 ) -> Iterator[tuple[str, Launch]]:
     """The launches (named) of one choice from FACTORS."""
-    shape, code, rank, moved = example_split(split, form)
+    shape, code, place, moved = example_split(split, form)
     x = example(shape, DTYPES[dtypes][0], form)
     params = example(named_layout(layout).shape(shape, moved), DTYPES[dtypes][1], form)
     s = _SCALES[scale]
-    configuration = _Configuration(rank, code, s.code, s.a, s.b, LAYOUTS.index(layout), shift_first, inverse)
-    outputs = _outputs(x, params)
-    yield "forward", _forward_launch(x, params, configuration, *outputs)
-    gradients = _gradients(x, params)
-    yield "backward", _backward_launch(x, params, *outputs, configuration, *gradients)
-    yield "backward-of-logabsdet", _backward_launch(x, params, None, outputs[1], configuration, *gradients)
+    configuration = place, code, s.code, s.a, s.b, LAYOUTS.index(layout), shift_first, inverse
+    y, logabsdet = KERNELS["affine_coupling"].outputs(x, params)
+    yield "forward", _forward_launch(x, params, configuration, y, logabsdet)
+    gradients = KERNELS["affine_coupling_backward"].outputs(x, params)
+    yield "backward", _backward_launch(x, params, y, logabsdet, configuration, *gradients)
+    yield "backward-of-logabsdet", _backward_launch(x, params, None, logabsdet, configuration, *gradients)

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from flowkern.ops._dequantize import _accumulation, _outputs
+from flowkern._core.checks import accumulation_dtype
+from flowkern._core.op import KERNELS
 
-from ._coupling import Launch, Plan, example
+from ._coupling import Grid, Launch, example
 from ._philox import GROUP, elements, words
 from .lang import narrow
 
@@ -78,37 +79,45 @@ def kernel(
 
 
 def _launch(
-    v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, x: torch.Tensor
+    v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float, x: torch.Tensor
 ) -> tuple[Launch, torch.Tensor]:
     """The launch, and where each of its programs leaves the sum of its logarithms: (B, tiles)."""
     batch, length = v.shape
     groups = min(16, triton.next_power_of_2(triton.cdiv(length, GROUP)))
     tiles = triton.cdiv(length, GROUP * groups)
-    accumulate = _accumulation(x.dtype)
+    accumulate = accumulation_dtype(x)
     keywords = {
         "LEVELS": float(levels),
-        "ALPHA": alpha,
+        "ALPHA": None if alpha < 0 else alpha,
         "GROUPS": groups,
         "ACC": tl.float64 if accumulate is torch.float64 else tl.float32,
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
     partial = v.new_empty((batch, tiles), dtype=accumulate)
-    plan = Plan(batch * tiles, tiles, (length, tiles, offset, *v.stride()), keywords)
-    return Launch(kernel, (v, seed, x, partial), plan), partial
+    grid = Grid(batch * tiles, tiles, (length, tiles, offset, *v.stride()), keywords)
+    return Launch(kernel, (v, seed, x, partial), grid), partial
 
 
 def forward(
-    v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, logabsdet): ``flowkern::dequantize``."""
-    x, logabsdet = _outputs(v, seed, offset, levels, alpha, dtype)
+    v: torch.Tensor,
+    seed: torch.Tensor,
+    offset: int,
+    levels: int,
+    alpha: float,
+    dtype: torch.dtype,
+    x: torch.Tensor,
+    logabsdet: torch.Tensor,
+) -> None:
+    """``flowkern::dequantize``: fills x and logabsdet."""
     if not v.numel():
-        return x, logabsdet.zero_()
-    launch, partial = _launch(v.flatten(1), seed, offset, levels, alpha, x.flatten(1))
+        logabsdet.zero_()
+        return
+    launch, partial = _launch(v, seed, offset, levels, alpha, x)
     launch.run()
-    each = (0.0 if alpha is None else math.log1p(-2.0 * alpha)) - math.log(levels)
-    return x, v.shape[1:].numel() * each - partial.sum(1)
+    each = (0.0 if alpha < 0 else math.log1p(-2.0 * alpha)) - math.log(levels)
+    torch.sum(partial, 1, out=logabsdet)
+    logabsdet.neg_().add_(v.shape[1] * each)
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -116,16 +125,14 @@ FACTORS: dict[str, Any] = {
     "length": (3072, 37),
     "form": ("vector", "strided"),
     "integers": (torch.uint8, torch.int32),
-    "alpha": (0.05, None),
+    "alpha": (0.05, -1.0),
     "dtypes": tuple(_DTYPES),
 }
 
 
-def compile_cases(
-    length: int, form: str, integers: torch.dtype, alpha: float | None, dtypes: str
-) -> Iterator[tuple[str, Launch]]:
+def compile_cases(length: int, form: str, integers: torch.dtype, alpha: float, dtypes: str) -> Iterator[tuple[str, Launch]]:
     """The launches (named) of one choice from FACTORS."""
     v = example((64, length), integers, form)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    x, _ = _outputs(v, seed, 0, 256, alpha, _DTYPES[dtypes])
+    x, _ = KERNELS["dequantize"].outputs(v, seed, 0, 256, alpha, _DTYPES[dtypes])
     yield "forward", _launch(v, seed, 0, 256, alpha, x)[0]

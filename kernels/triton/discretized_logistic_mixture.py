@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from flowkern._core.mixture import per_component
-from flowkern.ops._discretized_logistic_mixture import _output, _outputs
+from flowkern._core.op import KERNELS
 
-from ._coupling import DTYPES, Launch, Plan, example
+from ._coupling import DTYPES, Grid, Launch, example
 from .lang import exp, expm1, log1p, narrow
 
 __all__ = ["backward", "forward"]
@@ -291,32 +291,36 @@ def _launch(
         "num_warps": 8,
         "enable_fp_fusion": True,
     }
-    plan = Plan(batch * tiles, tiles, integers, keywords)
-    return Launch(kernel, (x, params, grad, partial, gradient), plan), partial
+    grid = Grid(batch * tiles, tiles, integers, keywords)
+    return Launch(kernel, (x, params, grad, partial, gradient), grid), partial
 
 
 def _run(
-    x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, gradient: torch.Tensor | None, *rest: Any
-) -> torch.Tensor:
-    """log_prob; the gradient is written."""
+    x: torch.Tensor,
+    params: torch.Tensor,
+    grad: torch.Tensor | None,
+    levels: int,
+    compat: bool,
+    log_prob: torch.Tensor,
+    gradient: torch.Tensor | None,
+) -> None:
     if not params.numel():
-        return _output(x, params).zero_()
-    launch, partial = _launch(x.flatten(2), params.flatten(2), grad, None if gradient is None else gradient.flatten(2), *rest)
+        log_prob.zero_()
+        return
+    flat = None if gradient is None else gradient.flatten(2)
+    launch, partial = _launch(x.flatten(2), params.flatten(2), grad, flat, levels, compat)
     launch.run()
-    return partial.sum(1)
+    torch.sum(partial, 1, out=log_prob)
 
 
-def forward(x: torch.Tensor, params: torch.Tensor, levels: int, compat: bool) -> torch.Tensor:
-    """log_prob: ``flowkern::discretized_logistic_mixture``."""
-    return _run(x, params, None, None, levels, compat)
+def forward(x: torch.Tensor, params: torch.Tensor, levels: int, compat: bool, log_prob: torch.Tensor) -> None:
+    """``flowkern::discretized_logistic_mixture``: fills log_prob."""
+    _run(x, params, None, levels, compat, log_prob, None)
 
 
-def backward(
-    x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, levels: int, compat: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log_prob, gradient): ``flowkern::discretized_logistic_mixture_backward``."""
-    gradient = _outputs(x, params)[1]
-    return _run(x, params, grad, gradient, levels, compat), gradient
+def backward(*arguments: Any) -> None:
+    """``flowkern::discretized_logistic_mixture_backward``: fills log_prob and the gradient of params."""
+    _run(*arguments)
 
 
 FACTORS: dict[str, Any] = {
@@ -334,7 +338,7 @@ def compile_cases(channels: int, components: int, compat: bool, form: str, dtype
     double = dtype is torch.float64
     x = torch.empty((32, channels, 32, 32), dtype=torch.float64 if double else torch.float32, device="meta")
     params = example((32, per_component(channels) * components, 32, 32), dtype, form)
-    grad, gradient = _outputs(x, params)
+    grad, gradient = KERNELS["discretized_logistic_mixture_backward"].outputs(x, params)
     flat = x.flatten(2), params.flatten(2)
     yield "forward", _launch(*flat, None, None, 256, compat)[0]
     yield "backward", _launch(*flat, grad, gradient.flatten(2), 256, compat)[0]

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from flowkern._core.checks import accumulation_dtype
-from flowkern.ops._gaussian_kl import _gradients, _outputs
+from flowkern._core.op import KERNELS
 
-from ._coupling import DTYPES, Launch, Plan, example
+from ._coupling import DTYPES, Grid, Launch, example
 from ._philox import GROUP, elements, normal_noise
 from .lang import exp, narrow
 
@@ -106,12 +106,12 @@ def backward_kernel(
         )  # fmt: skip
 
 
-def _plan(mean: torch.Tensor, offset: int, double: bool, strides: tuple[int, ...]) -> Plan:
+def _grid(mean: torch.Tensor, offset: int, double: bool, strides: tuple[int, ...]) -> Grid:
     batch, length = mean.shape
     groups = min(16, triton.next_power_of_2(triton.cdiv(length, GROUP)))
     tiles = triton.cdiv(length, GROUP * groups)
     keywords = {"GROUPS": groups, "ACC": tl.float64 if double else tl.float32, "num_warps": 4, "enable_fp_fusion": True}
-    return Plan(batch * tiles, tiles, (length, tiles, offset, *strides), keywords)
+    return Grid(batch * tiles, tiles, (length, tiles, offset, *strides), keywords)
 
 
 def _double(mean: torch.Tensor, log_scale: torch.Tensor) -> bool:
@@ -122,7 +122,7 @@ def _forward_launch(
     mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int, z: torch.Tensor
 ) -> tuple[Launch, torch.Tensor]:
     """The launch, and where each of its programs leaves its part of the divergences: (B, tiles)."""
-    how = _plan(mean, offset, _double(mean, log_scale), (*mean.stride(), *log_scale.stride()))
+    how = _grid(mean, offset, _double(mean, log_scale), (*mean.stride(), *log_scale.stride()))
     partial = mean.new_empty((mean.shape[0], how.tiles), dtype=accumulation_dtype(mean, log_scale))
     return Launch(forward_kernel, (mean, log_scale, seed, z, partial), how), partial
 
@@ -134,39 +134,30 @@ def _backward_launch(
     offset: int,
     grad: torch.Tensor | None,
     grad_kl: torch.Tensor | None,
-    outputs: tuple[torch.Tensor, ...],
+    *outputs: torch.Tensor,
 ) -> Launch:
     strides = (*mean.stride(), *log_scale.stride(), *((0, 0) if grad is None else grad.stride()))
     strides = (*strides, 0 if grad_kl is None else grad_kl.stride(0))
-    how = _plan(mean, offset, _double(mean, log_scale), strides)
+    how = _grid(mean, offset, _double(mean, log_scale), strides)
     return Launch(backward_kernel, (mean, log_scale, seed, grad, grad_kl, *outputs), how)
 
 
-def forward(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(z, kl): ``flowkern::gaussian_kl``."""
-    z, kl = _outputs(mean, log_scale)
+def forward(
+    mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int, z: torch.Tensor, kl: torch.Tensor
+) -> None:
+    """``flowkern::gaussian_kl``: fills z and kl."""
     if not z.numel():
-        return z, kl.zero_()
-    launch, partial = _forward_launch(mean.flatten(1), log_scale.flatten(1), seed, offset, z.flatten(1))
+        kl.zero_()
+        return
+    launch, partial = _forward_launch(mean, log_scale, seed, offset, z)
     launch.run()
-    return z, partial.sum(1)
+    torch.sum(partial, 1, out=kl)
 
 
-def backward(
-    mean: torch.Tensor,
-    log_scale: torch.Tensor,
-    seed: torch.Tensor,
-    offset: int,
-    grad: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dmean, dlog_scale): ``flowkern::gaussian_kl_backward``."""
-    outputs = _gradients(mean, log_scale)
+def backward(mean: torch.Tensor, *rest: Any) -> None:
+    """``flowkern::gaussian_kl_backward``: fills dmean and dlog_scale."""
     if mean.numel():
-        grad = None if grad is None else grad.flatten(1)
-        flat = tuple(out.flatten(1) for out in outputs)
-        _backward_launch(mean.flatten(1), log_scale.flatten(1), seed, offset, grad, grad_kl, flat).run()
-    return outputs
+        _backward_launch(mean, *rest).run()
 
 
 FACTORS: dict[str, Any] = {
@@ -180,9 +171,9 @@ def compile_cases(length: int, form: str, dtypes: str) -> Iterator[tuple[str, La
     """The launches (named) of one choice from FACTORS."""
     mean, log_scale = (example((64, length), dtype, form) for dtype in DTYPES[dtypes])
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    z, kl = _outputs(mean, log_scale)
+    z, kl = KERNELS["gaussian_kl"].outputs(mean, log_scale)
     yield "forward", _forward_launch(mean, log_scale, seed, 0, z)[0]
-    gradients = _gradients(mean, log_scale)
-    yield "backward", _backward_launch(mean, log_scale, seed, 0, z, kl, gradients)
-    yield "backward-of-z", _backward_launch(mean, log_scale, seed, 0, z, None, gradients)
-    yield "backward-of-kl", _backward_launch(mean, log_scale, seed, 0, None, kl, gradients)
+    gradients = KERNELS["gaussian_kl_backward"].outputs(mean, log_scale)
+    yield "backward", _backward_launch(mean, log_scale, seed, 0, z, kl, *gradients)
+    yield "backward-of-z", _backward_launch(mean, log_scale, seed, 0, z, None, *gradients)
+    yield "backward-of-kl", _backward_launch(mean, log_scale, seed, 0, None, kl, *gradients)

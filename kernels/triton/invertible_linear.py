@@ -9,15 +9,14 @@ fixed order. The factorization of W is torch's, on the device, without waiting f
 # mypy: allow-untyped-defs
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from flowkern.ops._invertible_linear import _Configuration, _gradients, _outputs, fill_by_logabsdet
+from flowkern._core.checks import accumulation_dtype, empty_as
 
-from ._coupling import DTYPES, FORMS, Launch, Plan, Strides, example, sample_strides
+from ._coupling import DTYPES, FORMS, Grid, Launch, Strides, example, sample_strides
 from .lang import narrow
 
 __all__ = ["backward", "forward"]
@@ -147,7 +146,7 @@ def _wide(channels: int, pixels: int, width: int, strides: tuple[Strides, ...]) 
 
 
 @functools.lru_cache(maxsize=4096)
-def _map_plan(shape: tuple[int, ...], x: Strides, y: Strides, matrix: Strides, flipped: bool, double: bool) -> Plan:
+def _map_grid(shape: tuple[int, ...], x: Strides, y: Strides, matrix: Strides, flipped: bool, double: bool) -> Grid:
     channels = shape[1]
     (samples, pixels, width), flat, strides = _collapsed(shape, (x, y))
     block = min(triton.next_power_of_2(max(channels, 16)), 64 if double else 128)
@@ -167,11 +166,11 @@ def _map_plan(shape: tuple[int, ...], x: Strides, y: Strides, matrix: Strides, f
     }
     steps = matrix[::-1] if flipped else matrix
     integers = (pixels, width, channels, tiles, blocks, *strides[0], *strides[1], *steps)
-    return Plan(samples * tiles * blocks, tiles, integers, keywords)
+    return Grid(samples * tiles * blocks, tiles, integers, keywords)
 
 
 @functools.lru_cache(maxsize=4096)
-def _product_plan(shape: tuple[int, ...], grad: Strides, x: Strides, double: bool) -> Plan:
+def _product_grid(shape: tuple[int, ...], grad: Strides, x: Strides, double: bool) -> Grid:
     channels = shape[1]
     (samples, pixels, width), flat, strides = _collapsed(shape, (grad, x))
     block = min(triton.next_power_of_2(max(channels, 16)), 32 if double else 64)
@@ -190,7 +189,7 @@ def _product_plan(shape: tuple[int, ...], grad: Strides, x: Strides, double: boo
         "enable_fp_fusion": True,
     }
     integers = (pixels, width, channels, samples * tiles, tiles, parts, blocks, *strides[0], *strides[1])
-    return Plan(parts * blocks**2, parts, integers, keywords)
+    return Grid(parts * blocks**2, parts, integers, keywords)
 
 
 def _map_launch(
@@ -201,12 +200,12 @@ def _map_launch(
     minus: torch.Tensor | None = None,
     plus: torch.Tensor | None = None,
 ) -> Launch:
-    how = _map_plan(x.shape, x.stride(), y.stride(), matrix.stride(), flipped, matrix.dtype is torch.float64)
+    how = _map_grid(x.shape, x.stride(), y.stride(), matrix.stride(), flipped, matrix.dtype is torch.float64)
     return Launch(map_kernel, (x, matrix, minus, plus, y), how)
 
 
 def _product_launch(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> Launch:
-    how = _product_plan(x.shape, grad.stride(), x.stride(), dtype is torch.float64)
+    how = _product_grid(x.shape, grad.stride(), x.stride(), dtype is torch.float64)
     channels = x.shape[1]
     partial = x.new_empty((how.tiles, channels, channels), dtype=dtype)
     return Launch(product_kernel, (grad, x, partial, x.new_empty((how.tiles, channels), dtype=dtype)), how)
@@ -229,9 +228,11 @@ def forward(
     known: torch.Tensor | None,
     inverse: bool,
     invert: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, logabsdet, W^-1 if asked for): ``flowkern::invertible_linear``."""
-    y, logabsdet, found = _outputs(x, weight, bias, weight_inverse, known, inverse, invert)
+    y: torch.Tensor,
+    logabsdet: torch.Tensor,
+    found: torch.Tensor,
+) -> None:
+    """``flowkern::invertible_linear``: fills y, logabsdet, and W^-1 if asked for."""
     if invert or known is None:
         log_found, inverted = _factorized(weight, invert)
         known = log_found if known is None else known
@@ -240,55 +241,62 @@ def forward(
     pixels = x.shape[2:].numel()
     logabsdet.copy_((known.double() * (-pixels if inverse else pixels)).expand(logabsdet.shape))
     if x.numel() == 0:
-        return y, logabsdet, found
+        return
     matrix = weight_inverse if inverse else weight
     assert matrix is not None
     shift = None if bias is None else bias.to(logabsdet.dtype).contiguous()
     minus, plus = (shift, None) if inverse else (None, shift)
     _map_launch(x, matrix.to(logabsdet.dtype), y, minus=minus, plus=plus).run()
-    return y, logabsdet, found
 
 
-def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    """(dx, dweight, dbias, dlogabsdet): ``flowkern::invertible_linear_backward``."""
-    *configuration, grad, grad_logabsdet = arguments
-    dx, dweight, dbias, dknown = outputs = _gradients(*arguments)
-    c = _Configuration(*configuration)
-    if grad is None:
-        fill_by_logabsdet(outputs, c, grad_logabsdet)
-        return outputs
-    dtype = _outputs(c.x, c.weight, c.bias, None, None, False, False)[1].dtype
-    pixels = -c.x.shape[2:].numel() if c.inverse else c.x.shape[2:].numel()
+def backward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_inverse: torch.Tensor | None,
+    known: torch.Tensor | None,
+    inverse: bool,
+    needs_x: bool,
+    needs_weight: bool,
+    grad: torch.Tensor,
+    grad_logabsdet: torch.Tensor | None,
+    dx: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor,
+    dknown: torch.Tensor,
+) -> None:
+    """``flowkern::invertible_linear_backward``: fills dx, dweight, dbias and dlogabsdet, where they are needed."""
+    dtype = accumulation_dtype(x, weight, bias)
+    pixels = -x.shape[2:].numel() if inverse else x.shape[2:].numel()
     log_gradient = 0.0 if grad_logabsdet is None else pixels * grad_logabsdet.sum(dtype=torch.float64)
-    if c.known is not None:
+    if known is not None:
         dknown.copy_(log_gradient) if isinstance(log_gradient, torch.Tensor) else dknown.zero_()
         log_gradient = 0.0
-    matrix = c.weight_inverse if c.inverse else c.weight
+    matrix = weight_inverse if inverse else weight
     assert matrix is not None
-    if c.needs_x and c.x.numel():
+    if needs_x and x.numel():
         _map_launch(grad, matrix.to(dtype), dx, flipped=True).run()
-    if not c.needs_weight:
-        return outputs
-    channels = c.x.shape[1]
-    product = c.x.new_zeros((channels, channels), dtype=torch.float64)
-    sums = c.x.new_zeros((channels,), dtype=torch.float64)
-    if c.x.numel():
-        launch = _product_launch(grad, c.x, dtype)
+    if not needs_weight:
+        return
+    channels = x.shape[1]
+    product = x.new_zeros((channels, channels), dtype=torch.float64)
+    sums = x.new_zeros((channels,), dtype=torch.float64)
+    if x.numel():
+        launch = _product_launch(grad, x, dtype)
         launch.run()
         product, sums = (t.sum(0, dtype=torch.float64) for t in launch.tensors[2:])
-    inverted = None if c.weight_inverse is None else c.weight_inverse.double()
-    if c.inverse:
+    inverted = None if weight_inverse is None else weight_inverse.double()
+    if inverse:
         assert inverted is not None
-        if c.bias is not None:
-            product = torch.addr(product, sums, c.bias.double(), alpha=-1)
+        if bias is not None:
+            product = torch.addr(product, sums, bias.double(), alpha=-1)
         product, sums = -(inverted.t() @ product @ inverted.t()), -(inverted.t() @ sums)
     if isinstance(log_gradient, torch.Tensor):
         assert inverted is not None
         product = product + log_gradient * inverted.t()
     dweight.copy_(product)
-    if c.bias is not None:
+    if bias is not None:
         dbias.copy_(sums)
-    return outputs
 
 
 FACTORS = {
@@ -305,7 +313,7 @@ def compile_cases(channels: int, inverse: bool, dtypes: str, form: str) -> Itera
     of_x, of_weight = DTYPES[dtypes]
     dtype = torch.float64 if torch.float64 in (of_x, of_weight) else torch.float32
     x = example((first, channels, *rest[1:]), of_x, form)
-    y = _outputs(x, example((channels, channels), of_weight, "vector"), None, None, None, False, False)[0]
+    y = empty_as(x)
     matrix, shift = example((channels, channels), dtype, "vector"), example((channels,), dtype, "vector")
     yield "map", _map_launch(x, matrix, y, minus=shift if inverse else None, plus=None if inverse else shift)
     yield "map-back", _map_launch(y, matrix, y, flipped=True)

@@ -5,7 +5,7 @@ the inner dimension only as far as the mask lets its block see: blocks that are 
 """
 
 # mypy: allow-untyped-defs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from flowkern._core.backend import interpreting
-from flowkern.ops._masked_linear import DegreeMask, _accumulation_dtype, _gradients, _output
+from flowkern._core.checks import accumulation_dtype
+from flowkern.ops import DegreeMask
 
-from ._coupling import DTYPES, Launch, Plan, example
+from ._coupling import DTYPES, Grid, Launch, example
 from .lang import narrow
 
 __all__ = ["backward", "forward"]
@@ -126,7 +127,7 @@ def _operands(double: bool, *dtypes: torch.dtype) -> Any:
     return tl.float32
 
 
-def _plan(batch: int, units: int, double: bool, operands: Any, integers: tuple[int, ...]) -> Plan:
+def _grid(batch: int, units: int, double: bool, operands: Any, integers: tuple[int, ...]) -> Grid:
     """Of a product with the batch: its blocks of units, and tiles of samples."""
     block, half = 32 if double else 64, operands in (tl.bfloat16, tl.float16)
     samples = min(max(triton.next_power_of_2(batch), 16), 64 if half else 32)
@@ -141,10 +142,10 @@ def _plan(batch: int, units: int, double: bool, operands: Any, integers: tuple[i
         "num_stages": 3 if half else 2,
         "enable_fp_fusion": True,
     }
-    return Plan(triton.cdiv(batch, samples) * blocks, blocks, (*integers[:3], blocks, *integers[3:]), keywords)
+    return Grid(triton.cdiv(batch, samples) * blocks, blocks, (*integers[:3], blocks, *integers[3:]), keywords)
 
 
-def _weight_plan(outputs: int, inputs: int, double: bool, operands: Any, integers: tuple[int, ...]) -> Plan:
+def _weight_grid(outputs: int, inputs: int, double: bool, operands: Any, integers: tuple[int, ...]) -> Grid:
     block, half = 32 if double else 64, operands in (tl.bfloat16, tl.float16)
     columns = triton.cdiv(inputs, block)
     keywords = {
@@ -156,7 +157,7 @@ def _weight_plan(outputs: int, inputs: int, double: bool, operands: Any, integer
         "num_stages": 3 if half else 2,
         "enable_fp_fusion": True,
     }
-    return Plan(triton.cdiv(outputs, block) * columns, columns, (*integers[:3], columns, *integers[3:]), keywords)
+    return Grid(triton.cdiv(outputs, block) * columns, columns, (*integers[:3], columns, *integers[3:]), keywords)
 
 
 def _sizes(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int]:
@@ -164,51 +165,46 @@ def _sizes(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _forward_launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask: tuple[Any, ...], y: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask: Sequence[Any], y: torch.Tensor
 ) -> Launch:
     reach, _, rows, columns, _ = mask
-    sizes, double = _sizes(x, weight), _accumulation_dtype(x, weight, bias) is torch.float64
+    sizes, double = _sizes(x, weight), accumulation_dtype(x, weight, bias) is torch.float64
     steps = (*x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *y.stride())
-    plan = _plan(sizes[0], sizes[2], double, _operands(double, x.dtype, weight.dtype), (*sizes, *steps))
-    return Launch(forward_kernel, (x, weight, bias, reach, rows, columns, y), plan)
+    grid = _grid(sizes[0], sizes[2], double, _operands(double, x.dtype, weight.dtype), (*sizes, *steps))
+    return Launch(forward_kernel, (x, weight, bias, reach, rows, columns, y), grid)
 
 
-def _input_launch(grad: torch.Tensor, weight: torch.Tensor, mask: tuple[Any, ...], dx: torch.Tensor, double: bool) -> Launch:
+def _input_launch(grad: torch.Tensor, weight: torch.Tensor, mask: Sequence[Any], dx: torch.Tensor, double: bool) -> Launch:
     reach, first, rows, columns, _ = mask
     sizes, steps = _sizes(dx, weight), (*grad.stride(), *weight.stride(), *dx.stride())
-    plan = _plan(sizes[0], sizes[1], double, _operands(double, grad.dtype, weight.dtype), (*sizes, *steps))
-    return Launch(input_kernel, (grad, weight, reach, first, rows, columns, dx), plan)
+    grid = _grid(sizes[0], sizes[1], double, _operands(double, grad.dtype, weight.dtype), (*sizes, *steps))
+    return Launch(input_kernel, (grad, weight, reach, first, rows, columns, dx), grid)
 
 
-def _weight_launch(grad: torch.Tensor, x: torch.Tensor, mask: tuple[Any, ...], dweight: torch.Tensor, double: bool) -> Launch:
+def _weight_launch(grad: torch.Tensor, x: torch.Tensor, mask: Sequence[Any], dweight: torch.Tensor, double: bool) -> Launch:
     reach, _, rows, columns, _ = mask
     sizes, steps = _sizes(x, dweight), (*grad.stride(), *x.stride(), *dweight.stride())
-    plan = _weight_plan(sizes[2], sizes[1], double, _operands(double, grad.dtype, x.dtype), (*sizes, *steps))
-    return Launch(weight_kernel, (grad, x, reach, rows, columns, dweight), plan)
+    grid = _weight_grid(sizes[2], sizes[1], double, _operands(double, grad.dtype, x.dtype), (*sizes, *steps))
+    return Launch(weight_kernel, (grad, x, reach, rows, columns, dweight), grid)
 
 
-def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any) -> torch.Tensor:
-    """y: ``flowkern::masked_linear``."""
-    y = _output(x, weight)
+def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> None:
+    """``flowkern::masked_linear``: fills y."""
+    *mask, y = rest
     if y.numel():
         _forward_launch(x, weight, bias, mask, y).run()
-    return y
 
 
-def backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
-) -> tuple[torch.Tensor, ...]:
-    """(dx, dweight, dbias): ``flowkern::masked_linear_backward``."""
-    dx, dweight, dbias = outputs = _gradients(grad, x, weight, bias, *rest)
-    *mask, needs_x, needs_weight, needs_bias = rest
-    dtype = _accumulation_dtype(x, weight, bias)
+def backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> None:
+    """``flowkern::masked_linear_backward``: fills dx, dweight and dbias, where they are needed."""
+    *mask, needs_x, needs_weight, needs_bias, dx, dweight, dbias = rest
+    dtype = accumulation_dtype(x, weight, bias)
     if needs_x and dx.numel():
-        _input_launch(grad, weight, tuple(mask), dx, dtype is torch.float64).run()
+        _input_launch(grad, weight, mask, dx, dtype is torch.float64).run()
     if needs_weight and dweight.numel():
-        _weight_launch(grad, x, tuple(mask), dweight, dtype is torch.float64).run()
+        _weight_launch(grad, x, mask, dweight, dtype is torch.float64).run()
     if needs_bias:
         dbias.copy_(grad.sum(0, dtype=dtype))
-    return outputs
 
 
 FACTORS: dict[str, Any] = {
@@ -227,7 +223,7 @@ def compile_cases(sizes: tuple[int, int, int], ordered: bool, dtypes: str) -> It
         mask = (*mask[:2], mask[0], mask[1], ())
     x, weight = example((batch, inputs), of_x, "vector"), example((outputs, inputs), of_weight, "vector")
     bias, y = example((outputs,), of_weight, "vector"), example((batch, outputs), of_x, "vector")
-    double = _accumulation_dtype(x, weight, bias) is torch.float64
+    double = accumulation_dtype(x, weight, bias) is torch.float64
     yield "forward", _forward_launch(x, weight, bias, mask, y)
     yield "input", _input_launch(y, weight, mask, x, double)
     yield "weight", _weight_launch(y, x, mask, weight, double)

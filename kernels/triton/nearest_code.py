@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 
 from flowkern._core.backend import interpreting
-from flowkern.ops._nearest_code import Triple, _outputs
+from flowkern._core.op import KERNELS
 
-from ._coupling import DTYPES, Launch, Plan, example
+from ._coupling import DTYPES, Grid, Launch, example
 from .lang import narrow
 
 __all__ = ["forward"]
@@ -350,7 +350,7 @@ def _prepare_launch(x: torch.Tensor, centre: torch.Tensor | None, to: _Low, size
     rows = min(max(_PER_WARP // sizes.size, 1), 64)  # what is padded to is a multiple of it
     keywords = {"WIDTH": sizes.width, "ROWS": rows, **sizes.exact(cosine)}
     padded = len(to.low)
-    return Launch(prepare_kernel, (x, centre, *to), Plan(triton.cdiv(padded, rows), 1, (*x.shape, *x.stride()), keywords))
+    return Launch(prepare_kernel, (x, centre, *to), Grid(triton.cdiv(padded, rows), 1, (*x.shape, *x.stride()), keywords))
 
 
 def _screen_launch(x: _Low, codes: _Low, tile_norm: torch.Tensor, tile_lost: torch.Tensor, to: _Entries, sizes: _Sizes) -> Launch:
@@ -366,8 +366,8 @@ def _screen_launch(x: _Low, codes: _Low, tile_norm: torch.Tensor, tile_lost: tor
         "enable_fp_fusion": True,
     }
     tensors = (x.low, codes.low, x.norm, x.lost, codes.half, tile_norm, tile_lost, *to)
-    plan = Plan(sizes.blocks * sizes.splits, sizes.tiles, (sizes.tiles, sizes.splits, walk), keywords)
-    return Launch(screen_kernel, tensors, plan)
+    grid = Grid(sizes.blocks * sizes.splits, sizes.tiles, (sizes.tiles, sizes.splits, walk), keywords)
+    return Launch(screen_kernel, tensors, grid)
 
 
 def _decide_launch(
@@ -390,7 +390,7 @@ def _decide_launch(
     }
     integers = (sizes.depth, sizes.codes, *x.stride(), *codebook.stride())
     tensors = (x, codebook, *(entries or (None,) * 5), index, sqdist, looked)
-    return Launch(decide_kernel, tensors, Plan(sizes.rows, 1, integers, keywords))
+    return Launch(decide_kernel, tensors, Grid(sizes.rows, 1, integers, keywords))
 
 
 def _screened(x: torch.Tensor, codebook: torch.Tensor, sizes: _Sizes, cosine: bool) -> _Entries:
@@ -411,16 +411,18 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
 
 
-def forward(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> Triple:
-    """(index, sqdist, how many rows were looked at again): ``flowkern::nearest_code``."""
-    index, sqdist, count = _outputs(x, codebook, cosine)
+def forward(
+    x: torch.Tensor, codebook: torch.Tensor, cosine: bool, index: torch.Tensor, sqdist: torch.Tensor, count: torch.Tensor
+) -> None:
+    """``flowkern::nearest_code``: fills index, sqdist, and how many rows were looked at again."""
     if not len(x):
-        return index, sqdist, count.zero_()
+        count.zero_()
+        return
     sizes = _Sizes.of(x, codebook, _generation(x.device))
     entries = None if sqdist.dtype is torch.float64 else _screened(x, codebook, sizes, cosine)
     looked = x.new_empty((len(x),), dtype=torch.int32)
     _decide_launch(x, codebook, entries, index, sqdist, looked, sizes, cosine).run()
-    return index, sqdist, torch.sum(looked, 0, out=count)
+    torch.sum(looked, 0, out=count)
 
 
 FACTORS: dict[str, Any] = {
@@ -436,7 +438,7 @@ def compile_cases(sizes: tuple[int, int, int], cosine: bool, dtypes: str, target
     of_x, of_codes = DTYPES[dtypes]
     x, codebook = example((rows, depth), of_x, "vector"), example((codes, depth), of_codes, "vector")
     how = _Sizes.of(x, codebook, int(target[3:]) // 10 if target.startswith("sm_") else 0)
-    index, sqdist, _ = _outputs(x, codebook, cosine)
+    index, sqdist, _ = KERNELS["nearest_code"].outputs(x, codebook, cosine)
     entries = None
     if sqdist.dtype is not torch.float64:
         dtype, entries = _low_dtype(x, codebook), _Entries.empty(x, how)

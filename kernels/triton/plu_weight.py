@@ -4,16 +4,16 @@ A program owns a block of the product and walks over the inner dimension, readin
 """
 
 # mypy: allow-untyped-defs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from flowkern.ops._plu_weight import _gradients, _output
+from flowkern._core.op import KERNELS
 
-from ._coupling import DTYPES, Launch, Plan, example
+from ._coupling import DTYPES, Grid, Launch, example
 from .lang import exp, narrow
 
 __all__ = ["backward", "forward"]
@@ -88,7 +88,7 @@ def backward_kernel(
     tl.store(p_diagonal, narrow(by_upper * d, p_dlog_diagonal.dtype.element_ty), mask=m & (i == j))
 
 
-def _plan(channels: int, double: bool, integers: tuple[int, ...]) -> Plan:
+def _grid(channels: int, double: bool, integers: tuple[int, ...]) -> Grid:
     block = 16 if double or channels <= 16 else 32
     blocks = triton.cdiv(channels, block)
     keywords = {
@@ -99,39 +99,37 @@ def _plan(channels: int, double: bool, integers: tuple[int, ...]) -> Plan:
         "num_stages": 2,
         "enable_fp_fusion": True,
     }
-    return Plan(blocks**2, blocks, (channels, blocks, *integers), keywords)
+    return Grid(blocks**2, blocks, (channels, blocks, *integers), keywords)
 
 
-def _forward_launch(factors: tuple[torch.Tensor, ...], weight: torch.Tensor) -> Launch:
+def _forward_launch(factors: Sequence[torch.Tensor], weight: torch.Tensor) -> Launch:
     steps = tuple(s for f in factors for s in f.stride())
-    return Launch(forward_kernel, (*factors, weight), _plan(len(weight), weight.dtype is torch.float64, steps))
+    return Launch(forward_kernel, (*factors, weight), _grid(len(weight), weight.dtype is torch.float64, steps))
 
 
 def _backward_launch(
-    grad: torch.Tensor, factors: tuple[torch.Tensor, ...], origin: torch.Tensor, outputs: tuple[torch.Tensor, ...]
+    grad: torch.Tensor, factors: Sequence[torch.Tensor], origin: torch.Tensor, outputs: tuple[torch.Tensor, ...]
 ) -> Launch:
     steps = tuple(s for f in (grad, *factors[:4]) for s in f.stride())
     double = torch.float64 in (f.dtype for f in factors[:3])
-    return Launch(backward_kernel, (grad, *factors[:4], origin, *outputs), _plan(len(grad), double, steps))
+    return Launch(backward_kernel, (grad, *factors[:4], origin, *outputs), _grid(len(grad), double, steps))
 
 
-def forward(*factors: torch.Tensor) -> torch.Tensor:
-    """W: ``flowkern::plu_weight``."""
-    weight = _output(*factors)
+def forward(*arguments: torch.Tensor) -> None:
+    """``flowkern::plu_weight``: fills W."""
+    *factors, weight = arguments
     if weight.numel():
         _forward_launch(factors, weight).run()
-    return weight
 
 
-def backward(grad: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(dlower, dupper, dlog_diagonal): ``flowkern::plu_weight_backward``."""
-    outputs = _gradients(grad, *factors)
+def backward(grad: torch.Tensor, *arguments: torch.Tensor) -> None:
+    """``flowkern::plu_weight_backward``: fills dlower, dupper and dlog_diagonal."""
+    factors, outputs = arguments[:5], arguments[5:]
     if grad.numel():
         permutation = factors[4]
         numbers = torch.arange(len(permutation), dtype=torch.int32, device=permutation.device)
         origin = torch.zeros_like(numbers).scatter_(0, permutation, numbers)
         _backward_launch(grad, factors, origin, outputs).run()
-    return outputs
 
 
 FACTORS: dict[str, Any] = {"channels": (192, 12, 48, 37), "dtypes": tuple(DTYPES)}
@@ -143,7 +141,7 @@ def compile_cases(channels: int, dtypes: str) -> Iterator[tuple[str, Launch]]:
     lower, upper = (example((channels, channels), square, "vector") for _ in range(2))
     log_diagonal, sign = (example((channels,), other, "vector") for _ in range(2))
     factors = lower, upper, log_diagonal, sign, torch.empty(channels, dtype=torch.int64, device="meta")
-    weight = _output(*factors)
+    weight = KERNELS["plu_weight"].outputs(*factors)
     yield "forward", _forward_launch(factors, weight)
     origin = torch.empty(channels, dtype=torch.int32, device="meta")
-    yield "backward", _backward_launch(weight, factors, origin, _gradients(weight, *factors))
+    yield "backward", _backward_launch(weight, factors, origin, KERNELS["plu_weight_backward"].outputs(weight, *factors))

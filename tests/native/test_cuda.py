@@ -149,7 +149,10 @@ def tensors_of(sample: Sample) -> list[torch.Tensor]:
 def run(sample: Sample) -> Pair:
     """The launcher, on whatever ``_launch`` is."""
     text = "\n".join(network.text for network in sample.args[2])
-    return cuda.forward(sample.args[0], tensors_of(sample), text, [c is not None for c in contexts_of(sample)])
+    inputs = sample.args[0], tensors_of(sample), text, [c is not None for c in contexts_of(sample)]
+    outputs = op._forward.outputs(*inputs)
+    cuda.forward(*inputs, *outputs)
+    return outputs
 
 
 def defined(sample: Sample, dtype: torch.dtype | None = None) -> Pair:

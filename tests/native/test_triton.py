@@ -57,7 +57,7 @@ class TestTheChecksOfCompiledKernels:
         return dict(kernels.compile_cases(**{**first, **choice}))["forward"]
 
     def changed(self, launch: Any, **keywords: Any) -> Any:
-        return launch._replace(plan=launch.plan._replace(keywords={**launch.plan.keywords, **keywords}))
+        return launch._replace(grid=launch.grid._replace(keywords={**launch.grid.keywords, **keywords}))
 
     @pytest.mark.parametrize(("target", "elements"), [("sm_90", 4096), ("gfx942", 16384)])
     def test_spills(self, target: str, elements: int) -> None:
@@ -127,7 +127,7 @@ def plan(shape: tuple[int, ...], split: int, whole: tuple[int, ...], part: tuple
     from flowkern.kernels import _coupling
 
     arguments = {"channels_last": False, "double": False, "moved": shape[1] // 2} | options
-    return _coupling.plan(shape, split=split, whole=[whole], parts=[part], **arguments)
+    return _coupling.grid(shape, split=split, whole=[whole], parts=[part], **arguments)
 
 
 def test_contiguous_samples_are_one_axis() -> None:

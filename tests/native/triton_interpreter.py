@@ -133,8 +133,8 @@ def test_samples_of_several_tiles(name: str, channels_last: bool, launches: list
         x = x.to(memory_format=torch.channels_last)
         params = params.to(memory_format=torch.channels_last) if params.ndim == 4 else params
     agrees(x, params, **kwargs)
-    assert launches[0].plan.tiles > 1
-    assert launches[0].plan.keywords["SKIP"] == (x.is_contiguous() and kwargs.get("split") in (None, "channel_swap"))
+    assert launches[0].grid.tiles > 1
+    assert launches[0].grid.keywords["SKIP"] == (x.is_contiguous() and kwargs.get("split") in (None, "channel_swap"))
 
 
 # In the last four the kept features end with a tile, or one before or after it.
@@ -153,12 +153,12 @@ def test_sizes_around_a_tile(features: int, split: str) -> None:
 @pytest.mark.parametrize("samples", [1, 63, 64, 65, 300])
 def test_many_samples_in_a_tile(samples: int, launches: list[_coupling.Launch]) -> None:
     agrees(randn(samples, 4), randn(samples, 4), layout="interleaved_scale_shift")
-    assert launches[0].plan.programs == -(-samples // 64)
+    assert launches[0].grid.programs == -(-samples // 64)
 
 
 def test_64_bit_offsets_are_used_where_32_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     def wide(shape: tuple[int, ...], *strides: int) -> bool:
-        return _coupling.plan(shape, False, False, 0, shape[1] // 2, [(0, *strides)], [(0, 1, 1, 1, 1)]).keywords["WIDE"]
+        return _coupling.grid(shape, False, False, 0, shape[1] // 2, [(0, *strides)], [(0, 1, 1, 1, 1)]).keywords["WIDE"]
 
     assert not wide((2, 4), 2**29, 0, 0)
     assert wide((2, 4), 2**30, 0, 0)
@@ -167,13 +167,13 @@ def test_64_bit_offsets_are_used_where_32_do_not_reach(monkeypatch: pytest.Monke
     # Too large to try: the kernels that would be used there, on sizes that can be.
     for name in COUPLINGS:
         module = importlib.import_module(f"flowkern.kernels.{name}")
-        original = module._plan.__wrapped__
+        original = module._grid.__wrapped__
 
-        def forced(*args: Any, original: Any = original) -> _coupling.Plan:
+        def forced(*args: Any, original: Any = original) -> _coupling.Grid:
             how = original(*args)
             return how._replace(keywords={**how.keywords, "WIDE": True})
 
-        monkeypatch.setattr(module, "_plan", forced)
+        monkeypatch.setattr(module, "_grid", forced)
     check(OPS["additive_coupling"], torch.float32)
     agrees(randn(2, 3, 37, 41), randn(2, 2, 37, 41))
     agrees(randn(2, 3, 5, 6).to(memory_format=torch.channels_last), randn(2, 6, 5, 6), split="checkerboard")

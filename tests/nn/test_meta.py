@@ -453,7 +453,7 @@ def test_a_layer_whose_table_was_written_over() -> None:
 @native
 def test_couplings_refuse_ranks_that_need_other_parameters() -> None:
     x, params, shift, grad = torch.randn(3, 4), torch.randn(3, 6), torch.randn(3, 3), torch.randn(3, 4)
-    right = ops.FeatureMask(FEATURES).rank
+    right = ops.FeatureMask(FEATURES).place
     how = len(ops.SPLITS), 1, 2.0, 0.0, 0, False, False
     calls: list[Callable[[torch.Tensor], Any]] = [
         lambda rank: torch.ops.flowkern.affine_coupling.default(x, params, rank, *how),
@@ -463,10 +463,10 @@ def test_couplings_refuse_ranks_that_need_other_parameters() -> None:
     for call in calls:
         call(right)
         for value in GARBAGE:
-            with pytest.raises(ValueError, match=r"^rank: expected as many transformed channels"):
+            with pytest.raises(ValueError, match=r"^place: expected as many transformed channels"):
                 call(torch.full((4,), value, dtype=torch.int32))
         for rank in (right[:-1], right.repeat(2), right.long()):
-            with pytest.raises(ValueError, match=r"^rank: expected"):
+            with pytest.raises(ValueError, match=r"^place: expected"):
                 call(rank)
 
 

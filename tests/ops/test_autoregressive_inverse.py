@@ -314,7 +314,7 @@ def test_both_directions_run_in_the_extension(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_backend, "call_native", lambda name, *args: (called.append(name), native(name, *args))[1])
     sample = named("chain")
     results(call, sample)
-    assert called.count("autoregressive_inverse_forward") == 1
+    assert called.count("autoregressive_inverse") == 1
     assert called.count("autoregressive_inverse_backward") == len(sample.args[2])
     assert called.count("masked_linear_backward") == sum(network.layers for network in sample.args[2])
 

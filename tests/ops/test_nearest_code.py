@@ -42,7 +42,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     isa, screen = request.param.split("-")
     before = _backend.native.isa()
     _backend.native.use_isa(isa)
-    monkeypatch.setattr(_nearest_code, "_PAIRS", screen == "bfloat16")
+    monkeypatch.setattr(_backend, "multiply_bfloat16", screen == "bfloat16")
     with flowkern.backend("cpp"):
         yield request.param
     _backend.native.use_isa(before)
@@ -177,7 +177,7 @@ def not_finite(dtype: torch.dtype) -> Iterator[Case]:
 
 
 DRIVER = """
-#include "csrc/tensor.h"
+#include "csrc/kernels.h"
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -185,11 +185,11 @@ using namespace flowkern;
 namespace flowkern {
 bool in_forked_child() { return false; }
 namespace ISA {
-void nearest_code_forward(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool, bool, int);
+void nearest_code(In, In, bool, bool, Out, Out, Out, int);
 }
 }
-Tensor matrix(void* data, Dtype dtype, int64_t rows, int64_t columns, int64_t row, int64_t step) {
-  Tensor t;
+Output matrix(void* data, Dtype dtype, int64_t rows, int64_t columns, int64_t row, int64_t step) {
+  Output t;
   t.data = static_cast<char*>(data);
   t.dtype = dtype;
   t.dims = 2;
@@ -208,12 +208,13 @@ void run(Dtype dtype, int64_t rows, int64_t codes, int64_t depth, bool cosine, b
     for (T& v : *values) v = T((state = state * 1664525u + 1013904223u) % 7u) - T(3);
   if (codes > 2) codebook[depth] = T(NAN), codebook[2 * depth] = T(1e30);
   if (rows > 2) x[0] = T(NAN), x[depth] = T(INFINITY);
-  const Tensor rows_of = matrix(x.data(), dtype, rows, depth, flipped ? 1 : depth, flipped ? rows : 1);
+  const Output rows_of = matrix(x.data(), dtype, rows, depth, flipped ? 1 : depth, flipped ? rows : 1);
   const bool in_double = sizeof(T) == 8;
-  ISA::nearest_code_forward(
-      rows_of, matrix(codebook.data(), dtype, codes, depth, depth, 1), matrix(index.data(), Dtype::int64, rows, 1, 1, 1),
+  ISA::nearest_code(
+      rows_of, matrix(codebook.data(), dtype, codes, depth, depth, 1), cosine, pairs,
+      matrix(index.data(), Dtype::int64, rows, 1, 1, 1),
       matrix(in_double ? (void*)wide.data() : (void*)narrow.data(), in_double ? Dtype::float64 : Dtype::float32, rows, 1, 1, 1),
-      matrix(&looked, Dtype::int64, 1, 1, 1, 1), cosine, pairs, 2);
+      matrix(&looked, Dtype::int64, 1, 1, 1, 1), 2);
   for (int64_t i : index)
     if (i < 0 || i >= codes) std::printf("index %ld", long(i));
   if (looked < 0 || looked > rows) std::printf("looked %ld", long(looked));

@@ -25,8 +25,8 @@ def _beside(conditioner: nn.Module, split: Split) -> Split:
     """The split, its tensors where the conditioner's are: a mask is made on the host, the layer on the default device."""
     if isinstance(split, str):
         return split
-    device = next((p.device for p in conditioner.parameters()), split.rank.device)
-    return split if device == split.rank.device else copy.deepcopy(split).to(device)
+    device = next((p.device for p in conditioner.parameters()), split.place.device)
+    return split if device == split.place.device else copy.deepcopy(split).to(device)
 
 
 class Coupling(Bijection):

@@ -25,24 +25,25 @@ def forward(
     found = plans(text)
     given = parameters_of(tensors, [plan.network for plan in found], contexts)
     chain = [_described(plan, p) for plan, p in zip(found, given, strict=True)]
-    backend.call_native("autoregressive_inverse_forward", chain, z, x, logabsdet)
+    backend.call_native("autoregressive_inverse", chain, z, x, logabsdet)
 
 
 def backward(
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
     x: torch.Tensor,
     tensors: Tensors,
+    grad: torch.Tensor | None,
+    grad_logabsdet: torch.Tensor | None,
     text: str,
     contexts: Sequence[bool],
+    needs_parameters: bool,
     dz: torch.Tensor,
-    outputs: Tensors | None,
+    outputs: Tensors,
 ) -> None:
-    """The op's backward, into dz and, if given, the gradients of the tensors: a sweep for each network of the chain."""
+    """The op's backward, into dz and, if needed, the gradients of the tensors: a sweep for each network of the chain."""
     found, dtype = plans(text), accumulation_dtype(x, *tensors)
     networks = [plan.network for plan in found]
     given = parameters_of(tensors, networks, contexts)
-    wanted = [None for _ in found] if outputs is None else parameters_of(outputs, networks, contexts)
+    wanted = parameters_of(outputs, networks, contexts) if needs_parameters else [None for _ in found]
     for plan, p, into in zip(found, given, wanted, strict=True):
         z = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         v = dz if plan is found[-1] and dz.dtype is dtype else torch.empty_like(z)
@@ -71,7 +72,8 @@ def _parameter_gradients(plan: Plan, p: Parameters, values: Tensors, grads: Tens
     for i, mask in enumerate(_masks(plan.network.text)):
         into_layer = into.weights[i], into.biases[i]
         given = grads[i], values[i], p.weights[i], p.biases[i]
-        backend.call_native("masked_linear_backward", *given, mask.reach, None, mask.rows, mask.columns, None, *into_layer)
+        which = mask.reach, None, mask.rows, mask.columns, (), False, True, True
+        backend.call_native("masked_linear_backward", *given, *which, None, *into_layer)
     if into.context is not None:
         into.context.copy_(grads[0])
 

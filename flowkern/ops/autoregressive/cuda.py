@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..._core import backend
-from ..._core.checks import accumulation_dtype, empty_as, on_host
+from ..._core.checks import on_host
 from .network import ACTIVATIONS, Plan, plans
 from .sweep import parameters_of
 
@@ -51,13 +51,17 @@ class _Layer(NamedTuple):
 
 
 def forward(
-    z: torch.Tensor, tensors: Sequence[torch.Tensor], text: str, contexts: Sequence[bool]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    z: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    text: str,
+    contexts: Sequence[bool],
+    x: torch.Tensor,
+    logabsdet: torch.Tensor,
+) -> None:
     """The op's forward on CUDA tensors: one launch for the whole chain."""
-    dtype = accumulation_dtype(z, *tensors)
-    x, logabsdet = empty_as(z), z.new_empty((z.shape[0],), dtype=dtype)
     if not z.shape[0]:
-        return x, logabsdet
+        return
+    dtype = logabsdet.dtype
     found = plans(text)
     program = _program(text, tuple(contexts), z.device)
     given = parameters_of(tensors, [plan.network for plan in found], contexts)
@@ -81,7 +85,8 @@ def forward(
         *(tile, blocks, shared),
         device=z.device,
     )
-    return x if out is x else x.copy_(out), logabsdet
+    if out is not x:
+        x.copy_(out)
 
 
 def _gather(parts: list[torch.Tensor], index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

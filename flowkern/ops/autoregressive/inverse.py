@@ -24,7 +24,19 @@ from typing import Any
 import torch
 
 from ..._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
-from ..._core.op import LOGABSDET, Law, Op, Output, Sample, define, normal, reference_differentiates, register, transformed
+from ..._core.op import (
+    LOGABSDET,
+    Law,
+    Op,
+    Output,
+    Sample,
+    define,
+    normal,
+    recording,
+    reference_differentiates,
+    register,
+    transformed,
+)
 from ..._core.scale_map import LAYOUTS, ScaleMap
 from . import cpp as _autoregressive_cpp
 from . import cuda as _autoregressive_cuda
@@ -103,7 +115,6 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
 
 
 def _outputs(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]) -> Pair:
-    """What the forward returns, uninitialized: the fake, and what every kernel fills."""
     return empty_as(z), z.new_empty((z.shape[0],), dtype=accumulation_dtype(z, *tensors))
 
 
@@ -116,19 +127,20 @@ def _gradients(
     contexts: Sequence[bool],
     needs_parameters: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What the backward returns, uninitialized: the fake, and what every kernel fills. Empty where nothing is needed."""
     return empty_as(x), [t.new_empty(t.shape if needs_parameters else (0,)) for t in tensors]
 
 
 @outside_autocast
-def _torch_forward(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]) -> Pair:
-    x, logabsdet = _outputs(z, tensors, text, contexts)
+def _torch_forward(
+    z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool], x: torch.Tensor, logabsdet: torch.Tensor
+) -> None:
     found = plans(text)
     state, total = z.to(logabsdet.dtype).t(), torch.zeros_like(logabsdet)
     for plan, p in reversed([*zip(found, parameters_of(tensors, [p.network for p in found], contexts), strict=True)]):
         state, logs = invert(state, plan, p)
         total -= logs
-    return x.copy_(state.t()), logabsdet.copy_(total)
+    x.copy_(state.t())
+    logabsdet.copy_(total)
 
 
 @outside_autocast
@@ -140,8 +152,9 @@ def _torch_backward(
     text: str,
     contexts: Sequence[bool],
     needs_parameters: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    dz, outputs = _gradients(x, tensors, grad, grad_logabsdet, text, contexts, needs_parameters)
+    dz: torch.Tensor,
+    outputs: Tensors,
+) -> None:
     dtype, found = accumulation_dtype(x, *tensors), plans(text)
     state, v = x.to(dtype).t(), None if grad is None else grad.to(dtype).t()
     grad_log = None if grad_logabsdet is None else grad_logabsdet.to(dtype)
@@ -153,47 +166,28 @@ def _torch_backward(
             for out, value in zip(_flat(outs), _flat(gradients.parameters), strict=True):
                 out.copy_(value)
     assert v is not None
-    return dz.copy_(v.t()), outputs
+    dz.copy_(v.t())
 
 
 def _flat(p: Parameters) -> list[torch.Tensor]:
     return [*p.weights, *p.biases, *([] if p.context is None else [p.context])]
 
 
-def _cpp_forward(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]) -> Pair:
-    x, logabsdet = _outputs(z, tensors, text, contexts)
-    _autoregressive_cpp.forward(z, tensors, text, contexts, x, logabsdet)
-    return x, logabsdet
-
-
-def _cpp_backward(
-    x: torch.Tensor,
-    tensors: Tensors,
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
-    text: str,
-    contexts: Sequence[bool],
-    needs_parameters: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    dz, outputs = _gradients(x, tensors, grad, grad_logabsdet, text, contexts, needs_parameters)
-    wanted = outputs if needs_parameters else None
-    _autoregressive_cpp.backward(grad, grad_logabsdet, x, tensors, text, contexts, dz, wanted)
-    return dz, outputs
-
-
 _forward = define(
     "autoregressive_inverse(Tensor z, Tensor[] tensors, str networks, bool[] contexts) -> (Tensor, Tensor)",
-    fake=_outputs,
+    outputs=_outputs,
     torch_=_torch_forward,
-    cpp=_cpp_forward,
+    fills=True,
+    cpp=_autoregressive_cpp.forward,
     cuda=_autoregressive_cuda.forward,
 )
 _backward = define(
     "autoregressive_inverse_backward(Tensor x, Tensor[] tensors, Tensor? grad, Tensor? grad_logabsdet, str networks,"
     " bool[] contexts, bool needs_parameters) -> (Tensor, Tensor[])",
-    fake=_gradients,
+    outputs=_gradients,
     torch_=_torch_backward,
-    cpp=_cpp_backward,
+    fills=True,
+    cpp=_autoregressive_cpp.backward,
     cuda=_torch_backward,
 )
 
@@ -293,7 +287,7 @@ def autoregressive_inverse(
         x, logabsdet = autoregressive_inverse(z.to(dtype), parameters, networks, contexts=contexts)
         return x.to(z.dtype), logabsdet
     text = "\n".join([network.text for network in networks])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (z, *tensors)):
+    if recording(z, *tensors):
         return _AutoregressiveInverse.apply(z, text, flags, *tensors)
     return _forward(z, tensors, text, flags)
 
