@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .. import nn
 from .._core.checks import accumulation_dtype
 from ..nn.densities.base import as_shape, check_share, check_sizes
-from ..nn.densities.flow import _rows
+from ..nn.densities.flow import context_rows
 from ..nn.networks.conditioner import check_context
 from ..nn.networks.masked_conv import Window
 from ._model import DiscreteModel
@@ -121,7 +121,7 @@ class PixelCNN(DiscreteModel):
         """
         if not temperature > 0.0:
             raise ValueError(f"temperature: expected more than 0, got {temperature}")
-        (channels, height, width), biases = self.shape, self._biases(n, _rows(context, n), condition)
+        (channels, height, width), biases = self.shape, self._biases(n, context_rows(context, n), condition)
         uniform = torch.rand(n, channels, height, width, dtype=torch.float64, device=self.place.device)
         v = torch.zeros(n, channels, height, width, dtype=torch.int64, device=self.place.device)
         windows = [layer.window(n, width) for layer in self.layers]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import nn
-from ..nn.densities.flow import _rows
+from ..nn.densities.flow import context_rows
 from ._pixelcnn import DIGITS, PixelCNN
 from ._registry import model
 from ._vae import VAE, _encoder
@@ -113,7 +113,7 @@ class PixelVAE(VAE):
 
     def draw(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
         """n samples of integers (n, *shape): z at that temperature, and the pixels at it too."""
-        context = _rows(context, n)
+        context = context_rows(context, n)
         return self.decoder.draw(n, self._seen(self.prior.sample(n, temperature=temperature), context), temperature)
 
     def decode(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 from ..bijections.bijection import Bijection, Pair
 from .base import Base, as_base
 
-__all__ = ["Flow", "bits_per_dim"]
+__all__ = ["Flow", "bits_per_dim", "context_rows"]
 
 
 def bits_per_dim(log_prob: torch.Tensor, dims: int, levels: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Flow(nn.Module):
         ``context`` (n, K) gives sample i its row i; (1, K) serves all samples. ``temperature`` multiplies the base's standard
         deviation: below 1 the samples are more typical and less diverse. Raises ValueError for other numbers of rows.
         """
-        context = _rows(context, n)
+        context = context_rows(context, n)
         return self.bijection.inverse(self.base.sample(n, temperature, context), context)[0]
 
     def rsample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
@@ -76,12 +76,12 @@ class Flow(nn.Module):
 
         Raises NotImplementedError for a base that has no ``rsample``.
         """
-        context = _rows(context, n)
+        context = context_rows(context, n)
         return self.bijection.inverse(self.base.rsample(n, temperature, context), context)[0]
 
     def sample_and_log_prob(self, n: int, context: torch.Tensor | None = None) -> Pair:
         """(x, log p(x)): n samples (n, ...) and (n,) nats from one inverse pass, differentiable as ``rsample`` is."""
-        context = _rows(context, n)
+        context = context_rows(context, n)
         z = self.base.rsample(n, context=context)
         x, logabsdet = self.bijection.inverse(z, context)
         return x, self.base.log_prob(z, context) - logabsdet
@@ -97,7 +97,8 @@ class Flow(nn.Module):
         return bits_per_dim(self.log_prob(x, context), x[0].numel(), levels).mean()
 
 
-def _rows(context: torch.Tensor | None, n: int) -> torch.Tensor | None:
+def context_rows(context: torch.Tensor | None, n: int) -> torch.Tensor | None:
+    """The context of n samples, (n, K) or (1, K), as (n, K); None for none. Raises ValueError for other numbers of rows."""
     if context is None:
         return None
     if context.ndim != 2 or context.shape[0] not in (1, n):

@@ -12,7 +12,7 @@ from torch import nn
 from ..._core.checks import accumulation_dtype
 from ..._core.mixture import log_sum
 from ..networks.made import MADE
-from .flow import _rows
+from .flow import context_rows
 from .likelihood import likelihood
 
 __all__ = ["MADEDensity"]
@@ -111,7 +111,7 @@ class MADEDensity(nn.Module):
         """
         if not temperature > 0.0:
             raise ValueError(f"temperature: expected more than 0, got {temperature}")
-        context = _rows(context, n)
+        context = context_rows(context, n)
         x = next(self.network.parameters()).new_zeros((n, self.network.features))
         which = torch.randint(len(self.mask_sets), (n,), device="cpu").to(x.device)
         for i, masks in enumerate(self.mask_sets):

@@ -12,7 +12,7 @@ from torch import nn
 from ..._core.checks import accumulation_dtype
 from ..._core.mixture import log_sum
 from .base import Base, StandardNormal, as_base, draw_components
-from .flow import Flow, _rows
+from .flow import Flow, context_rows
 from .likelihood import Likelihood
 from .posterior import GaussianPosterior, Posterior
 
@@ -309,7 +309,7 @@ class VAE(nn.Module):
         """
         if not temperature >= 0.0:
             raise ValueError(f"temperature: expected at least 0, got {temperature}")
-        context = _rows(context, n)
+        context = context_rows(context, n)
         z = self.prior.sample(n, temperature=temperature)
         params = self.decode(z, context)
         return self.likelihood.image_sample(params) if params.ndim == 4 else self.likelihood.sample(params)
