@@ -58,8 +58,9 @@ from .networks.conditioner import ResNet as ResNet
 from .networks.made import MADE as MADE
 from .networks.masked_conv import GatedMaskedConv as GatedMaskedConv
 from .networks.masked_linear import MaskedLinear as MaskedLinear
-from .quantizers.vector import CodeUsage as CodeUsage
-from .quantizers.vector import ResidualVectorQuantizer as ResidualVectorQuantizer
+from .quantizers.quantizer import CodeUsage as CodeUsage
+from .quantizers.quantizer import Quantizer as Quantizer
+from .quantizers.residual import ResidualVectorQuantizer as ResidualVectorQuantizer
 from .quantizers.vector import VectorQuantizer as VectorQuantizer
 from .transformers.additive import Additive as Additive
 from .transformers.affine import Affine as Affine
@@ -67,5 +68,5 @@ from .transformers.affine import GatedAffine as GatedAffine
 from .transformers.mixture_logistic import MixtureLogistic as MixtureLogistic
 from .transformers.transformer import Transformer as Transformer
 
-#: The transformers by their names; that of a class declared with a name is among them.
-TRANSFORMERS = Transformer.kinds
+#: The transformers and the quantizers by their names, which a class is declared with.
+TRANSFORMERS, QUANTIZERS = Transformer.kinds, Quantizer.kinds

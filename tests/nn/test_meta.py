@@ -201,11 +201,13 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
     "AdditiveCoupling-mask": (lambda: _coupling(nn.AdditiveCoupling, 3, ops.FeatureMask(FEATURES)), (3, 4)),
     "AffineCoupling": (lambda: _coupling(nn.AffineCoupling, 4), (3, 4)),
     "AffineCoupling-mask": (lambda: _coupling(nn.AffineCoupling, 6, ops.FeatureMask(FEATURES)), (3, 4)),
+    "Autoregressive": (lambda: nn.Autoregressive(4, nn.MixtureLogistic(2), (5, 6), order="random"), (3, 4)),
     "BatchNormFlow": (lambda: nn.BatchNormFlow(4), (3, 4)),
     "Compose": (lambda: nn.Compose(nn.Permutation.reverse(4), nn.ActNorm(4)), (3, 4)),
     "ConvDecoder": (lambda: nn.ConvDecoder(4, (1, 4, 4), 2, (5,)), (3, 4)),
     "ConvEncoder": (lambda: nn.ConvEncoder((1, 4, 4), 2, (5,)), (3, 1, 4, 4)),
     "ConvNet": (lambda: nn.ConvNet(2, 3, 5, zero_init=False), (3, 2, 4, 4)),
+    "Coupling": (lambda: _coupling(nn.Coupling, 16, transformer=nn.MixtureLogistic(2)), (3, 4)),
     "DiagonalNormal": (lambda: nn.DiagonalNormal(4), (3, 4)),
     "Flatten": (lambda: nn.Flatten((1, 2, 2)), (3, 1, 2, 2)),
     "Flow": (lambda: nn.Flow(nn.Permutation.random(4, 0), nn.StandardNormal(4)), (3, 4)),
@@ -249,7 +251,7 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
 }  # fmt: skip
 
 #: What others derive from, and what has no forward of its own.
-ABSTRACT = {"Base", "Bijection", "Posterior"}
+ABSTRACT = {"Base", "Bijection", "Posterior", "Quantizer"}
 
 
 def test_every_public_module_is_among_the_layers() -> None:

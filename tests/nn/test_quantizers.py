@@ -1,4 +1,4 @@
-"""``nn.VectorQuantizer`` and ``nn.ResidualVectorQuantizer``."""
+"""Quantizers: ``nn.VectorQuantizer``, ``nn.ResidualVectorQuantizer`` and a user's own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,63 @@ import torch
 from flowkern.bench.subjects import vector_quantizer as bench
 
 from flowkern import nn, ops
+
+
+class FSQ(nn.Quantizer, kind="test-fsq"):
+    """A user's own, finite scalar quantization: each channel is rounded to one of ``levels`` (odd) values in [-1, 1]."""
+
+    def __init__(self, dim: int = 3, levels: int = 5, channels_first: bool = True):
+        super().__init__()
+        self.dim, self.levels, self.channels_first = dim, levels, channels_first
+        self.codes = levels**dim
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        bounded, half = self.channels_last(x).tanh(), self.levels // 2
+        rounded = (bounded * half).round()
+        place = self.levels ** torch.arange(self.dim, device=x.device)
+        index = ((rounded.long() + half) * place).sum(-1)
+        return self.as_given(bounded + (rounded / half - bounded).detach()), index, x.new_zeros(())
+
+    def decode(self, index: torch.Tensor) -> torch.Tensor:
+        self.check_index(index)
+        half, place = self.levels // 2, self.levels ** torch.arange(self.dim, device=index.device)
+        return self.as_given((index[..., None] // place % self.levels - half) / half)
+
+
+def test_a_users_own_quantizer() -> None:
+    fsq, x = FSQ(), torch.randn(2, 3, 4, 5, requires_grad=True)
+    quantized, index, _ = fsq(x)
+    assert index.shape == (2, 4, 5)
+    torch.testing.assert_close(fsq.decode(index), quantized)
+    assert torch.equal(fsq.encode(quantized.atanh().clamp(-9, 9)), index)
+    torch.testing.assert_close(torch.autograd.grad(quantized.sum(), x)[0], 1 - x.tanh().square())
+    counts = index.flatten().bincount(minlength=125) / 40
+    usage = fsq.usage(index)
+    torch.testing.assert_close(usage.perplexity, (-torch.special.xlogy(counts, counts).sum()).exp())
+    torch.testing.assert_close(usage.used, (counts > 0).float().mean())
+    with pytest.raises(ValueError, match="index: expected codes from 0 to under 125, got 125 to 125"):
+        fsq.decode(torch.tensor([125]))
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, 3, ...\), channels first, got \(2, 4\)"):
+        fsq(torch.randn(2, 4))
+    for call in (nn.Quantizer().forward, nn.Quantizer().decode):
+        with pytest.raises(NotImplementedError, match=r"Quantizer has no (forward|decode)"):
+            call(x)
+
+
+def test_config_round_trip() -> None:
+    options = {"decay": 0.9, "commitment": 0.5, "init": "uniform", "revive_below": 0.1, "rotation": True, "channels_first": True}
+    for made in (
+        nn.VectorQuantizer(6, 8, heads=2, cosine=True, **options),
+        nn.ResidualVectorQuantizer(6, 8, 3, **options),
+        FSQ(2, levels=7),
+    ):
+        again = nn.Quantizer.of(made.config())
+        assert type(again) is type(made) is nn.QUANTIZERS[made.config()["kind"]]
+        assert repr(again) == repr(made)
+        assert again.config() == made.config()
+        assert (again.dim, again.codes, again.index_shape) == (made.dim, made.codes, made.index_shape)
+    index = torch.tensor([[0, 1, 7], [1, 1, 7]])
+    torch.testing.assert_close(nn.ResidualVectorQuantizer(6, 8, 3).usage(index).used, torch.tensor((2 + 1 + 1) / 3 / 8))
 
 
 def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -421,7 +478,7 @@ QUANTIZERS = [nn.VectorQuantizer(4, 8), nn.VectorQuantizer(4, 8, heads=2), nn.Re
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=["one", "heads", "residual"])
 def test_indices_that_are_no_codes_are_named(quantizer: Any) -> None:
-    for function in (quantizer.decode, *([quantizer.usage] if hasattr(quantizer, "usage") else [])):
+    for function in (quantizer.decode, quantizer.usage):
         index = torch.tensor([[0, 7], [3, 1]])
         function(index)
         function(index[:0])
