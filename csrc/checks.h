@@ -6,7 +6,7 @@
 
 namespace flowkern {
 
-// For tables that no degrees have, as the top of flowkern/ops/_masked_linear.py defines them. `first`, `rows` and `columns` may
+// For tables that no degrees have, as flowkern/ops/autoregressive/degrees.py defines them. `first`, `rows` and `columns` may
 // be absent.
 void check_degrees(const Tensor& x, const Tensor& weight, const Tensor& reach, const Tensor& first, const Tensor& rows,
                    const Tensor& columns);

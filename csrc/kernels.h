@@ -14,7 +14,7 @@ using Out = const Output&;
 struct Autoregressive {
   const Tensor* tensors = nullptr;  // weight and bias of each linear layer
   Tensor context;                   // (B, units of the first layer), or not given
-  const int32_t* table = nullptr;   // the grid: flowkern/ops/autoregressive/cpp.py says how it is laid out
+  const int32_t* table = nullptr;   // the plan: flowkern/ops/autoregressive/cpp.py says how it is laid out
   double a = 0, b = 0;              // the constants of the scale map
 };
 

@@ -12,10 +12,10 @@ from ._discretized_logistic_mixture import sample_discretized_logistic_mixture a
 from ._ema_update import ema_update as ema_update
 from ._gaussian_kl import gaussian_kl as gaussian_kl
 from ._invertible_linear import invertible_linear as invertible_linear
-from ._masked_linear import DegreeMask as DegreeMask
 from ._masked_linear import masked_linear as masked_linear
 from ._nearest_code import nearest_code as nearest_code
 from ._plu_weight import plu_weight as plu_weight
 from ._vector_quantize import vector_quantize as vector_quantize
+from .autoregressive.degrees import DegreeMask as DegreeMask
 from .autoregressive.inverse import autoregressive_inverse as autoregressive_inverse
 from .autoregressive.network import AutoregressiveNetwork as AutoregressiveNetwork

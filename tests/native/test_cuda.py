@@ -24,7 +24,7 @@ from flowkern import ops
 from flowkern._core import backend as _backend
 from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
-from flowkern.ops.autoregressive import cuda
+from flowkern.ops.autoregressive import cuda, definition
 from flowkern.ops.autoregressive import inverse as op
 
 ROOT = Path(__file__).parents[2]
@@ -245,7 +245,7 @@ def test_masked_weights_do_not_matter(host: Host, sample: Sample) -> None:
     expected, poisoned = run(sample), copy.deepcopy(sample)
     weights = iter(poisoned.args[1][0::2])
     for network in poisoned.args[2]:
-        for mask in ops._autoregressive_definition.masks(network, torch.device("cpu")):
+        for mask in definition.masks(network, torch.device("cpu")):
             next(weights)[~mask] = float("inf")
     assert all(torch.equal(a, b) for a, b in zip(run(poisoned), expected, strict=True))
 
@@ -298,7 +298,7 @@ def test_the_stream_holds_every_weight_that_counts_once(host: Host) -> None:
             numbers = program.weights.tolist()
             assert len(set(numbers)) == len(numbers)
             used, start = set(numbers), 0
-            for i, mask in enumerate(ops._autoregressive_definition.masks(network, torch.device("cpu")), 1):
+            for i, mask in enumerate(definition.masks(network, torch.device("cpu")), 1):
                 plan = op.plans(network.text)[0]
                 rows = torch.tensor(cuda._rows(plan, i), dtype=torch.int64)
                 seen = torch.zeros_like(mask)

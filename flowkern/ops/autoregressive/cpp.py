@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..._core import backend
 from ..._core.checks import accumulation_dtype, on_host
-from .network import ACTIVATIONS, Plan, plans
-from .sweep import Parameters, parameters_of
+from .network import ACTIVATIONS, Plan, plans, weight_masks
+from .sweep import Parameters, chain
 
 __all__ = ["backward", "forward"]
 
@@ -22,10 +22,8 @@ def forward(
     z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool], x: torch.Tensor, logabsdet: torch.Tensor
 ) -> None:
     """The op's forward, into x and logabsdet: one call for the whole chain."""
-    found = plans(text)
-    given = parameters_of(tensors, [plan.network for plan in found], contexts)
-    chain = [_described(plan, p) for plan, p in zip(found, given, strict=True)]
-    backend.call_native("autoregressive_inverse", chain, z, x, logabsdet)
+    described = [_described(plan, p) for plan, p in chain(text, tensors, contexts)]
+    backend.call_native("autoregressive_inverse", described, z, x, logabsdet)
 
 
 def backward(
@@ -40,13 +38,11 @@ def backward(
     outputs: Tensors,
 ) -> None:
     """The op's backward, into dz and, if needed, the gradients of the tensors: a sweep for each network of the chain."""
-    found, dtype = plans(text), accumulation_dtype(x, *tensors)
-    networks = [plan.network for plan in found]
-    given = parameters_of(tensors, networks, contexts)
-    wanted = parameters_of(outputs, networks, contexts) if needs_parameters else [None for _ in found]
-    for plan, p, into in zip(found, given, wanted, strict=True):
+    networks, dtype = chain(text, tensors, contexts), accumulation_dtype(x, *tensors)
+    wanted = [p for _, p in chain(text, outputs, contexts)] if needs_parameters else [None for _ in networks]
+    for (plan, p), into in zip(networks, wanted, strict=True):
         z = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        v = dz if plan is found[-1] and dz.dtype is dtype else torch.empty_like(z)
+        v = dz if plan is networks[-1][0] and dz.dtype is dtype else torch.empty_like(z)
         values, grads = ([], []) if into is None else _kept(plan, x.shape[0], z)
         call = [_described(plan, p)], grad, grad_logabsdet, x, z, v
         backend.call_native("autoregressive_inverse_backward", *call, values, grads)
@@ -69,11 +65,10 @@ def _kept(plan: Plan, batch: int, like: torch.Tensor) -> tuple[list[torch.Tensor
 
 def _parameter_gradients(plan: Plan, p: Parameters, values: Tensors, grads: Tensors, into: Parameters) -> None:
     """Those of the masked linear layers."""
-    for i, mask in enumerate(_masks(plan.network.text)):
+    for i, mask in enumerate(weight_masks(plan.network.text)):
         into_layer = into.weights[i], into.biases[i]
         given = grads[i], values[i], p.weights[i], p.biases[i]
-        which = mask.reach, None, mask.rows, mask.columns, (), False, True, True
-        backend.call_native("masked_linear_backward", *given, *which, None, *into_layer)
+        backend.call_native("masked_linear_backward", *given, *mask.indices, False, True, True, None, *into_layer)
     if into.context is not None:
         into.context.copy_(grads[0])
 
@@ -97,35 +92,5 @@ def _table(text: str) -> torch.Tensor:
     numbers += plan.source
     for panel in plan.panels:
         numbers += [panel.begin, panel.end, *panel.known]
-    return _numbers(numbers)
-
-
-class _Mask(NamedTuple):
-    """How far the sorted rows of a linear layer see the sorted columns, and their orders; None where they come sorted."""
-
-    reach: torch.Tensor
-    rows: torch.Tensor | None
-    columns: torch.Tensor | None
-
-
-@functools.lru_cache(maxsize=256)
-def _masks(text: str) -> list[_Mask]:
-    (plan,) = plans(text)
-    orders = [layer.order for layer in plan.layers]
-    raw, shift = plan.network.output_rows
-    rows = [*orders[1:-1], [row for i in orders[-1] for row in (raw[i], shift[i])]]
-    reaches = [*(layer.prefix for layer in plan.layers[1:-1]), [n for n in plan.layers[-1].prefix for _ in range(2)]]
-    return [
-        _Mask(_numbers(reach), _unless_sorted(own), _unless_sorted(columns))
-        for reach, own, columns in zip(reaches, rows, orders, strict=False)
-    ]
-
-
-def _unless_sorted(order: list[int]) -> torch.Tensor | None:
-    return None if order == [*range(len(order))] else _numbers(order)
-
-
-def _numbers(values: list[int]) -> torch.Tensor:
-    """As the extension reads them; not on a default device, for they are kept."""
-    with on_host():
-        return torch.tensor(values, dtype=torch.int32)
+    with on_host():  # as the extension reads them; not on a default device, for they are kept
+        return torch.tensor(numbers, dtype=torch.int32)

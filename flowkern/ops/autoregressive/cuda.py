@@ -16,7 +16,7 @@ import torch
 from ..._core import backend
 from ..._core.checks import on_host
 from .network import ACTIVATIONS, Plan, plans
-from .sweep import parameters_of
+from .sweep import chain
 
 __all__ = ["forward"]
 
@@ -62,9 +62,8 @@ def forward(
     if not z.shape[0]:
         return
     dtype = logabsdet.dtype
-    found = plans(text)
     program = _program(text, tuple(contexts), z.device)
-    given = parameters_of(tensors, [plan.network for plan in found], contexts)
+    given = [p for _, p in chain(text, tensors, contexts)]
     weights = [w for p in given for w in p.weights]
     stored = torch.bfloat16 if dtype is torch.float32 and all(w.dtype is torch.bfloat16 for w in weights) else dtype
     terms = [p.context.to(dtype) for p in given if p.context is not None]
@@ -81,7 +80,7 @@ def forward(
         *(state.data_ptr(), *state.stride(), out.data_ptr(), *out.stride(), logabsdet.data_ptr()),
         *(packed.data_ptr(), biases.data_ptr(), term.data_ptr(), term.stride(0)),
         *(program.table.data_ptr(), program.constants.data_ptr(), 0 if fits else scratch.data_ptr()),
-        *(*z.shape, len(found), program.units, program.staged, dtype is torch.float64, stored is torch.bfloat16),
+        *(*z.shape, len(given), program.units, program.staged, dtype is torch.float64, stored is torch.bfloat16),
         *(tile, blocks, shared),
         device=z.device,
     )

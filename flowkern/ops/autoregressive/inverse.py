@@ -42,7 +42,7 @@ from . import cpp as _autoregressive_cpp
 from . import cuda as _autoregressive_cuda
 from .definition import density, reference
 from .network import ACTIVATIONS, AutoregressiveNetwork, plans
-from .sweep import Parameters, invert, parameters_of, pull_back
+from .sweep import Parameters, chain, invert, pull_back
 
 __all__ = ["autoregressive_inverse"]
 
@@ -134,9 +134,8 @@ def _gradients(
 def _torch_forward(
     z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool], x: torch.Tensor, logabsdet: torch.Tensor
 ) -> None:
-    found = plans(text)
     state, total = z.to(logabsdet.dtype).t(), torch.zeros_like(logabsdet)
-    for plan, p in reversed([*zip(found, parameters_of(tensors, [p.network for p in found], contexts), strict=True)]):
+    for plan, p in reversed(chain(text, tensors, contexts)):
         state, logs = invert(state, plan, p)
         total -= logs
     x.copy_(state.t())
@@ -155,11 +154,10 @@ def _torch_backward(
     dz: torch.Tensor,
     outputs: Tensors,
 ) -> None:
-    dtype, found = accumulation_dtype(x, *tensors), plans(text)
+    dtype = accumulation_dtype(x, *tensors)
     state, v = x.to(dtype).t(), None if grad is None else grad.to(dtype).t()
     grad_log = None if grad_logabsdet is None else grad_logabsdet.to(dtype)
-    given = parameters_of(tensors, [plan.network for plan in found], contexts)
-    for plan, p, outs in zip(found, given, parameters_of(outputs, [plan.network for plan in found], contexts), strict=True):
+    for (plan, p), (_, outs) in zip(chain(text, tensors, contexts), chain(text, outputs, contexts), strict=True):
         gradients = pull_back(state, v, grad_log, plan, p, needs_parameters)
         state, v = gradients.z, gradients.grad
         if gradients.parameters is not None:

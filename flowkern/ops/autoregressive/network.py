@@ -9,11 +9,11 @@ Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (
 
 from __future__ import annotations
 
+import ast
 import functools
 import itertools
-import json
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,9 +21,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..._core.checks import on_host
 from ..._core.scale_map import ScaleMap, named_layout
+from .degrees import DegreeMask
 
-__all__ = ["ACTIVATIONS", "AutoregressiveNetwork", "Panel", "Plan", "plans"]
+__all__ = ["ACTIVATIONS", "AutoregressiveNetwork", "Panel", "Plan", "plans", "weight_masks"]
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -108,14 +110,15 @@ class AutoregressiveNetwork:
         for name, value in (("in_degrees", degrees[0]), ("hidden_degrees", degrees[1:]), ("permutation", permutation)):
             object.__setattr__(self, name, value)
         _check(self)
-        # The text is what the registered ops are given: a traced graph can hold it.
-        fields = (degrees[0], degrees[1:], self.activation, self.residual, _scale_fields(self.scale), self.layout, self.gated)
-        object.__setattr__(self, "text", json.dumps([*fields, permutation], separators=(",", ":")))
+        # The text is what the registered ops are given: a traced graph can hold it, and one look at its hash finds the plan.
+        scale = self.scale.kind, self.scale.a, self.scale.b
+        fields = degrees[0], degrees[1:], self.activation, self.residual, scale, self.layout, self.gated, permutation
+        object.__setattr__(self, "text", repr(fields).replace(" ", ""))
 
     @classmethod
     def from_text(cls, text: str) -> AutoregressiveNetwork:
         """The network whose ``text`` this is."""
-        in_degrees, hidden, activation, residual, (kind, a, b), layout, gated, permutation = json.loads(text)
+        in_degrees, hidden, activation, residual, (kind, a, b), layout, gated, permutation = ast.literal_eval(text)
         return cls(in_degrees, hidden, activation, residual, ScaleMap(kind, a, b), layout, gated, permutation)
 
     @property
@@ -165,11 +168,7 @@ def _integers(name: str, values: Sequence[int] | torch.Tensor) -> tuple[int, ...
     values = values.tolist() if isinstance(values, torch.Tensor) else [*values]
     if not all(isinstance(v, int) for v in values):
         raise ValueError(f"{name}: expected integers, got {values}")
-    return tuple(values)
-
-
-def _scale_fields(scale: ScaleMap) -> tuple[str, float, float]:
-    return scale.kind, scale.a, scale.b
+    return tuple(map(int, values))
 
 
 def _check(network: AutoregressiveNetwork) -> None:
@@ -238,18 +237,26 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(text: str) -> Plan:
+@on_host()
+def weight_masks(text: str) -> list[DegreeMask]:
+    """The mask of each linear layer's weights, on the host, for the network whose text this is."""
     network = AutoregressiveNetwork.from_text(text)
-    degrees = [network.in_degrees, *network.hidden_degrees, network.in_degrees]
-    orders = [sorted(range(len(d)), key=d.__getitem__) for d in degrees]
-    ranked = [[d[i] for i in order] for d, order in zip(degrees, orders, strict=True)]
-    last = len(degrees) - 1
-    prefixes = [[0] * network.features]
-    for i in range(1, last + 1):
-        seen = bisect_left if i == last else bisect_right
-        prefixes.append([seen(ranked[i - 1], degree) for degree in ranked[i]])
+    degrees = [torch.tensor(d) for d in (network.in_degrees, *network.hidden_degrees)]
+    outputs = degrees[0].new_empty(2 * network.features)
+    for rows in network.output_rows:
+        outputs[torch.tensor(rows)] = degrees[0]
+    hidden = [DegreeMask(after, before) for before, after in itertools.pairwise(degrees)]
+    return [*hidden, DegreeMask(outputs, degrees[-1], strict=True)]
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(text: str) -> Plan:
+    network, masks = AutoregressiveNetwork.from_text(text), weight_masks(text)
+    orders = [mask.order("columns") for mask in masks]
+    prefixes = [[0] * network.features, *(mask.prefixes for mask in masks)]
+    prefixes[-1] = prefixes[-1][::2]  # the two outputs of a feature see the same
     ends = _ends(network, prefixes)
-    layers = [Layer(*parts) for parts in zip(orders, prefixes, [*ends, ends[0]], strict=True)]
+    layers = [Layer(*parts) for parts in zip([*orders, orders[0]], prefixes, [*ends, ends[0]], strict=True)]
     depth = len(ends[0]) - 1
     shuffle = network.permutation or range(network.features)
     return Plan(network, depth, layers, _panels(layers, depth), [shuffle[i] for i in orders[0]])

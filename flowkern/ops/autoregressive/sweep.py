@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from ..._core.scale_map import SOFTPLUS_TAIL, ScaleMap
-from .network import ACTIVATIONS, AutoregressiveNetwork, Plan
+from .network import ACTIVATIONS, AutoregressiveNetwork, Plan, plans
 
-__all__ = ["Gradients", "Parameters", "affine", "generate", "invert", "parameters_of", "pull_back"]
+__all__ = ["Gradients", "Parameters", "affine", "chain", "generate", "invert", "parameters_of", "pull_back"]
 
 #: Turns the outputs (places * per feature, B) of some places of the sorted features into their values (places, B).
 Finish = Callable[[slice, torch.Tensor], torch.Tensor]
@@ -37,6 +37,12 @@ def parameters_of(
         pairs = [(next(remaining), next(remaining)) for _ in range(network.layers)]
         found.append(Parameters([w for w, _ in pairs], [b for _, b in pairs], next(remaining) if context else None))
     return found
+
+
+def chain(text: str, tensors: Sequence[torch.Tensor], contexts: Sequence[bool]) -> list[tuple[Plan, Parameters]]:
+    """(plan, tensors) of each network of a chain, from what the registered ops are given."""
+    found = plans(text)
+    return [*zip(found, parameters_of(tensors, [plan.network for plan in found], contexts), strict=True)]
 
 
 class Gradients(NamedTuple):
