@@ -278,9 +278,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def reference_runs(x: torch.Tensor) -> bool:
-    """Whether an op must run its reference: there is no kernel for the device, or the op is transformed."""
-    return backend.only_torch(x) or transformed()
+def reference_runs(x: torch.Tensor, *, own_torch: bool = False) -> bool:
+    """Whether an op must run its reference: there is no kernel for the device, or the op is transformed.
+
+    ``own_torch`` is for an op whose torch code is a kernel too, better than the reference: it serves where there is no other one.
+    """
+    if transformed():
+        return True
+    return backend.only_torch(x) and not (own_torch and (x.is_cpu or x.is_cuda or x.is_meta))
 
 
 def reference_differentiates(*grads: torch.Tensor | None) -> bool:

@@ -38,7 +38,6 @@ from .._core.op import (
     reference_differentiates,
     reference_runs,
     register,
-    transformed,
 )
 from .autoregressive.degrees import DegreeMask, dense_mask
 
@@ -298,16 +297,12 @@ def masked_linear(
     if x.ndim != 2:
         y = masked_linear(x.reshape(-1, x.shape[-1]), weight, bias, mask)
         return y.view(*x.shape[:-1], mask.out_features)
-    if reference_runs(x) and not (mask.panels and _panels_run(x)):
+    # A compiler would rather see one product than panels.
+    if reference_runs(x, own_torch=bool(mask.panels) and not torch.compiler.is_compiling()):
         return _reference(x, weight, bias, *mask.indices)
     if recording(x, weight, bias):
         return _MaskedLinear.apply(x, weight, bias, mask.indices)
     return _forward(x, weight, bias, *mask.indices)
-
-
-def _panels_run(x: torch.Tensor) -> bool:
-    """Whether plain torch code computes in panels: nobody traces or transforms it, who would rather see one product."""
-    return not (transformed() or torch.compiler.is_compiling())
 
 
 register(

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, outside_autocast
-from .._core.op import Law, Op, Output, Sample, accumulated, as_index, define, normal, register, transformed
+from .._core.op import Law, Op, Output, Sample, accumulated, as_index, define, normal, reference_runs, register
 
 __all__ = ["METRICS", "nearest_code"]
 
@@ -333,7 +333,7 @@ def nearest_code(
     """
     _check_inputs(x, codebook, metric)
     flat, codes, cosine = x.detach().reshape(-1, x.shape[-1]), codebook.detach(), metric == "cosine"
-    if not (x.is_cpu or x.is_cuda or x.is_meta) or transformed():
+    if reference_runs(x, own_torch=True):
         index, sqdist = _reference(flat, codes, cosine)
         looked = index.new_tensor(0)
     else:

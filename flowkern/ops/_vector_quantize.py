@@ -23,7 +23,18 @@ import torch
 
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
 from .._core.code_sums import code_sums
-from .._core.op import Law, Op, Output, Sample, accumulated, as_index, normal, reference_differentiates, register, transformed
+from .._core.op import (
+    Law,
+    Op,
+    Output,
+    Sample,
+    accumulated,
+    as_index,
+    normal,
+    reference_differentiates,
+    reference_runs,
+    register,
+)
 from ._nearest_code import _forward as nearest_code_kernel
 from ._nearest_code import nearest_code
 
@@ -226,7 +237,7 @@ def vector_quantize(
         raise ValueError(
             f"x: expected shape (..., {codebook.shape[1]}), one value per column of the codebook, got {tuple(x.shape)}"
         )
-    if transformed():
+    if reference_runs(x, own_torch=True):
         return reference(x, codebook, beta=beta, codebook_loss=codebook_loss, rotation=rotation)
     rows = x.reshape(-1, x.shape[-1])
     index, sqdist = nearest_code(rows.detach(), codebook.detach())

@@ -34,8 +34,8 @@ from ..._core.op import (
     normal,
     recording,
     reference_differentiates,
+    reference_runs,
     register,
-    transformed,
 )
 from ..._core.scale_map import LAYOUTS, ScaleMap
 from . import cpp as _autoregressive_cpp
@@ -278,7 +278,7 @@ def autoregressive_inverse(
         x, logabsdet = autoregressive_inverse(z.reshape(-1, z.shape[-1]), parameters, networks, contexts=flat)
         return x.view(z.shape), logabsdet.view(leading)
     tensors, flags = _with_contexts(parameters, networks, given)
-    if transformed():
+    if reference_runs(z, own_torch=True):
         return reference(z, tensors, networks, flags)
     dtype = accumulation_dtype(z, *tensors)
     if z.dtype is not dtype:  # what is kept for the gradients is not rounded
