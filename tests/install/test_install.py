@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,17 @@ class Environment:
         return done.stdout.split("isa:")[1].strip()
 
 
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return Environment(tmp_path_factory.mktemp("environment") / "env")
+
+
 @pytest.fixture
-def fresh(tmp_path: Path) -> Environment:
-    return Environment(tmp_path / "env")
+def fresh(environment: Environment) -> Iterator[Environment]:
+    """The environment without flowkern: making it takes longer than most installs."""
+    yield environment
+    environment.pip("uninstall", "--yes", "flowkern")
+    assert environment.pip("show", "flowkern").returncode != 0
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +110,7 @@ def test_sdist_and_wheel(fresh: Environment, source: Path, tmp_path: Path) -> No
 
 
 def test_install_from_source(fresh: Environment, source: Path) -> None:
-    done = fresh.pip("install", "--no-deps", "--force-reinstall", str(source), FLOWKERN_EXT="1")
+    done = fresh.pip("install", "--no-deps", "--force-reinstall", str(source), FLOWKERN_EXT="1", **QUICKLY)
     assert done.returncode == 0, done.stdout + done.stderr
     assert fresh.isa() in ("avx512", "avx2", "baseline")
 
