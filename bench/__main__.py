@@ -1,6 +1,6 @@
-"""``python -m bench``: how fast and how small each op is, against eager code, torch.compile and a copy.
+"""``python -m bench [SUBJECT ...]``: how fast and how small the ops, layers and models are, beside plain code and the peers.
 
-A figure is printed only for a result that was just compared with float64 in the same process.
+A figure is printed only for a result that was just compared with float64, or with the peer's, in the same process.
 """
 
 from __future__ import annotations
@@ -9,87 +9,76 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .cases import CASES
-from .measure import FUSED, Options, Row, measure
-from .report import HEADER, describe, line, write_csv
-from .subjects import autoregressive, glow, likelihood, nearest_code, vector_quantizer
+from .comparison import FLOWKERN, Options
+from .docs import write_docs
+from .files import slug
+from .row import Row, Target, describe, line, write_csv
 from .timing import pages_here
-from .worker import rows_of_worker
+from .worker import FILES, module_of, run, run_in_worker
 
 __all__ = ["main"]
 
-_EPILOG = """
-median and quartiles: of the fused op, of many samples; all variants are sampled in turn.
-% copy: the time of dst.copy_(src) of as many bytes as the op must move, over the op's.
-eager, compile: the time of plain torch code, and of torch.compile of it, over the op's.
+_EPILOG = f"""
+Subjects: ops (all of them), {", ".join((*CASES, *FILES))}.
+Each line has the median and the quartiles of many samples (all variants are sampled in turn), how many times faster it is than
+plain torch code or what it is compared with, than torch.compile of that, its speed in percent of dst.copy_(src) of as many bytes,
+and the most memory that it holds at a time above inputs and results.
 pages: on a CPU whether freed memory stays with the process, on a GPU where the inputs lie (each table says it).
-extra: the most memory the op holds at a time above its inputs and outputs.
-``python -m bench glow`` measures 1x1 convolutions and a whole Glow beside the peers, ``python -m bench autoregressive`` the
-inverse of masked autoregressive layers, ``python -m bench nearest_code`` and ``vector_quantizer`` vector quantization,
-``python -m bench likelihood`` the likelihood kernels (--help says how).
-The exit code is 1 if a result was wrong (its row says FAILED); a missed target is no error.
+The exit code is 1 if a result was wrong (its line says FAILED); a missed target is no error.
 """
-
-
-#: Benches with a command line of their own, which need the peers.
-BESIDE_PEERS = {
-    "glow": glow,
-    "autoregressive": autoregressive,
-    "likelihood": likelihood,
-    "nearest_code": nearest_code,
-    "vector_quantizer": vector_quantizer,
-}
+RESULTS = Path("bench/results")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code is 1 if a result was wrong or could not be had."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in BESIDE_PEERS:
-        return BESIDE_PEERS[argv[0]].main(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if unknown := [name for name in arguments.op if name not in CASES]:
-        parser.error(f"unknown op {', '.join(unknown)}; expected {', '.join(CASES)}")
+    if arguments.docs:
+        print(f"written: {', '.join(map(str, write_docs()))}")
+        return 0
+    subjects = [name for given in arguments.subject for name in (CASES if given == "ops" else (given,))]
+    if unknown := [name for name in subjects if name not in (*CASES, *FILES)]:
+        parser.error(f"unknown subject {', '.join(unknown)}; expected ops, {', '.join((*CASES, *FILES))}")
     if arguments.threads < 1:
         parser.error(f"--threads: expected at least 1, got {arguments.threads}")
     if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
         print("other programs keep this machine busy: these figures are not to be quoted", file=sys.stderr)
     rows: list[Row] = []
     failed = False
-    for options in _plans(arguments):
+    for options in _plans(arguments, tuple(subjects)):
         try:
-            for row in _printed(measure(options) if arguments.here else rows_of_worker(options)):
-                rows.append(row)
+            rows.extend(_printed(run(options) if arguments.here else run_in_worker(options)))
         except RuntimeError as error:
             print(f"FAILED: {error}", file=sys.stderr)
             failed = True
-    if not rows and not failed:
-        parser.error(f"--case {arguments.case}: no case matches")
+    if not rows and not failed and arguments.only != "*":
+        parser.error(f"--only {arguments.only}: no case matches")
     if arguments.csv is not None:
-        for path in write_csv(arguments.csv, rows):
+        for path in (*write_csv(arguments.csv, rows), *_pictures(rows, arguments.csv)):
             print(f"written: {path}")
     return int(failed or any(row.failure for row in rows))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m bench", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    gpu = torch.cuda.is_available()
-    parser.add_argument("op", nargs="*", default=list(CASES), help=f"ops to measure (all: {', '.join(CASES)})")
-    parser.add_argument("--quick", action="store_true", help="few samples: to see that it works, not to quote")
-    parser.add_argument("--case", default="*", metavar="PATTERN", help="only cases whose name matches, such as '*-bf16-*'")
+    parser.add_argument("subject", nargs="*", default=["ops"], help="what to measure (all ops); the list is below")
+    parser.add_argument("--quick", action="store_true", help="few samples and small sizes: to see that it works, not to quote")
     parser.add_argument(
-        "--pages", choices=("fresh", "retained", "both"), default="both", help="on a CPU: whether freed memory stays (both)"
+        "--only", "--case", default="*", metavar="PATTERN", help="cases or directions that match, such as '*-bf16-*,1x2'"
+    )
+    parser.add_argument(
+        "--pages", choices=("fresh", "retained", "both"), help="on a CPU: whether freed memory stays (ops: both, others: fresh)"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (%(default)s)")
+    gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="(%(default)s)")
     parser.add_argument(
         "--compile", choices=("all", "large", "none"), default="all", help="cases for which torch.compile is measured too (all)"
@@ -98,44 +87,62 @@ def _parser() -> argparse.ArgumentParser:
         "--csv",
         nargs="?",
         type=Path,
-        const=Path("bench/results"),
+        const=RESULTS,
         metavar="DIR",
-        help="write OP-DEVICE.csv there (bench/results if no folder is named; without this option nothing is written)",
+        help="write SUBJECT-DEVICE.csv there (bench/results if no folder is named; without this option nothing is written)",
     )
     parser.add_argument("--here", action="store_true", help="measure in this process as it is, under a profiler for example")
+    parser.add_argument(
+        "--docs", action="store_true", help="measure nothing: write the tables of docs and README from the CSV files"
+    )
     return parser
 
 
-def _plans(arguments: argparse.Namespace) -> Iterator[Options]:
-    """What to measure, by process."""
-    if arguments.here:
-        states: tuple[str, ...] = (pages_here(),)
-    elif arguments.device == "cuda":
-        states = ("fresh",)
-    else:
-        states = ("fresh", "retained") if arguments.pages == "both" else (arguments.pages,)
-    for pages in states:
-        yield Options(
-            tuple(arguments.op),
-            arguments.device,
-            pages,
-            arguments.threads,
-            arguments.quick,
-            arguments.compile,
-            arguments.case,
-        )
+def _plans(arguments: argparse.Namespace, subjects: tuple[str, ...]) -> Iterator[Options]:
+    """What to measure, by process: for each state of the pages those subjects that are measured in it."""
+    options = Options(subjects, arguments.device, "cold", arguments.threads, arguments.quick, arguments.compile, arguments.only)
+    if arguments.here or arguments.device == "cuda":
+        yield options if arguments.device == "cuda" else replace(options, pages=pages_here())
+        return
+    for state in ("fresh", "retained"):
+        if arguments.pages is None:
+            chosen = tuple(name for name in subjects if state in getattr(module_of(name), "PAGES", ("fresh",)))
+        else:
+            chosen = subjects if arguments.pages in (state, "both") else ()
+        if chosen:
+            yield replace(options, subjects=chosen, pages=state)
 
 
-def _printed(rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, those of the fused ops and the failed ones printed as they come."""
+def _printed(items: Iterator[Row | str]) -> Iterator[Row]:
+    """The rows, printed as they come."""
     table = None
-    for row in rows:
-        if row.op != table:
-            table = row.op
-            print(f"\n{describe(row)}\n{HEADER}")
-        if row.variant == FUSED or row.failure:
-            print(line(row), flush=True)
-        yield row
+    for item in items:
+        if isinstance(item, str):
+            print(item, flush=True)
+            continue
+        if (item.subject, item.pages) != table:
+            table = item.subject, item.pages
+            print(describe(item))
+        print(line(item, _target(item)), flush=True)
+        yield item
+
+
+def _target(row: Row) -> Target | None:
+    """What a fused op is to reach in this case."""
+    if row.variant != FLOWKERN or row.subject not in CASES:
+        return None
+    return next(case for case in CASES[row.subject] if case.name == row.case).target(row.direction, row.pages)
+
+
+def _pictures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
+    """Those of the subjects that draw one of their rows."""
+    for name in dict.fromkeys(row.subject for row in rows):
+        draw = getattr(module_of(name), "draw", None)
+        own = [row for row in rows if row.subject == name and not row.failure]
+        if draw is not None and own:
+            path = folder / f"{name}-{slug(own[0].device)}.png"
+            draw(own, f"{own[0].device}, {own[0].threads} threads", path)
+            yield path
 
 
 if __name__ == "__main__":

@@ -1,31 +1,27 @@
-"""What is measured: for each invertible op its cases, the bytes that each must move, and the targets."""
+"""What is measured: for each op its cases, the bytes that each must move, and the targets."""
 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+
+from flowkern import ops
+
+from .row import Target
 
 __all__ = ["BOTH", "CASES", "FORWARD", "NEVER_SLOWER", "Case", "Draw", "Target", "Traffic", "cases_of"]
 
 FORWARD, BOTH = "forward", "forward+backward"
 MEGABYTE = 2**20
 
-Tensors = tuple[torch.Tensor, ...]
 Draw = Callable[..., torch.Tensor]
 Traffic = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Target:
-    """Ratios to reach: times faster than eager, than torch.compile, and the speed of a copy in percent."""
-
-    vs_eager: float | None = None
-    vs_compile: float | None = None
-    percent_of_copy: float | None = None
 
 
 NEVER_SLOWER = Target(vs_eager=1.0)
@@ -35,19 +31,23 @@ NEVER_SLOWER = Target(vs_eager=1.0)
 class Case:
     """One size of one op.
 
-    ``inputs(draw)`` makes the tensors from ``draw(*shape, dtype=torch.float32)``, standard normal values on the
+    ``inputs(draw)`` makes the arguments from ``draw(*shape, dtype=torch.float32)``, standard normal values on the
     device. ``traffic(*inputs)`` counts the bytes that the forward and the backward must move: each tensor read or
-    written once, and of a cache line that is needed in part the whole. ``targets`` is keyed by (direction, pages); where it
-    has no entry, the target is never to be slower than eager code.
+    written once, and of a cache line that is needed in part the whole; None where arithmetic takes longer than a copy.
+    ``constants`` are the places of floating arguments that have no gradient. ``targets`` is keyed by (direction, pages);
+    where it has no entry, the target is never to be slower than eager code.
     """
 
     name: str
-    inputs: Callable[[Draw], Tensors]
-    traffic: Callable[..., Traffic]
+    inputs: Callable[[Draw], tuple[Any, ...]]
+    traffic: Callable[..., Traffic] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     targets: Mapping[tuple[str, str], Target] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu", "cuda")
     small: bool = False
+    directions: tuple[str, ...] = (FORWARD, BOTH)
+    constants: tuple[int, ...] = ()
+    compiles: bool = True
 
     def target(self, direction: str, pages: str) -> Target:
         """What the fused op is to reach."""
@@ -55,8 +55,9 @@ class Case:
 
 
 def cases_of(op: str, device: str, pattern: str = "*") -> Iterator[Case]:
-    """The op's cases for a device type whose name matches the shell pattern."""
-    return (case for case in CASES[op] if device in case.devices and fnmatch.fnmatch(case.name, pattern))
+    """The op's cases for a device type whose name matches one of the shell patterns, which commas part."""
+    patterns = pattern.split(",")
+    return (c for c in CASES[op] if device in c.devices and any(fnmatch.fnmatch(c.name, pattern) for pattern in patterns))
 
 
 def size(x: torch.Tensor) -> int:
@@ -96,7 +97,8 @@ _FUSED = {
     (BOTH, "cold"): Target(1.0, None, 95.0),
 }
 _AT_COPY_SPEED = {key: target for key, target in _FUSED.items() if key[1] == "cold"}
-_SMALL = ((1, 2), (4, 8), (16, 64), (64, 64), (256, 64), (64, 12, 16, 16))
+_VECTORS = ((1, 2), (4, 8), (16, 64), (64, 64), (256, 64))
+_SMALL = (*_VECTORS, (64, 12, 16, 16))
 _MAIN = (32, 96, 64, 64)
 
 
@@ -107,8 +109,8 @@ def _coupling_cases(
 
     def inputs(
         shape: tuple[int, ...], dtype: torch.dtype, of_params: torch.dtype, last: bool, factor: float
-    ) -> Callable[[Draw], Tensors]:
-        def make(draw: Draw) -> Tensors:
+    ) -> Callable[[Draw], tuple[torch.Tensor, ...]]:
+        def make(draw: Draw) -> tuple[torch.Tensor, ...]:
             x = draw(*shape, dtype=dtype)
             params = draw(shape[0], int(shape[1] * factor), *shape[2:], dtype=of_params)
             return tuple(a.to(memory_format=torch.channels_last) for a in (x, params)) if last else (x, params)
@@ -142,7 +144,7 @@ def _coupling_cases(
 def _linear_case(shape: tuple[int, ...], suffix: str = "", last: bool = False, **rest: Any) -> Case:
     """A well-conditioned W. On a GPU it is to run at copy speed while the product is cheaper than the copy."""
 
-    def inputs(draw: Draw) -> Tensors:
+    def inputs(draw: Draw) -> tuple[torch.Tensor, ...]:
         x, weight = draw(*shape), draw(shape[1], shape[1])
         weight = torch.eye(shape[1], device=x.device).roll(1, 0) + 0.3 * weight / shape[1] ** 0.5
         return x.to(memory_format=torch.channels_last) if last else x, weight, draw(shape[1])
@@ -163,13 +165,132 @@ def _linear_cases() -> tuple[Case, ...]:
         _linear_case((256, 12, 128, 128), targets=at_copy_speed, devices=("cuda",)),
         _linear_case((256, 48, 64, 64), targets=at_copy_speed, devices=("cuda",)),
         _linear_case((256, 96, 32, 32), targets=at_copy_speed, devices=("cuda",)),
-        *(_linear_case(shape, small=True) for shape in ((4, 8), (64, 64), (64, 12, 16, 16))),
+        *(_linear_case(shape, small=True) for shape in _SMALL),
     )
 
 
-#: Every invertible op of ``flowkern.OPS``, with what is measured of it.
+def _name(shape: tuple[int, ...], suffix: str = "") -> str:
+    return "x".join(map(str, shape)) + suffix
+
+
+def _levels(draw: Draw, *shape: int) -> torch.Tensor:
+    """Integers of 8 bits, among them both ends."""
+    return (128.0 + 64.0 * draw(*shape)).clamp(0.0, 255.0).to(torch.uint8)
+
+
+def _latent_cases() -> Iterator[Case]:
+    def traffic(mean: torch.Tensor, log_scale: torch.Tensor) -> Traffic:
+        return 3 * size(mean), 5 * size(mean)
+
+    def inputs(draw: Draw, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        return draw(*shape), draw(*shape)
+
+    for shape in (*_VECTORS, (64, 65536)):
+        yield Case(_name(shape), partial(inputs, shape=shape), traffic, small=shape in _VECTORS)
+
+
+def _image_cases() -> Iterator[Case]:
+    def traffic(v: torch.Tensor) -> Traffic:
+        return 5 * size(v), 0
+
+    def inputs(draw: Draw, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        return (_levels(draw, *shape),)
+
+    for shape in (*_VECTORS, (64, 3, 64, 64)):
+        rest: dict[str, Any] = {"small": shape in _VECTORS, "directions": (FORWARD,)}
+        yield Case(_name(shape), partial(inputs, shape=shape), traffic, **rest)
+        yield Case(_name(shape, "-logit"), partial(inputs, shape=shape), traffic, {"alpha": 0.05}, **rest)
+
+
+def _mixture_cases() -> Iterator[Case]:
+    """Scales of a trained model's order."""
+
+    def traffic(x: torch.Tensor, params: torch.Tensor) -> Traffic:
+        return size(x) + size(params), size(params)
+
+    def inputs(draw: Draw, batch: int, side: int, components: int) -> tuple[torch.Tensor, ...]:
+        params = draw(batch, 10 * components, side, side)
+        params[:, components:].unflatten(1, (3, 3, components))[:, :, 1] -= 2.0
+        return _levels(draw, batch, 3, side, side), params
+
+    for batch, side, components in ((1, 1, 2), (4, 2, 2), (16, 4, 5), (64, 4, 5), (32, 32, 10), (256, 32, 10)):
+        large = batch * side > 256
+        name = f"{batch}x3x{side}x{side}-mixture{components}"
+        make = partial(inputs, batch=batch, side=side, components=components)
+        devices = ("cuda",) if batch * side > 1024 else ("cpu", "cuda")
+        yield Case(name, make, traffic, devices=devices, small=not large)
+
+
+def _plu_cases() -> Iterator[Case]:
+    def traffic(lower: torch.Tensor, *_: torch.Tensor) -> Traffic:
+        return 3 * size(lower), 5 * size(lower)
+
+    def inputs(draw: Draw, channels: int) -> tuple[torch.Tensor, ...]:
+        lower, upper = (draw(channels, channels) / channels**0.5 for _ in range(2))
+        sign, permutation = torch.ones_like(lower[0]), torch.arange(channels, device=lower.device).flip(0)
+        return lower, upper, 0.1 * draw(channels), sign, permutation
+
+    for channels in (2, 8, 12, 48, 96, 192):
+        make = partial(inputs, channels=channels)
+        yield Case(_name((channels, channels)), make, traffic, small=channels < 96, constants=(3,))
+
+
+def _code_cases(directions: tuple[str, ...], large: tuple[tuple[int, int, int], ...]) -> Iterator[Case]:
+    """Rows, features and codes."""
+
+    def inputs(draw: Draw, rows: int, features: int, codes: int) -> tuple[torch.Tensor, ...]:
+        return draw(rows, features), draw(codes, features)
+
+    small = ((1, 2, 4), (4, 8, 16), (16, 64, 64), (64, 64, 256), (256, 64, 512))
+    for rows, features, codes in (*small, *large):
+        make = partial(inputs, rows=rows, features=features, codes=codes)
+        is_small = (rows, features, codes) in small
+        yield Case(f"{rows}x{features}-codes{codes}", make, small=is_small, directions=directions)
+
+
+def _masked_cases() -> Iterator[Case]:
+    """Rows, inputs and outputs, sorted by degree."""
+
+    def inputs(draw: Draw, rows: int, columns: int, outputs: int) -> tuple[Any, ...]:
+        x, weight, bias = draw(rows, columns), draw(outputs, columns) / columns**0.5, draw(outputs)
+        degrees = [torch.arange(n, device=x.device) * min(columns, outputs) // n for n in (outputs, columns)]
+        return x, weight, bias, ops.DegreeMask(*degrees)
+
+    for shape in (*((rows, n, n) for rows, n in _VECTORS), (64, 784, 1024), (4096, 1024, 1024), (1, 3072, 512)):
+        make = partial(inputs, rows=shape[0], columns=shape[1], outputs=shape[2])
+        yield Case(_name(shape), make, small=shape[1:] in ((2, 2), (8, 8), (64, 64)))
+
+
+def _autoregressive_cases() -> Iterator[Case]:
+    """Plain code takes a pass for each feature; compiled, all passes are one graph, which takes minutes to make of many."""
+
+    def inputs(draw: Draw, batch: int, features: int, hidden: tuple[int, ...]) -> tuple[Any, ...]:
+        degrees = tuple(tuple(i * max(1, features - 1) // n + 1 for i in range(n)) for n in hidden)
+        scale = ops.ScaleMap.exp()
+        network = ops.AutoregressiveNetwork(tuple(range(1, features + 1)), degrees, scale=scale)
+        parameters = []
+        for columns, rows in itertools.pairwise(network.widths):
+            parameters += [0.5 * draw(rows, columns) / columns**0.5, 0.3 * draw(rows)]
+        return draw(batch, features), parameters, [network]
+
+    small = ((1, 2, (16,)), (4, 8, (32,)), (16, 64, (64, 64)), (64, 64, (64, 64)), (256, 64, (64, 64)))
+    for batch, features, hidden in (*small, (64, 64, (256, 256)), (64, 256, (512, 512))):
+        make = partial(inputs, batch=batch, features=features, hidden=hidden)
+        name = f"{batch}x{features}-hidden{_name(hidden)}"
+        yield Case(name, make, small=(batch, features, hidden) in small, compiles=features <= 8)
+
+
+#: Every op of ``flowkern.OPS``, with what is measured of it.
 CASES: dict[str, tuple[Case, ...]] = {
     "affine_coupling": _coupling_cases(1.0, affine_traffic, affine_checkerboard_traffic),
     "additive_coupling": _coupling_cases(0.5, additive_traffic, additive_checkerboard_traffic),
     "invertible_linear": _linear_cases(),
+    "plu_weight": (*_plu_cases(),),
+    "gaussian_kl": (*_latent_cases(),),
+    "dequantize": (*_image_cases(),),
+    "discretized_logistic_mixture": (*_mixture_cases(),),
+    "masked_linear": (*_masked_cases(),),
+    "autoregressive_inverse": (*_autoregressive_cases(),),
+    "nearest_code": (*_code_cases((FORWARD,), ((16384, 64, 1024), (16384, 256, 8192), (64, 256, 65536))),),
+    "vector_quantize": (*_code_cases((FORWARD, BOTH), ((16384, 64, 1024), (4096, 256, 8192))),),
 }

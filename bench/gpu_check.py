@@ -186,27 +186,29 @@ class Check:
 
     def bench(self, seconds: float) -> Outcome:
         """Measure; on a CPU only one tiny case."""
-        options: dict[str, Any] = {"device": self.device}
-        options |= {"cases": "4x8", "compile": "none", "quick": True} if self.dry else {"compile": "large"}
-        return self._measured(self.python(seconds, "bench", "-m", "flowkern.bench.worker", json.dumps(options)))
+        return (
+            self._subjects(seconds, "bench", only="4x8,4x8-*,4x8x*,4x3x*,8x8") if self.dry else self._subjects(seconds, "bench")
+        )
 
     def networks(self, seconds: float) -> Outcome:
         """Measure the inverse of autoregressive layers, and masked linear layers; on a CPU tiny ones."""
-        quick = ["--quick"] if self.dry else []
-        ran = self.python(seconds, "networks", "-m", "flowkern.bench.subjects.networks", "--device", self.device, *quick)
-        return self._measured(ran)
+        return self._subjects(seconds, "networks", subjects=["networks"])
 
     def likelihood(self, seconds: float) -> Outcome:
         """Measure the likelihood kernels; on a CPU tiny ones."""
-        quick = ["--quick"] if self.dry else []
-        command = ["-m", "flowkern.bench", "likelihood", "--json", "--device", self.device, *quick]
-        return self._measured(self.python(seconds, "likelihood", *command))
+        return self._subjects(seconds, "likelihood", subjects=["likelihood"])
+
+    def _subjects(self, seconds: float, name: str, **options: Any) -> Outcome:
+        """What the bench measures of its subjects, all ops where none is named."""
+        options |= {"device": self.device}
+        options |= {"compile": "none", "quick": True} if self.dry else {"compile": "large"}
+        return self._measured(self.python(seconds, name, "-m", "flowkern.bench.worker", json.dumps(options)))
 
     def _measured(self, ran: Ran) -> Outcome:
         """The rows that were printed; a wrong one among them, or none, is a failure."""
         rows = _rows(ran.output)
         self.rows += rows
-        wrong = [f"{row['op']} {row['case']} {row['direction']} {row['variant']}" for row in rows if row["failure"]]
+        wrong = [f"{row['subject']} {row['case']} {row['direction']} {row['variant']}" for row in rows if row["failure"]]
         measured = f"{len(rows)} rows"
         if wrong:
             return Outcome(FAILED, f"{measured}, of which wrong: {', '.join(dict.fromkeys(wrong))}", log=ran.log())
@@ -264,7 +266,7 @@ def _rows(output: str) -> list[dict[str, Any]]:
     """The rows among the lines of a worker; its last line may be torn."""
     rows = []
     for line in output.splitlines():
-        start = line.find('{"op"')
+        start = line.find('{"subject"')
         if start >= 0:
             with contextlib.suppress(json.JSONDecodeError):
                 rows.append(json.loads(line[start:]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .subjects.calls import Call
+from .timing import Call
 
 __all__ = ["peak_extra_bytes"]
 

@@ -58,7 +58,7 @@ def commit() -> str:
 
     top = git("rev-parse", "--show-toplevel")
     # An installed copy may lie in a checkout of something else.
-    if top is None or not Path(top, "flowkern", "_registry.py").exists():
+    if top is None or not Path(top, "flowkern", "_core", "op.py").exists():
         return os.environ.get("FLOWKERN_COMMIT", "unknown")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", top)
     return f"{git('rev-parse', '--short=12', 'HEAD')}{'-dirty' if changed else ''}"

@@ -7,27 +7,27 @@ from typing import Any
 import pytest
 import torch
 
-from flowkern import OPS
-
 from .cases import CASES, Case, cases_of
-from .measure import DIRECTIONS
-from .subjects.calls import Problem, check, poisoned, rounding_errors
+from .comparison import EAGER, FLOWKERN, Options
+from .subjects import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = [pytest.param(name, case, id=f"{name}-{case.name}") for name in CASES for case in cases_of(name, DEVICE) if case.small]
+SMALL = [
+    pytest.param(name, case, direction, id=f"{name}-{case.name}-{direction}")
+    for name in CASES
+    for case in cases_of(name, DEVICE)
+    if case.small
+    for direction in case.directions
+]
 
 
-@pytest.mark.parametrize("variant", ["flowkern", "eager"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("name", "case"), SMALL)
+@pytest.mark.parametrize("variant", [FLOWKERN, EAGER])
+@pytest.mark.parametrize(("name", "case", "direction"), SMALL)
 def test_speed(name: str, case: Case, direction: str, variant: str, benchmark: Any) -> None:
-    op = OPS[name]
-    problem = Problem(case, direction, torch.device(DEVICE), op.reference)
-    call = problem.call(op.function if variant == "flowkern" else op.reference)
-    exact = problem.exact(op.reference)
-    allowed = rounding_errors(problem.call(op.reference)(), exact)
-    with poisoned():
-        check(call(), exact, allowed)
+    comparison = ops.compared(name, case, direction, Options(device=DEVICE, compile="none"))
+    for each, call in comparison.calls.items():
+        assert comparison.check(each, call) == ""
+    call = comparison.calls[variant]
 
     def run() -> None:
         call()

@@ -9,13 +9,13 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from .subjects.calls import Call
+__all__ = ["GPU_STATES", "Call", "Graph", "Samples", "cpu_samples", "gpu_samples", "input_sets", "pages_here"]
 
-__all__ = ["GPU_STATES", "Graph", "Samples", "cpu_samples", "gpu_samples", "input_sets", "pages_here"]
-
+Call = Callable[[], Any]
 #: Seconds per call, of every variant.
 Samples = dict[str, list[float]]
 #: Where the inputs of a GPU call lie: in device memory, or in the cache. ``launched`` is hot too, but timed by the

@@ -1,34 +1,30 @@
-"""``python -m bench vector_quantizer``: a training step of a vector quantizer with moving averages beside the peer's.
+"""A training step of a vector quantizer with moving averages beside vector-quantize-pytorch's.
 
 A step is the forward in training mode, which moves the codebook, and the gradient of the input for a fixed gradient of the
 output and for the commitment loss. Both start from one codebook; the peer's rotation trick, which it has on by default, and
 its smoothing are switched off, and indices, losses, gradients and codebooks after several steps are compared before anything
-is timed. "gemm" is the product of all inputs with all codes alone. The peer (``pip install vector-quantize-pytorch``) is left
-out where it is not installed.
+is timed. "gemm" is the product of all inputs with all codes alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 import flowkern
 from flowkern import nn
+from flowkern._core import backend
 
-from ..files import slug, write_atomically
-from ..memory import peak_extra_bytes
-from ..provenance import provenance
-from ..timing import cpu_samples
-from .glow import FLOWKERN, Call, Row, as_csv, installed, line
+from ..comparison import FLOWKERN, Comparison, Options
+from ..peers import peer, peers_of
+from ..timing import Call
 
-__all__ = ["main"]
+__all__ = ["DEVICES", "comparisons"]
 
+DEVICES = ("cpu",)
 #: (rows, codes, features).
 SIZES = ((4096, 8192, 256), (4096, 8192, 64), (16384, 1024, 64))
 QUICK = ((96, 64, 16),)
@@ -38,7 +34,20 @@ DECAY, COMMITMENT, COMPARED_STEPS = 0.99, 0.25, 3
 Step = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 
-class _Subjects:
+def comparisons(options: Options) -> Iterator[Comparison]:
+    """One of each size."""
+    for size in QUICK if options.quick else SIZES:
+        subjects = Subjects(*size)
+        if options.wants(subjects.case):
+            variants = subjects.variants()
+            failures = differences(subjects, variants)
+            calls: dict[str, Call] = {name: partial(step, subjects.x) for name, (step, _) in variants.items()}
+            calls = {"gemm": partial(torch.mm, subjects.x, subjects.codebook.t()), **calls}
+            against = PEER if PEER in calls else "gemm"
+            yield Comparison(subjects.case, "training step", calls, against, failures=failures, seconds=options.seconds())
+
+
+class Subjects:
     """Quantizers of one size that start from one codebook."""
 
     def __init__(self, rows: int, codes: int, features: int):
@@ -47,19 +56,20 @@ class _Subjects:
         self.x, self.gradient = torch.randn(rows, features), torch.randn(rows, features)
         self.codebook = torch.randn(codes, features)
 
-    def ours(self, backend: str) -> tuple[Step, Callable[[], torch.Tensor]]:
+    def ours(self, name: str) -> tuple[Step, Callable[[], torch.Tensor]]:
         """(a step, the codebook as it is)."""
         made = nn.VectorQuantizer(self.x.shape[1], len(self.codebook), decay=DECAY, commitment=COMMITMENT, init="uniform")
         for state in (made.codebook, made.sums):
             state.copy_(self.codebook)
 
         def forward(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            with flowkern.backend(backend):
+            with flowkern.backend(name):
                 return made(x)
 
         return self.step(forward), lambda: made.codebook[0]
 
-    def peers(self) -> tuple[Step, Callable[[], torch.Tensor]]:
+    @peer("vector_quantizer", PEER)
+    def by_peer(self) -> tuple[Step, Callable[[], torch.Tensor]]:
         """As ``ours``. Without smoothing its codes are the quotients of its averages too."""
         from vector_quantize_pytorch import VectorQuantize
 
@@ -82,14 +92,12 @@ class _Subjects:
 
     def variants(self) -> dict[str, tuple[Step, Callable[[], torch.Tensor]]]:
         found = {f"{FLOWKERN}-torch": self.ours("torch")}
-        if flowkern._core.backend.native is not None:
+        if backend.native is not None:
             found[f"{FLOWKERN}-cpp"] = self.ours("cpp")
-        if installed("vector_quantize_pytorch"):
-            found[PEER] = self.peers()
-        return found
+        return found | {name: make(self) for name, make in peers_of("vector_quantizer").items()}
 
 
-def differences(subjects: _Subjects, variants: dict[str, tuple[Step, Callable[[], torch.Tensor]]]) -> dict[str, str]:
+def differences(subjects: Subjects, variants: dict[str, tuple[Step, Callable[[], torch.Tensor]]]) -> dict[str, str]:
     """What each variant has otherwise than the first, after several steps on other batches. Its empty string is a pass.
 
     The peer takes the nearest code by distances that are rounded: a code as near as the nearest one is no difference.
@@ -115,57 +123,3 @@ def differences(subjects: _Subjects, variants: dict[str, tuple[Step, Callable[[]
             if not torch.allclose(moved[alike], expected[alike], rtol=1e-4, atol=1e-6):
                 failures[name] = failures[name] or f"step {number}: another codebook"
     return failures
-
-
-def measured(rows: int, codes: int, features: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Rows of one size."""
-    subjects = _Subjects(rows, codes, features)
-    variants = subjects.variants()
-    failures = differences(subjects, variants)
-    calls: dict[str, Call] = {"gemm": lambda: (torch.mm(subjects.x, subjects.codebook.t()),)}
-    for name, (step, _) in variants.items():
-        if not failures[name]:
-            calls[name] = lambda step=step: step(subjects.x)  # type: ignore[misc]
-    peaks = {name: peak_extra_bytes(call, torch.device("cpu")) for name, call in calls.items()}
-    samples = cpu_samples(calls, seconds)
-    against = PEER if PEER in samples else "gemm"
-    reference = statistics.median(samples[against])
-    for name, values in samples.items():
-        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        yield {
-            "case": subjects.case,
-            "direction": "training step",
-            "variant": name,
-            "median_ms": 1000 * median,
-            "q1": 1000 * q1,
-            "q3": 1000 * q3,
-            "ratio": reference / median,
-            "against": against,
-            "peak_extra_mb": peaks[name] / 2**20,
-        }
-    for name, failure in failures.items():
-        if failure:
-            yield {"case": subjects.case, "direction": "training step", "variant": name, "failure": failure}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit code is 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench vector_quantizer", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one small size: to see that it works, not to quote")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
-    folder: dict[str, Any] = {"nargs": "?", "type": Path, "const": Path("bench/results"), "metavar": "DIR"}
-    parser.add_argument("--csv", help="write vector_quantizer-DEVICE.csv there", **folder)
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    common = {"threads": arguments.threads, **provenance("cpu")}
-    missing = {field.name: None for field in fields(Row)} | {"against": "", "failure": ""}
-    found = []
-    for size in QUICK if arguments.quick else SIZES:
-        for value in measured(*size, 0.2 if arguments.quick else 5.0):
-            found.append(Row(**{**missing, **common, **value}))
-            print(line(found[-1]), flush=True)
-    if arguments.csv is not None:
-        path = arguments.csv / f"vector_quantizer-{slug(common['device'])}.csv"
-        write_atomically(path, as_csv(found))
-        print(f"written: {path}")
-    return int(any(row.failure for row in found))

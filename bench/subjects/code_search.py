@@ -1,36 +1,33 @@
-"""``python -m bench nearest_code``: the certified nearest code beside one matrix product of its size, and a peer.
+"""The certified nearest code beside one matrix product of its size, and vector-quantize-pytorch.
 
-"GEMM" is ``torch.mm(x, codebook.t())`` in float32, which every unfused implementation begins with. The kernels run on every
+"GEMM" is ``torch.mm(x, codebook.t())`` in float32, which every unfused search begins with. The kernels run on every
 instruction set of this machine, "flowkern-bf16" with the screen in bfloat16 where the processor multiplies that. The index of
 some rows is first compared with that of all distances in float64, and all variants with one another; of the peer, which computes
 in float32, it is said how many rows got another code. Memory is what the process holds at most during a call, above what it held
-before: inputs are not counted, results are. A peer that is not installed (``pip install vector-quantize-pytorch``) is left out.
+before: inputs are not counted, results are.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import flowkern
-from flowkern import ops
+from flowkern import OPS, ops
 from flowkern._core import backend
-from flowkern.ops import _nearest_code
 
-from ..files import slug, write_atomically
-from ..provenance import provenance
-from .glow import FLOWKERN, Call, Row, as_csv, installed, line, timed
+from ..comparison import FLOWKERN, Comparison, Options
+from ..peers import peer, peers_of
+from ..timing import Call
 
-__all__ = ["main"]
+__all__ = ["DEVICES", "comparisons"]
 
+DEVICES = ("cpu",)
 #: (rows, codes, depth).
 SIZES = ((16384, 8192, 256), (16384, 1024, 64), (64, 65536, 256))
 QUICK = ((300, 200, 16), (20, 600, 16))
@@ -39,6 +36,20 @@ PEER = "vector-quantize-pytorch"
 _COMPARED = 64
 
 Search = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def comparisons(options: Options) -> Iterator[Comparison]:
+    """One of each size; the library's own choices are what they were afterwards."""
+    screen, isa = backend.multiply_bfloat16, backend.native.isa() if backend.native else None
+    try:
+        for rows, codes, depth in QUICK if options.quick else SIZES:
+            case = f"N{rows}-K{codes}-D{depth}"
+            if options.wants(case):
+                yield searched(case, rows, codes, depth, options.seconds(6.0))
+    finally:
+        backend.multiply_bfloat16 = screen
+        if isa:
+            backend.native.use_isa(isa)  # type: ignore[union-attr]
 
 
 def searches() -> dict[str, Search]:
@@ -63,6 +74,7 @@ def _on(name: str, isa: str | None, pairs: bool) -> Search:
     return run
 
 
+@peer("code_search", PEER)
 def by_peer(codebook: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The index by the peer's layer in evaluation, with this codebook."""
     from vector_quantize_pytorch import VectorQuantize
@@ -74,7 +86,7 @@ def by_peer(codebook: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def compared(x: torch.Tensor, codebook: torch.Tensor) -> tuple[dict[str, Call], dict[str, str]]:
     """(the calls, what is wrong with them)."""
-    expected = _nearest_code.reference(x[:_COMPARED], codebook)[0]
+    expected = OPS["nearest_code"].reference(x[:_COMPARED], codebook)[0]
     calls: dict[str, Call] = {}
     failures: dict[str, str] = {}
     results = {}
@@ -84,16 +96,16 @@ def compared(x: torch.Tensor, codebook: torch.Tensor) -> tuple[dict[str, Call], 
         wrong = int((results[name][:_COMPARED] != expected).sum())
         wrong = wrong or int((results[name] != results[f"{FLOWKERN}-torch"]).sum())
         failures[name] = f"another index for {wrong} rows" if wrong else ""
-    if installed(PEER.replace("-", "_")):
-        calls[PEER] = functools.partial(by_peer(codebook), x)
-        other = int((calls[PEER]() != results[f"{FLOWKERN}-torch"]).sum())
+    for name, make in peers_of("code_search").items():
+        calls[name] = functools.partial(make(codebook), x)
+        other = int((calls[name]() != results[f"{FLOWKERN}-torch"]).sum())
         if other:
-            print(f"{PEER}: not the nearest code for {other} of {len(x)} rows", file=sys.stderr)
-        failures[PEER] = "another index for most rows" if other > len(x) / 100 else ""
+            print(f"{name}: not the nearest code for {other} of {len(x)} rows", file=sys.stderr)
+        failures[name] = "another index for most rows" if other > len(x) / 100 else ""
     return calls, failures
 
 
-def peak_resident(call: Call) -> int | None:
+def peak_resident(call: Call, device: torch.device) -> int | None:
     """The most bytes that the process holds during the call, above what it held before; None where the system does not say."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -111,42 +123,10 @@ def _status(name: str) -> int:
 
 
 @torch.no_grad()
-def measured(rows: int, codes: int, depth: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Rows of one size."""
+def searched(case: str, rows: int, codes: int, depth: int, seconds: float) -> Comparison:
+    """The searches at one size."""
     generator = torch.Generator().manual_seed(0)
     x, codebook = (torch.randn(n, depth, generator=generator) for n in (rows, codes))
     calls, failures = compared(x, codebook)
-    good = {"GEMM": lambda: torch.mm(x, codebook.t()), **{n: call for n, call in calls.items() if not failures[n]}}
-    held = {name: peak_resident(call) for name, call in good.items()}
-    for row in timed(f"N{rows}-K{codes}-D{depth}", "forward", good, failures, "GEMM", seconds):
-        extra = held.get(row["variant"])
-        yield row | {"peak_extra_mb": None if extra is None else extra / 2**20}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit code is 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench nearest_code", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not to quote")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
-    folder: dict[str, Any] = {"nargs": "?", "type": Path, "const": Path("bench/results"), "metavar": "DIR"}
-    parser.add_argument("--csv", help="write nearest_code-DEVICE.csv there", **folder)
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    common = {"threads": arguments.threads, **provenance("cpu")}
-    missing = {field.name: None for field in fields(Row)} | {"against": "", "failure": ""}
-    screen, isa = backend.multiply_bfloat16, backend.native.isa() if backend.native else None
-    found = []
-    try:
-        for size in QUICK if arguments.quick else SIZES:
-            for value in measured(*size, seconds=0.2 if arguments.quick else 6.0):
-                found.append(Row(**{**missing, **common, **value}))
-                print(line(found[-1]), flush=True)
-    finally:
-        backend.multiply_bfloat16 = screen
-        if isa:
-            backend.native.use_isa(isa)  # type: ignore[union-attr]
-    if arguments.csv is not None:
-        path = arguments.csv / f"nearest_code-{slug(common['device'])}.csv"
-        write_atomically(path, as_csv(found))
-        print(f"written: {path}")
-    return int(any(row.failure for row in found))
+    calls = {"GEMM": lambda: torch.mm(x, codebook.t()), **calls}
+    return Comparison(case, "forward", calls, "GEMM", failures=failures, seconds=seconds, memory=peak_resident)

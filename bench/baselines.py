@@ -1,0 +1,244 @@
+"""The ``eager`` baselines: each op as a competent user writes it in plain torch for the case at hand.
+
+No upcast that the dtypes do not ask for, no index where a slice does, the numerically sound form where there is one. A
+function here takes the op's arguments, prepares what a layer would hold (masks), and returns the function that is timed,
+which takes the same arguments. That one is also what ``torch.compile`` compiles. The ops that draw noise take it as ``noise``
+too: with that of the op, the result can be held against the same values in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from flowkern import ops
+
+__all__ = ["BASELINES"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Run = Callable[..., Any]
+
+
+def _checkerboard(x: torch.Tensor) -> torch.Tensor:
+    """1 where h + w is odd, else 0."""
+    h, w = (torch.arange(n, device=x.device) for n in x.shape[2:])
+    return ((h[:, None] + w) % 2).to(torch.float32)
+
+
+def _wide(params: torch.Tensor) -> torch.Tensor:
+    """Parameters in 16 bits as float32: log-determinants are sums of many of them."""
+    return params.float() if params.dtype in (torch.bfloat16, torch.float16) else params
+
+
+def affine_coupling(x: torch.Tensor, params: torch.Tensor, *, split: str = "channel") -> Run:
+    """y = x sigmoid(u + 2) + t on half of the values."""
+    kept = x.shape[1] - x.shape[1] // 2
+
+    def by_channel(x: torch.Tensor, params: torch.Tensor, *, split: str = "channel") -> Pair:
+        u, t = _wide(params).chunk(2, 1)
+        log_s = F.logsigmoid(u + 2.0)
+        moved = x[:, kept:] * log_s.exp() + t
+        return torch.cat([x[:, :kept], moved.to(x.dtype)], 1), log_s.flatten(1).sum(1)
+
+    if split == "channel":
+        return by_channel
+    mask = _checkerboard(x)
+
+    def by_checkerboard(x: torch.Tensor, params: torch.Tensor, *, split: str = "checkerboard") -> Pair:
+        u, t = params.chunk(2, 1)
+        log_s = F.logsigmoid(u + 2.0) * mask
+        return x * log_s.exp() + t * mask, log_s.flatten(1).sum(1)
+
+    return by_checkerboard
+
+
+def additive_coupling(x: torch.Tensor, shift: torch.Tensor, *, split: str = "channel") -> Run:
+    """y = x + t on half of the values."""
+    kept = x.shape[1] - x.shape[1] // 2
+
+    def by_channel(x: torch.Tensor, shift: torch.Tensor, *, split: str = "channel") -> Pair:
+        moved = x[:, kept:] + shift
+        return torch.cat([x[:, :kept], moved], 1), torch.zeros(x.shape[0], device=x.device)
+
+    if split == "channel":
+        return by_channel
+    mask = _checkerboard(x)
+
+    def by_checkerboard(x: torch.Tensor, shift: torch.Tensor, *, split: str = "checkerboard") -> Pair:
+        return x + shift * mask, torch.zeros(x.shape[0], device=x.device)
+
+    return by_checkerboard
+
+
+def invertible_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, inverse: bool = False) -> Run:
+    """A product with W, on images a 1x1 convolution, and its log-determinant, to whose digits float64 is needed."""
+    pixels = x.shape[2:].numel()
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias) if x.ndim == 2 else F.conv2d(x, weight[:, :, None, None], bias)
+
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, inverse: bool = False) -> Pair:
+        logabsdet = torch.linalg.slogdet(weight.double())[1].float() * pixels
+        if inverse:
+            y = product(x - bias.view(-1, *[1] * (x.ndim - 2)), torch.linalg.inv(weight), None)
+            return y, (-logabsdet).expand(x.shape[0])
+        return product(x, weight, bias), logabsdet.expand(x.shape[0])
+
+    return run
+
+
+def plu_weight(*_: torch.Tensor) -> Run:
+    """(L + I) U = L U + U, its rows in their order."""
+
+    def run(
+        lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, sign: torch.Tensor, permutation: torch.Tensor
+    ) -> torch.Tensor:
+        u = upper.triu(1) + torch.diag(sign * log_diagonal.exp())
+        return torch.addmm(u, lower.tril(-1), u)[permutation]
+
+    return run
+
+
+def gaussian_kl(*_: torch.Tensor) -> Run:
+    """As a VAE writes it."""
+
+    def run(mean: torch.Tensor, log_scale: torch.Tensor, noise: torch.Tensor | None = None) -> Pair:
+        if noise is None:
+            noise = torch.randn_like(mean)
+        scale = log_scale.exp()
+        kl = 0.5 * (mean.square() + scale.square() - 1.0) - log_scale
+        return mean + scale * noise, kl.flatten(1).sum(1)
+
+    return run
+
+
+def dequantize(*_: torch.Tensor, alpha: float | None = None) -> Run:
+    """Uniform noise on 256 levels, and with ``alpha`` the logit."""
+
+    def uniform(v: torch.Tensor, *, alpha: None = None, noise: torch.Tensor | None = None) -> Pair:
+        if noise is None:
+            noise = torch.rand(v.shape, device=v.device)
+        x = (v + noise) / 256
+        return x, x.new_full((len(v),), -math.log(256) * v.shape[1:].numel())
+
+    def logit(v: torch.Tensor, *, alpha: float, noise: torch.Tensor | None = None) -> Pair:
+        if noise is None:
+            noise = torch.rand(v.shape, device=v.device)
+        p = alpha + (v + noise) * ((1 - 2 * alpha) / 256)
+        low, high = p.log(), torch.log1p(-p)
+        constant = math.log((1 - 2 * alpha) / 256) * v.shape[1:].numel()
+        return low - high, constant - (low + high).flatten(1).sum(1)
+
+    return uniform if alpha is None else logit
+
+
+def discretized_logistic_mixture(*_: torch.Tensor) -> Run:
+    """PixelCNN++'s likelihood of colour images of 8 bits, with the mass of a bin in a form that keeps its digits.
+
+    sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), and a - b is known beforehand.
+    """
+
+    def run(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        components = params.shape[1] // 10
+        logits, rest = params[:, :components], params[:, components:].unflatten(1, (3, 3 * components))
+        means, log_scales, coefficients = rest.split(components, 2)
+        red, green, blue = means.unbind(1)
+        first, second, third = coefficients.tanh().unbind(1)
+        level = (x / 127.5 - 1.0).unsqueeze(2)
+        of_green = green + first * level[:, 0]
+        of_blue = blue + second * level[:, 0] + third * level[:, 1]
+        centered = level - torch.stack([red, of_green, of_blue], 1)
+        precision = torch.exp(-log_scales)
+        below, above = F.logsigmoid(precision * (centered + 1 / 255)), F.logsigmoid(-precision * (centered - 1 / 255))
+        inside = below + above + torch.log(-torch.expm1(-2 / 255 * precision))
+        x = x.unsqueeze(2)
+        log_mass = torch.where(x == 0, below, torch.where(x == 255, above, inside)).sum(1)
+        return torch.logsumexp(log_mass + logits.log_softmax(1), 1).flatten(1).sum(1)
+
+    return run
+
+
+def nearest(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The code of the least |c|^2 - 2 x c, which takes one product of matrices."""
+    return torch.addmm(codebook.square().sum(1), x, codebook.t(), alpha=-2.0).argmin(1)
+
+
+def nearest_code(*_: torch.Tensor) -> Run:
+    """The index and its squared distance."""
+
+    def run(x: torch.Tensor, codebook: torch.Tensor) -> Pair:
+        index = nearest(x, codebook)
+        return index, (x - codebook[index]).square().sum(1)
+
+    return run
+
+
+def vector_quantize(*_: torch.Tensor) -> Run:
+    """The straight-through code with both terms of the loss."""
+
+    def run(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            index = nearest(x, codebook)
+        code = F.embedding(index, codebook)
+        loss = F.mse_loss(code, x.detach()) + 0.25 * F.mse_loss(x, code.detach())
+        return x + (code - x).detach(), index, loss
+
+    return run
+
+
+def masked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mask: ops.DegreeMask) -> Run:
+    """The product with W times the mask, which a layer holds."""
+    dense = mask.dense().to(weight.dtype)
+
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mask: object) -> torch.Tensor:
+        return F.linear(x, weight * dense, bias)
+
+    return run
+
+
+def autoregressive_inverse(
+    z: torch.Tensor, parameters: Sequence[torch.Tensor], networks: Sequence[ops.AutoregressiveNetwork]
+) -> Run:
+    """One pass of the network for each feature; with ReLU and s = exp(u), u and t alternating among the outputs."""
+    (network,) = networks
+    degrees = [torch.tensor(d) for d in (network.in_degrees, *network.hidden_degrees)]
+    degrees.append(degrees[0].repeat_interleave(2))
+    masks = [(rows[:, None] >= columns).float().to(z.device) for columns, rows in itertools.pairwise(degrees[:-1])]
+    masks.append((degrees[-1][:, None] > degrees[-2]).float().to(z.device))
+
+    def run(z: torch.Tensor, parameters: Sequence[torch.Tensor], networks: object) -> Pair:
+        weights = [weight * mask for weight, mask in zip(parameters[0::2], masks, strict=True)]
+        x = torch.zeros_like(z)
+        for _ in range(z.shape[1]):
+            h = x
+            for weight, bias in zip(weights[:-1], parameters[1:-1:2], strict=True):
+                h = torch.relu(F.linear(h, weight, bias))
+            log_s, t = F.linear(h, weights[-1], parameters[-1]).unflatten(1, (-1, 2)).unbind(-1)
+            x = (z - t) * torch.exp(-log_s)
+        return x, -log_s.sum(1)
+
+    return run
+
+
+#: What each op of ``flowkern.OPS`` is compared with.
+BASELINES: dict[str, Callable[..., Run]] = {
+    function.__name__: function
+    for function in (
+        additive_coupling,
+        affine_coupling,
+        autoregressive_inverse,
+        dequantize,
+        discretized_logistic_mixture,
+        gaussian_kl,
+        invertible_linear,
+        masked_linear,
+        nearest_code,
+        plu_weight,
+        vector_quantize,
+    )
+}

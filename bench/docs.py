@@ -1,0 +1,284 @@
+"""``python -m bench --docs``: docs/benchmarks.md and the README's table, from the CSV files of bench/results.
+
+A test holds both against the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .files import write_atomically
+from .row import duration, read_csv, size
+
+__all__ = ["benchmarks", "headline", "with_headline", "write_docs"]
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- figures: python -m bench --docs -->", "<!-- end of figures -->"
+
+Cells = Mapping[str, str]
+
+
+class Section(NamedTuple):
+    """The subjects of a part of the page, by the start of their names, and what is to be said of them."""
+
+    title: str
+    subjects: tuple[str, ...]
+    text: str
+
+
+_OPS = (
+    "affine_coupling",
+    "additive_coupling",
+    "invertible_linear",
+    "plu_weight",
+    "gaussian_kl",
+    "dequantize",
+    "discretized_logistic_mixture",
+    "masked_linear",
+    "autoregressive_inverse",
+    "nearest_code",
+    "vector_quantize",
+)
+SECTIONS = (
+    Section(
+        "Ops",
+        _OPS,
+        "*eager* is the op as a competent user writes it in plain torch ([bench/baselines.py](../bench/baselines.py)), "
+        "*compile* is torch.compile of that, and *copy* is `dst.copy_(src)` of as many bytes as the op must move. "
+        "*Pages retained*: freed memory stays with the process; *fresh*: it goes back to the system, glibc's default.",
+    ),
+    Section(
+        "Glow",
+        ("glow",),
+        "Invertible 1x1 convolutions with their log-determinants beside a bare `conv2d` of the same size and the layers of "
+        "[nflows](https://github.com/bayesiains/nflows) and [normflows](https://github.com/VincentStimper/normalizing-flows); "
+        "the boundary between two steps (what one pass over a coupling and the next linear map could save is at most the "
+        "time of two copies); training steps of a whole Glow with the weights of normflows'.",
+    ),
+    Section(
+        "Depth",
+        ("depth",),
+        "Training steps of Glows of more and more steps; the memory is what a step holds above weights, gradients and the "
+        "optimizer's state.",
+    ),
+    Section(
+        "Autoregressive flows",
+        ("autoregressive",),
+        "One `nn.MaskedAutoregressive` layer beside those of nflows and [zuko](https://github.com/probabilists/zuko) with the "
+        "same weights. *dense* is the density pass in plain torch with the masks multiplied in beforehand; with "
+        "gradients it is that pass's. The peers' inverses run the network once for each feature; here each unit is run once.",
+    ),
+    Section(
+        "Masked networks",
+        ("networks",),
+        "The inverse of an autoregressive layer and masked linear layers on every backend.",
+    ),
+    Section(
+        "Nearest codes",
+        ("code_search",),
+        "Float32 inputs, indices compared first. *GEMM* is `torch.mm(x, codebook.t())`, which every unfused search begins with; "
+        "the peer is [vector-quantize-pytorch](https://github.com/lucidrains/vector-quantize-pytorch) in evaluation. Memory is "
+        "what a call holds beyond its inputs. The screen in bfloat16 needs AVX512-BF16.",
+    ),
+    Section(
+        "Vector quantizers",
+        ("vector_quantizer",),
+        "A training step with moving averages, codebooks compared over three steps first. *gemm* is the product of all inputs "
+        "with all codes.",
+    ),
+    Section(
+        "Likelihoods",
+        ("likelihood",),
+        "Loss and gradient of a mixture of discretized logistics beside the published PixelCNN++ code, a draw from a Gaussian "
+        "with its KL divergence, and dequantization with a logit. Bernoulli, categorical and Gaussian likelihoods are left to "
+        "torch: the last rows say what torch.compile gains by fusing them.",
+    ),
+    Section("Installation", ("install",), "`pip install` of the sdist in a fresh environment, without its dependencies."),
+)
+_INTRO = """# Benchmarks
+
+This page is made by `python -m bench --docs` from the files in [bench/results](../bench/results); `python -m bench SUBJECT --csv`
+writes those. Every result was held against float64, or against the peer's, in the process that timed it. Times are medians of
+interleaved runs; in brackets is how many times faster a variant is than the one in italics, then the most memory that it holds
+at a time above inputs and results, where that was measured.
+"""
+
+
+def benchmarks(results: Path = RESULTS) -> str:
+    """The text of docs/benchmarks.md."""
+    parts = [_INTRO]
+    for section in SECTIONS:
+        tables = [text for subject in section.subjects for path in _files(results, subject) for text in _tables(subject, path)]
+        if tables:
+            parts += [f"## {section.title}\n\n{section.text}\n", *tables]
+    for path in sorted(results.glob("*.md")):
+        text = f"`flowkern table {path.stem}` trains the models on it, five seeds each. It takes some hours on two cores."
+        parts += [f"## {path.stem.capitalize()}\n\n{text} The rows are in [{path.name}](../bench/results/{path.name}):\n"]
+        parts += _pictures(path.stem, [path.with_suffix(".png")])
+    return "\n".join(parts)
+
+
+def _files(results: Path, subject: str) -> list[Path]:
+    """Those of a subject, one for each device."""
+    return [path for path in sorted(results.glob(f"{subject}-*.csv")) if read_csv(path)]
+
+
+def _tables(subject: str, path: Path) -> Iterator[str]:
+    """The tables of one file: one for the cases that have the same variants."""
+    rows = read_csv(path)
+    groups: dict[tuple[str, ...], list[Cells]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["direction"], row["pages"]), []).append(row)
+    tables: dict[tuple[str, ...], list[list[Cells]]] = {}
+    for group in groups.values():
+        tables.setdefault(tuple(row["variant"] for row in group), []).append(group)
+    origin = f"{rows[0]['device']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    yield f"`python -m bench {subject} --csv`: {origin}, commit {commits}\n"
+    for variants, members in tables.items():
+        against = members[0][0]["against"]
+        heads = [f"*{variant}*" if variant == against else variant for variant in variants]
+        lines = ["| case | direction | pages | " + " | ".join(heads) + " |", "|---" * (3 + len(heads)) + "|"]
+        for group in members:
+            first = group[0]
+            cells = [first["case"], first["direction"], first["pages"], *map(_cell, group)]
+            lines.append("| " + " | ".join(cells) + " |")
+        yield "\n".join(lines) + "\n"
+    yield from _pictures(subject, [path.with_suffix(".png")])
+
+
+def _pictures(name: str, paths: Sequence[Path]) -> list[str]:
+    return [f"![{name}](../bench/results/{path.name})\n" for path in paths if path.exists()]
+
+
+def _cell(row: Cells) -> str:
+    """A time, how many times faster it is than what it is held against, and its memory."""
+    if not row["median_us"]:
+        return "failed"
+    ratio = f" ({_times(float(row['ratio']))})" if row["ratio"] and row["variant"] != row["against"] else ""
+    copy = f" ({float(row['percent_of_copy']):.0f}% of copy)" if row["percent_of_copy"] and row["variant"] != "copy" else ""
+    memory = f", {size(float(row['peak_extra_bytes']))}" if row["peak_extra_bytes"] else ""
+    return duration(float(row["median_us"])) + ratio + copy + memory
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's table
+
+
+class Figure(NamedTuple):
+    """A line of the README: the fastest of this library's variants (or the one named) beside others of the same row."""
+
+    what: str
+    subject: str
+    case: str
+    direction: str
+    pages: str
+    others: tuple[str, ...]
+    variant: str = ""
+
+
+FIGURES = (
+    Figure(
+        "affine coupling, 32x96x64x64", "affine_coupling", "32x96x64x64", "forward+backward", "retained", ("eager", "compile")
+    ),
+    Figure(
+        "additive coupling, 32x96x64x64", "additive_coupling", "32x96x64x64", "forward+backward", "retained", ("eager", "compile")
+    ),
+    Figure("affine coupling, 64x64", "affine_coupling", "64x64", "forward", "retained", ("eager", "compile")),
+    Figure("1x1 convolution (PLU), 32x48x32x32", "glow", "1x1-32x48x32x32", "forward+backward", "", ("nflows", "normflows")),
+    Figure(
+        "training step of a Glow, 2x16 steps",
+        "glow",
+        "glow-2x16-hidden128-32x3x32x32",
+        "training step",
+        "",
+        ("normflows",),
+        "flowkern-channels-last",
+    ),
+    Figure(
+        "the same in constant memory",
+        "glow",
+        "glow-2x16-hidden128-32x3x32x32",
+        "training step",
+        "",
+        ("normflows",),
+        "flowkern-reversible",
+    ),
+    Figure("inverse of a MADE, 784 features", "autoregressive", "784-1024x1024-batch64", "inverse", "", ("nflows", "zuko")),
+    Figure(
+        "nearest of 8192 codes, 16384x256",
+        "code_search",
+        "N16384-K8192-D256",
+        "forward",
+        "",
+        ("GEMM", "vector-quantize-pytorch"),
+    ),
+    Figure(
+        "training step of a vector quantizer, 8192 codes",
+        "vector_quantizer",
+        "4096x256-codes8192",
+        "training step",
+        "",
+        ("vector-quantize-pytorch",),
+    ),
+    Figure(
+        "mixture of 10 discretized logistics, 32x3x32x32",
+        "likelihood",
+        "mixture-10-32x3x32x32",
+        "loss+gradient",
+        "",
+        ("published",),
+    ),
+    Figure("draw and KL of a Gaussian, 64x65536", "likelihood", "kl-64x65536", "forward+backward", "", ("eager",)),
+)
+_PUBLISHED = {"published": "PixelCNN++'s code", "compile": "torch.compile"}
+
+
+def headline(results: Path = RESULTS) -> str:
+    """The table of the README. Raises LookupError for a figure whose row is not there."""
+    lines = ["| what | time | times as fast as | extra memory | command |", "|---|---|---|---|---|"]
+    for figure in FIGURES:
+        rows = _rows_of(figure, results)
+        ours = {name: row for name, row in rows.items() if name.startswith(figure.variant or "flowkern")}
+        best = ours[figure.variant] if figure.variant else min(ours.values(), key=lambda row: float(row["median_us"]))
+        time = float(best["median_us"])
+        named = {name: _PUBLISHED.get(name, name) for name in figure.others}
+        ratios = [f"{_times(float(rows[name]['median_us']) / time)} {label}" for name, label in named.items()]
+        memory = [size(float(row["peak_extra_bytes"])) for row in (best, rows[figure.others[-1]]) if row["peak_extra_bytes"]]
+        cells = [f"{figure.what}, {figure.direction}" if "step" not in figure.what and figure.subject != "glow" else figure.what]
+        cells += [duration(time), ", ".join(ratios), " instead of ".join(memory), f"`python -m bench {figure.subject}`"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _rows_of(figure: Figure, results: Path) -> dict[str, Cells]:
+    """The rows of a figure by variant, of the first device that has them."""
+    for path in _files(results, figure.subject):
+        where = {"case": figure.case, "direction": figure.direction, **({"pages": figure.pages} if figure.pages else {})}
+        rows = [row for row in read_csv(path) if all(row[name] == value for name, value in where.items())]
+        found: dict[str, Cells] = {row["variant"]: row for row in rows if row["median_us"]}
+        if {*figure.others} <= found.keys() and any(name.startswith("flowkern") for name in found):
+            return found
+    raise LookupError(f"{figure.what}: no rows of {figure.subject} {figure.case} {figure.direction} in {results}")
+
+
+def with_headline(readme: str, results: Path = RESULTS) -> str:
+    """The README with its table as the files have it."""
+    table = f"{BEGIN}\n{headline(results)}\n{END}"
+    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: table, readme, flags=re.DOTALL)
+
+
+def write_docs() -> list[Path]:
+    """Write both; the paths."""
+    readme, page = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    write_atomically(page, benchmarks())
+    write_atomically(readme, with_headline(readme.read_text("utf-8")))
+    return [page, readme]

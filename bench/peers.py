@@ -1,0 +1,44 @@
+"""Other libraries beside this one. Each registers itself with the subject it is compared in; a missing one is left out."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["installed", "peer", "peers_of"]
+
+_PEERS: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
+def peer(subject: str, package: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that registers what makes a package's variant in a subject."""
+
+    def register(make: Callable[..., Any]) -> Callable[..., Any]:
+        _PEERS.setdefault(subject, {})[package] = make
+        return make
+
+    return register
+
+
+def peers_of(subject: str) -> dict[str, Callable[..., Any]]:
+    """What makes the variants of the packages that are installed, by package."""
+    found = {}
+    for package, make in _PEERS.get(subject, {}).items():
+        if installed(package):
+            found[package] = make
+        else:
+            _left_out(subject, package)
+    return found
+
+
+@functools.cache
+def _left_out(subject: str, package: str) -> None:
+    print(f"{subject}: {package} is not installed (pip install {package}): it is left out", file=sys.stderr)
