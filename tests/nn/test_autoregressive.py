@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 
 import flowkern
 from flowkern import nn, ops
-from flowkern._core import backend as _backend
 
 ScaleMap = ops.ScaleMap
 OPTIONS: list[dict[str, Any]] = [
@@ -263,21 +261,3 @@ def test_equals_zuko() -> None:
     z = torch.randn(5, 5, dtype=torch.float64)
     close_to(module, lambda v: theirs().inv.call_and_ladj(v), z)
     torch.testing.assert_close(module(z), theirs().call_and_ladj(z))
-
-
-def test_the_bench_compares_and_times(tmp_path: Path) -> None:
-    pytest.importorskip("nflows")
-    pytest.importorskip("zuko")
-    from flowkern.bench.subjects import autoregressive
-
-    assert autoregressive.main(["--quick", "--csv", str(tmp_path)]) == 0
-    (table,) = tmp_path.glob("autoregressive-*.csv")
-    (picture,) = tmp_path.glob("autoregressive-*.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    variants = {tuple(row.split(",")[1:3]) for row in table.read_text().splitlines()[1:]}
-    inverses = {"dense", "flowkern-torch", "nflows", "zuko"} | ({"flowkern-cpp"} if _backend.native else set())
-    densities = {"dense", "flowkern-density", "nflows", "zuko"}
-    expected = {("inverse", v) for v in inverses}
-    expected |= {(direction, v) for direction in ("density", "density forward+backward") for v in densities}
-    expected |= {("inverse+backward", v) for v in {"flowkern-density", *inverses} - {"nflows", "zuko"}}
-    assert variants == expected

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import csv
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import quantizers_ddp
 import torch
-from flowkern.bench.subjects import vector_quantizer as bench
 
 from flowkern import nn, ops
 
@@ -394,28 +391,6 @@ def test_residual_channels_first_rotated_and_compiled() -> None:
     gradient = torch.autograd.grad(quantized, x, g)[0]
     torch.testing.assert_close((gradient * x).sum(1), (g * quantized).sum(1))
     assert made.eval().decode(index).shape == x.shape
-
-
-# --- bench ---
-
-
-def test_bench_compares_before_it_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the peer's, where it is installed
-        assert bench.main(["--quick", "--threads", "1", "--csv", str(tmp_path)]) == 0
-    rows = [*csv.DictReader(next(tmp_path.glob("vector_quantizer-*.csv")).read_text().splitlines())]
-    assert {"gemm", "flowkern-torch"} <= {row["variant"] for row in rows}
-    assert all(float(row["median_ms"]) > 0 and not row["failure"] for row in rows)
-    assert "training step" in capsys.readouterr().out
-
-
-def test_bench_refuses_another_codebook() -> None:
-    subjects = bench._Subjects(20, 8, 4)
-    right, wrong = (subjects.ours("torch") for _ in range(2))
-    assert bench.differences(subjects, {"right": right, "same": subjects.ours("torch")}) == {"right": "", "same": ""}
-    wrong[1]().add_(0.01)
-    right = subjects.ours("torch")
-    assert "step 0: " in bench.differences(subjects, {"right": right, "wrong": wrong})["wrong"]
 
 
 # --- processes ---

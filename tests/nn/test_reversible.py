@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import itertools
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import reversible_ddp
 import torch
-from flowkern.bench.subjects import depth
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
@@ -993,29 +991,6 @@ def test_two_processes_under_ddp(tmp_path: Path) -> None:
         assert torch.equal(gradient, ranks[1]["reversible"][name]), name
     # One process with the batches of both.
     assert_same(ranks[0]["reversible"], reversible_ddp.gradients(reversible_ddp.stack("store")))
-
-
-def test_depth_bench_writes_rows_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the peer's, where it is installed
-        assert depth.main(["--quick", "--depths", "2", "4", "--threads", "1", "--out", str(tmp_path)]) == 0
-    rows = [*csv.DictReader(next(tmp_path.glob("depth-*.csv")).read_text().splitlines())]
-    ours = [(row["case"].split("-")[1], row["variant"]) for row in rows if row["variant"].startswith("flowkern")]
-    assert ours == [(f"2x{steps}", f"flowkern-{memory}") for steps in (1, 2) for memory in ("store", "reversible")]
-    assert all(float(row["median_ms"]) > 0 and float(row["peak_extra_mb"]) > 0 for row in rows)
-    assert next(tmp_path.glob("depth-*.png")).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit):
-        depth.main(["--depths", "3"])
-    assert "--depths: expected multiples of 2" in capsys.readouterr().err
-
-
-def test_depth_bench_refuses_wrong_gradients() -> None:
-    x, models, _ = depth.variants(depth.Architecture(levels=1, steps=2, hidden=4, side=4, batch=2))
-    assert depth.disagreement(models[depth.STORE], models[depth.REVERSIBLE], x) == ""
-    with torch.no_grad():
-        next(models[depth.REVERSIBLE].parameters()).add_(0.01)
-    assert "the gradient differs by" in depth.disagreement(models[depth.STORE], models[depth.REVERSIBLE], x)
 
 
 def test_checkpoints_offloading_and_export() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from flowkern.bench.memory import peak_extra_bytes
-from flowkern.bench.subjects import nearest_code as bench_nearest_code
 
 import flowkern
 from flowkern import ops
@@ -398,18 +395,3 @@ def test_the_square_root_is_rounded_correctly() -> None:
     values = torch.cat([near_one, 4 * near_one, wide, torch.tensor([0.0, 5e-324, math.inf], dtype=torch.float64)])
     expected = torch.tensor([math.sqrt(value) for value in values.tolist()], dtype=torch.float64)
     assert torch.equal(_nearest_code._sqrt(values), expected)
-
-
-def test_the_bench_compares_before_it_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_nearest_code, "QUICK", ((40, 300, 16),))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the peer's
-        assert bench_nearest_code.main(["--quick", "--csv", str(tmp_path)]) == 0
-    (path,) = tmp_path.iterdir()
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    assert {row["variant"] for row in rows} >= {"GEMM", "flowkern-torch"}
-    assert all(float(row["median_ms"]) > 0 and not row["failure"] for row in rows)
-    monkeypatch.setattr(
-        bench_nearest_code, "searches", lambda: {"flowkern-torch": lambda x, codebook: torch.zeros(len(x)).long()}
-    )
-    assert bench_nearest_code.main(["--quick"]) == 1
