@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import nn, ops
@@ -31,11 +33,12 @@ def _behind(permutation: str, features: int, layers: int, seed: int) -> Iterator
 
 
 class _AutoregressiveFlow(FlowModel):
-    """What MAF and IAF share: all but the kind of the layer."""
+    """What MAF and IAF share: all but the layer, which without a transformer is ``affine``, by a scale."""
 
     def __init__(
         self,
-        layer: type[nn.MaskedAutoregressive] | type[nn.InverseAutoregressive],
+        affine: Callable[..., nn.Autoregressive],
+        direction: str,
         shape: int | Sequence[int],
         *,
         layers: int,
@@ -45,6 +48,7 @@ class _AutoregressiveFlow(FlowModel):
         preprocess: Mapping[str, Any] | None,
         context: int | None,
         scale: ops.ScaleMap | Mapping[str, Any],
+        transformer: nn.Transformer | Mapping[str, Any] | None,
         batch_norm: bool = False,
         base: nn.Base | None = None,
         **network: Any,
@@ -52,7 +56,10 @@ class _AutoregressiveFlow(FlowModel):
         sizes, _ = model_shape(shape, flatten=True)
         check_sizes(layers=layers, context=context)
         features = math.prod(sizes)
-        scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
+        how: dict[str, Any] = {"scale": scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)}
+        layer = affine
+        if transformer is not None:
+            layer, how = nn.Autoregressive, {"transformer": nn.Transformer.of(transformer), "direction": direction}
         built = preprocessing(preprocess)
         if len(sizes) == 3:
             c, h, w = sizes
@@ -60,7 +67,8 @@ class _AutoregressiveFlow(FlowModel):
         if permutation not in PERMUTATIONS:
             raise ValueError(f"permutation: unknown name {permutation!r}; expected one of {', '.join(map(repr, PERMUTATIONS))}")
         for permuted in _behind(permutation, features, layers, seed):
-            built.append(layer(features, tuple(hidden), context=context, scale=scale, **network))
+            # A transformer with parameters has them for each layer.
+            built.append(layer(features, hidden=tuple(hidden), context=context, **copy.deepcopy(how), **network))
             if batch_norm:
                 built.append(nn.BatchNormFlow(features))
             built += permuted
@@ -95,7 +103,8 @@ class MAF(_AutoregressiveFlow):
         shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
         layers: their number.
         hidden, activation, residual: of the networks, ``nn.MADE``.
-        scale: the ``ScaleMap``, or its fields ``{"kind", "a", "b"}``.
+        transformer: what a layer does to a value: an ``nn.Transformer``, or its config ``{"kind", ...}``; None for
+            ``nn.Affine(scale)``, the scale a ``ScaleMap`` or its fields ``{"kind", "a", "b"}``.
         permutation: ``"reverse"``, ``"random"`` (by ``seed``, ``seed + 1``, ...) or ``"none"``, between two layers.
         batch_norm: an ``nn.BatchNormFlow`` after each layer.
         components: of a mixture of Gaussians as base (``nn.Mixture``, the paper's MAF MoG has one in its last layer); None
@@ -116,6 +125,7 @@ class MAF(_AutoregressiveFlow):
         activation: str = "relu",
         residual: bool = False,
         scale: ops.ScaleMap | Mapping[str, Any] = _SOFT_CLIP,
+        transformer: nn.Transformer | Mapping[str, Any] | None = None,
         permutation: str = "reverse",
         seed: int = 0,
         batch_norm: bool = False,
@@ -126,12 +136,14 @@ class MAF(_AutoregressiveFlow):
         sizes, _ = model_shape(shape, flatten=True)
         super().__init__(
             nn.MaskedAutoregressive,
+            "forward",
             shape,
             layers=layers,
             hidden=hidden,
             activation=activation,
             residual=residual,
             scale=scale,
+            transformer=transformer,
             permutation=permutation,
             seed=seed,
             batch_norm=batch_norm,
@@ -148,7 +160,7 @@ class IAF(_AutoregressiveFlow):
     ``layers`` times ``nn.InverseAutoregressive``. Arguments, errors and shapes as for ``MAF``, and:
 
     Args:
-        gated: the update s z + (1 - s) m of the paper, with a sigmoid ``scale``.
+        gated: the update s z + (1 - s) m of the paper, with a sigmoid ``scale``: ``nn.GatedAffine``.
 
     Source: Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), section 4.
     """
@@ -162,6 +174,7 @@ class IAF(_AutoregressiveFlow):
         activation: str = "relu",
         residual: bool = False,
         scale: ops.ScaleMap | Mapping[str, Any] | None = None,
+        transformer: nn.Transformer | Mapping[str, Any] | None = None,
         gated: bool = False,
         permutation: str = "reverse",
         seed: int = 0,
@@ -172,14 +185,15 @@ class IAF(_AutoregressiveFlow):
             scale = ops.ScaleMap.sigmoid() if gated else _SOFT_CLIP
             self.settle(scale=dataclasses.asdict(scale))
         super().__init__(
-            nn.InverseAutoregressive,
+            functools.partial(nn.InverseAutoregressive, gated=gated),
+            "inverse",
             shape,
             layers=layers,
             hidden=hidden,
             activation=activation,
             residual=residual,
             scale=scale,
-            gated=gated,
+            transformer=transformer,
             permutation=permutation,
             seed=seed,
             preprocess=preprocess,

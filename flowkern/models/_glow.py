@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -64,6 +65,8 @@ class Glow(FlowModel):
         hidden: channels of the conditioners, ``nn.ConvNet``.
         parametrization: of the 1x1 convolutions: ``"plu"``, ``"qr"``, ``"householder"`` or ``"full"``.
         scale: the ``ScaleMap`` of the couplings, or its fields ``{"kind", "a", "b"}``; Glow's own is ``ScaleMap.sigmoid()``.
+        transformer: what a coupling does to a value: an ``nn.Transformer``, or its config ``{"kind", ...}``; None for
+            ``nn.Affine(scale)``.
         activation, dropout: of the conditioners.
         classes: the number of classes of a class-conditional flow. The context is then either labels, integers (B,) in
             [0, classes), or a (B, classes) tensor, such as labels one-hot.
@@ -85,6 +88,7 @@ class Glow(FlowModel):
         hidden: int = 128,
         parametrization: str = "plu",
         scale: ops.ScaleMap | Mapping[str, Any] = _BOUNDED,
+        transformer: nn.Transformer | Mapping[str, Any] | None = None,
         activation: str = "relu",
         dropout: float = 0.0,
         classes: int | None = None,
@@ -98,12 +102,14 @@ class Glow(FlowModel):
         context = _context_size(classes, context)
         check_sizes(hidden=hidden, context=context)
         scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
+        other = None if transformer is None else nn.Transformer.of(transformer)
         network: dict[str, Any] = {"hidden": hidden, "activation": activation, "dropout": dropout}
 
         def step(channels: int) -> Bijection:
             kept, moved = kept_channels("channel", channels), moved_channels("channel", channels)
-            net = nn.ConvNet(kept, 2 * moved, context=context, **network)
-            return nn.GlowStep(channels, net, parametrization=parametrization, scale=scale)
+            net = nn.ConvNet(kept, (2 if other is None else other.params_per_feature) * moved, context=context, **network)
+            # One with parameters has them for each coupling.
+            return nn.GlowStep(channels, net, parametrization=parametrization, scale=scale, transformer=copy.deepcopy(other))
 
         built: list[Bijection] = []
         channels = sizes[0]

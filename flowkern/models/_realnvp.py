@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,9 +73,10 @@ class RealNVP(FlowModel):
         activation: one of ``nn.ACTIVATIONS``.
         dropout: inside the networks.
         zero_init: start the networks' last layers at zero.
-        separate: one network for the scales and another for the shifts, instead of one for both.
-        scale: the ``ScaleMap``, or its fields ``{"kind", "a", "b"}``.
-        shift_first: (x + t) * s instead of x * s + t.
+        separate: one network for the scales and another for the shifts (for each parameter of a value), instead of one for all.
+        transformer: what a coupling does to a value: an ``nn.Transformer``, or its config ``{"kind", ...}``; None for
+            ``nn.Affine`` with ``scale`` (a ``ScaleMap``, or its fields ``{"kind", "a", "b"}``) and ``shift_first``
+            ((x + t) * s instead of x * s + t), which another has no use for.
         levels: of the multi-scale architecture; None for as many as end in 4 x 4 pixels.
         permutation: of vectors: ``"alternate"`` (the halves take turns), ``"reverse"`` or ``"random"`` (the second half is
             transformed, then all features are permuted; by ``seed``, ``seed + 1``, ...).
@@ -99,6 +101,7 @@ class RealNVP(FlowModel):
         separate: bool = False,
         scale: ops.ScaleMap | Mapping[str, Any] = _BOUNDED,
         shift_first: bool = False,
+        transformer: nn.Transformer | Mapping[str, Any] | None = None,
         levels: int | None = None,
         permutation: str = "alternate",
         seed: int = 0,
@@ -111,6 +114,7 @@ class RealNVP(FlowModel):
         hidden = (64 if image else 256) if hidden is None else hidden
         self.settle(couplings=couplings, hidden=hidden)
         scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
+        other = None if transformer is None else nn.Transformer.of(transformer)
         network: dict[str, Any] = {
             "hidden": hidden,
             "depth": depth,
@@ -128,10 +132,13 @@ class RealNVP(FlowModel):
 
         def make(split: str, channels: int) -> Bijection:
             moved = moved_channels(split, channels)
-            outputs = (moved, moved) if separate else (2 * moved,)
+            of_value = 2 if other is None else other.params_per_feature
+            outputs = (moved,) * of_value if separate else (of_value * moved,)
             nets = [conditioner(split, channels, n, image=image, context=context, **network) for n in outputs]
             net = nn.Parallel(*nets) if separate else nets[0]
-            return nn.AffineCoupling(net, split=split, scale=scale, shift_first=shift_first)
+            if other is None:
+                return nn.AffineCoupling(net, split=split, scale=scale, shift_first=shift_first)
+            return nn.Coupling(net, copy.deepcopy(other), split=split)  # one with parameters has them for each coupling
 
         layers = architecture(make, sizes, image=image, **layout)
         super().__init__(nn.Compose(*layers), {"shape": sizes, "context": context})

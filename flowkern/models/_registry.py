@@ -8,9 +8,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from .._core.named import Named
 from ._model import Model
 
-__all__ = ["MODELS", "PRESETS", "build", "model", "name_of"]
+__all__ = ["MODELS", "PRESETS", "build", "model", "name_of", "plain"]
 
 M = TypeVar("M", bound=Model)
 
@@ -59,7 +60,7 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
         if outermost:
             bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
-            self.config = {key: _plain(value) for key, value in list(bound.arguments.items())[1:]}
+            self.config = {key: plain(value) for key, value in list(bound.arguments.items())[1:]}
         init(self, *args, **kwargs)
         if outermost:
             self.settle(shape=[*self.shape], context=self.context)
@@ -67,14 +68,19 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _plain(value: Any) -> Any:
-    """A copy of the value as JSON has it: a dataclass as a dict, a sequence as a list."""
+def plain(value: Any, *, saved: bool = False) -> Any:
+    """A copy of the value as JSON has it: what is ``Named`` as its config, another dataclass as a dict, a sequence as a list.
+
+    An object of a class without a name stays what it is, unless the copy is to be ``saved``: then it raises TypeError.
+    """
+    if isinstance(value, Named):
+        return value.config() if saved or value.kind is not None else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):
-        return {key: _plain(element) for key, element in value.items()}
+        return {key: plain(element, saved=saved) for key, element in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(element) for element in value]
+        return [plain(element, saved=saved) for element in value]
     return value
 
 

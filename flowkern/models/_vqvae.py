@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +42,8 @@ class _Autoencoder(torch.nn.Module):
         self,
         shape: tuple[int, int, int],
         maps: int,
-        quantizer: Mapping[str, Any],
+        quantizer: Callable[[], nn.Quantizer],
+        dim: int,
         *,
         hidden: int,
         blocks: int,
@@ -49,11 +52,10 @@ class _Autoencoder(torch.nn.Module):
     ):
         super().__init__()
         channels, height, width = shape
-        dim = quantizer["dim"]
         self.sizes = [(height >> downsample, width >> downsample)]
         self.encoder = downsampling(channels, (hidden,) * downsample, blocks, dropout=dropout)
         self.project = torch.nn.Conv2d(hidden, dim, 1)
-        self.quantizer = nn.VectorQuantizer(**quantizer)
+        self.quantizer = quantizer()
         self.decoder = upsampling(dim, (hidden,) * downsample, maps, blocks, dropout=dropout)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
@@ -65,7 +67,7 @@ class _Autoencoder(torch.nn.Module):
         """codes -> parameters (B, maps, H, W)."""
         return self.decoder(self.quantizer.decode(codes[0]))
 
-    def quantizers(self) -> list[nn.VectorQuantizer]:
+    def quantizers(self) -> list[nn.Quantizer]:
         """Those of the maps, in their order."""
         return [self.quantizer]
 
@@ -77,7 +79,8 @@ class _Autoencoder2(torch.nn.Module):
         self,
         shape: tuple[int, int, int],
         maps: int,
-        quantizer: Mapping[str, Any],
+        quantizer: Callable[[], nn.Quantizer],
+        dim: int,
         *,
         hidden: int,
         blocks: int,
@@ -87,15 +90,14 @@ class _Autoencoder2(torch.nn.Module):
     ):
         super().__init__()
         channels, height, width = shape
-        dim = quantizer["dim"]
         self.sizes = [(height >> n, width >> n) for n in (downsample + top_downsample, downsample)]
         self.bottom_encoder = downsampling(channels, (hidden,) * downsample, blocks, dropout=dropout)
         self.top_encoder = downsampling(hidden, (hidden,) * top_downsample, blocks, dropout=dropout)
         self.top_project = torch.nn.Conv2d(hidden, dim, 1)
-        self.top_quantizer = nn.VectorQuantizer(**quantizer)
+        self.top_quantizer = quantizer()
         self.top_decoder = upsampling(dim, (hidden,) * top_downsample, hidden, blocks, dropout=dropout)
         self.bottom_project = torch.nn.Conv2d(2 * hidden, dim, 1)
-        self.bottom_quantizer = nn.VectorQuantizer(**quantizer)
+        self.bottom_quantizer = quantizer()
         self.decoder = upsampling(hidden + dim, (hidden,) * downsample, maps, blocks, dropout=dropout)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
@@ -109,7 +111,7 @@ class _Autoencoder2(torch.nn.Module):
         above = self.top_decoder(self.top_quantizer.decode(codes[0]))
         return self.decoder(torch.cat([above, self.bottom_quantizer.decode(codes[1])], 1))
 
-    def quantizers(self) -> list[nn.VectorQuantizer]:
+    def quantizers(self) -> list[nn.Quantizer]:
         return [self.top_quantizer, self.bottom_quantizer]
 
 
@@ -169,6 +171,20 @@ class _Shown(torch.nn.Module):
         return h.repeat_interleave(self.factor[0], 2).repeat_interleave(self.factor[1], 3)
 
 
+def _quantizers(
+    given: nn.Quantizer | Mapping[str, Any] | None, dim: int, codes: int, decay: float | None, commitment: float
+) -> tuple[Callable[[], nn.Quantizer], int, int]:
+    """What makes the quantizer of one map, its dim and its codes. Raises ValueError for one that gives no map of codes."""
+    if given is None:
+        revive_below = None if decay is None else _REVIVE_BELOW
+        how: dict[str, Any] = {"decay": decay, "commitment": commitment, "revive_below": revive_below, "channels_first": True}
+        return functools.partial(nn.VectorQuantizer, dim, codes, **how), dim, codes
+    quantizer = nn.Quantizer.of(given)
+    if not quantizer.channels_first or quantizer.index_shape:
+        raise ValueError(f"quantizer: expected one with channels_first=True and one code for each vector, got {quantizer}")
+    return functools.partial(copy.deepcopy, quantizer), quantizer.dim, quantizer.codes
+
+
 class _CodeModel(DiscreteModel):
     """What VQVAE and VQVAE2 share: all but the autoencoder."""
 
@@ -190,10 +206,13 @@ class _CodeModel(DiscreteModel):
         self.shape = as_shape(shape)
         if len(self.shape) != 3:
             raise ValueError(f"shape: expected (C, H, W), got {tuple(self.shape)}")
-        levels, codes, likelihood = settings["levels"], settings["codes"], settings["likelihood"]
+        levels, likelihood = settings["levels"], settings["likelihood"]
         channels, height, width = self.shape
         check_sizes(hidden=network["hidden"], downsample=network["downsample"], dim=settings["dim"], context=settings["context"])
         check_sizes(0, blocks=network["blocks"], commitment=settings["commitment"])
+        wanted = (settings[name] for name in ("quantizer", "dim", "codes", "decay", "commitment"))
+        quantizer, dim, codes = _quantizers(*wanted)
+        self.settle(dim=dim, codes=codes)
         if height % (1 << least_downsample) or width % (1 << least_downsample):
             halved = f"{least_downsample} times (downsample)"
             raise ValueError(f"shape: expected a height and a width that can be halved {halved}, got {height} x {width}")
@@ -207,9 +226,7 @@ class _CodeModel(DiscreteModel):
             raise ValueError("context: only the prior over the codes takes one, and there is none (prior=None)")
         self.levels, self.codes, self.context = levels, codes, context
         self.likelihood = named_likelihood(likelihood, settings["components"], levels)
-        quantizer = {name: settings[name] for name in ("dim", "codes", "decay", "commitment")}
-        quantizer |= {"channels_first": True, "revive_below": None if settings["decay"] is None else _REVIVE_BELOW}
-        self.autoencoder = make((channels, height, width), self.likelihood.maps(channels), quantizer, **network)
+        self.autoencoder = make((channels, height, width), self.likelihood.maps(channels), quantizer, dim, **network)
         start(self.autoencoder.decoder[-1], self.likelihood.bias(channels))
         self.prior = None
         if prior is not None:
@@ -349,7 +366,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @model("vqvae", presets=_PRESETS)
 class VQVAE(_CodeModel):
-    """Images through a map of discrete codes: strided convolutions, ``nn.VectorQuantizer``, transposed convolutions.
+    """Images through a map of discrete codes: strided convolutions, a quantizer, transposed convolutions.
 
     Trained in two stages. Without a ``prior`` the autoencoder is, with uniform codes; with one, ``train`` leaves the autoencoder
     as it is, and the prior learns the codes of the data. ``log_prob`` is a lower bound in both (see ``log_mass``).
@@ -359,6 +376,8 @@ class VQVAE(_CodeModel):
         levels: how many values an element can have.
         hidden, blocks, dropout: channels of the encoder and the decoder, their residual blocks, and the dropout in these.
         dim, codes, decay, commitment: of ``nn.VectorQuantizer``.
+        quantizer: another ``nn.Quantizer``, or its config ``{"kind", ...}``, whose own ``dim`` and ``codes`` then count; each map
+            has a copy.
         likelihood: of a pixel given the codes: ``"logistic"``, a mixture of ``components`` discretized logistics, in which three
             channels depend on one another, or ``"categorical"``, a logit for each level of each channel.
         prior: settings of the prior, a ``PixelCNN`` over the map of codes (hidden, layers, kernel, dropout), or None.
@@ -381,13 +400,14 @@ class VQVAE(_CodeModel):
         codes: int = 512,
         decay: float | None = 0.99,
         commitment: float = 0.25,
+        quantizer: nn.Quantizer | Mapping[str, Any] | None = None,
         likelihood: str = "logistic",
         components: int = 5,
         prior: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
         settings: dict[str, Any] = {"levels": levels, "dim": dim, "codes": codes, "decay": decay, "commitment": commitment}
-        settings |= {"likelihood": likelihood, "components": components}
+        settings |= {"quantizer": quantizer, "likelihood": likelihood, "components": components}
         settings |= {"prior": None if prior is None else dict(prior), "context": context}
         network = {"hidden": hidden, "blocks": blocks, "downsample": downsample, "dropout": dropout}
         super().__init__(_Autoencoder, shape, downsample, settings, network)
@@ -421,6 +441,7 @@ class VQVAE2(_CodeModel):
         codes: int = 512,
         decay: float | None = 0.99,
         commitment: float = 0.25,
+        quantizer: nn.Quantizer | Mapping[str, Any] | None = None,
         likelihood: str = "logistic",
         components: int = 5,
         prior: Mapping[str, Any] | None = None,
@@ -428,7 +449,7 @@ class VQVAE2(_CodeModel):
     ):
         check_sizes(downsample=downsample, top_downsample=top_downsample)
         settings: dict[str, Any] = {"levels": levels, "dim": dim, "codes": codes, "decay": decay, "commitment": commitment}
-        settings |= {"likelihood": likelihood, "components": components}
+        settings |= {"quantizer": quantizer, "likelihood": likelihood, "components": components}
         settings |= {"prior": None if prior is None else dict(prior), "context": context}
         network = {"hidden": hidden, "blocks": blocks, "downsample": downsample, "top_downsample": top_downsample}
         super().__init__(_Autoencoder2, shape, downsample + top_downsample, settings, network | {"dropout": dropout})

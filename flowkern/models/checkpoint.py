@@ -17,7 +17,7 @@ from .._core.checks import FLOATING
 from .._core.version import __version__
 from ._budget import Budget
 from ._model import Model
-from ._registry import build, name_of
+from ._registry import build, name_of, plain
 
 __all__ = ["content_of", "load", "read_checkpoint", "save", "write_atomically"]
 
@@ -63,11 +63,11 @@ def content_of(model: Model, state_dict: Mapping[str, Any] | None = None) -> dic
     """What a checkpoint says of a model: ``{"flowkern": version, "model": {"name", "config"}, "state_dict"}``.
 
     ``state_dict`` stands in for the model's own where other weights are to be kept, as an average of them. Raises TypeError for
-    a model that is none of ``flowkern.models``.
+    a model that is none of ``flowkern.models``, and for a transformer or quantizer in it whose class has no name.
     """
     return {
         "flowkern": __version__,
-        "model": {"name": name_of(model), "config": model.config},
+        "model": {"name": name_of(model), "config": plain(model.config, saved=True)},
         "state_dict": model.state_dict() if state_dict is None else state_dict,
     }
 
@@ -76,7 +76,7 @@ def save(model: Model, path: StrPath) -> None:
     """Write a model of ``flowkern.models`` to one file, which ``load`` rebuilds it from; the write is atomic.
 
     The file is torch's zip format with what ``content_of`` says, and holds no code.
-    Raises TypeError for another model and OSError if the file cannot be written; an existing file then stays as it was.
+    Raises TypeError as ``content_of`` does and OSError if the file cannot be written; an existing file then stays as it was.
     """
     write_atomically(content_of(model), path)
 

@@ -9,10 +9,11 @@ from torch import nn
 
 from ... import ops
 from ..._core.split import Split
+from ..transformers.transformer import Transformer
 from .actnorm import ActNorm
 from .bijection import Bijection, Pair, Replay
 from .compose import Compose
-from .coupling import AffineCoupling
+from .coupling import AffineCoupling, Coupling
 from .invertible_linear import InvertibleConv1x1
 
 __all__ = ["GlowStep", "NormalizedLinear"]
@@ -58,6 +59,7 @@ class GlowStep(Compose):
         conditioner: the network of the coupling, as ``AffineCoupling`` takes it.
         parametrization: of W, as ``InvertibleConv1x1`` takes it.
         scale, split, layout, shift_first: of the coupling.
+        transformer: of the coupling, with ``split`` alone, in the place of the affine one.
 
     Shapes: x and z (B, C, H, W), context (B, K), logabsdet (B,) in nats. The first forward in training mode
     initializes ActNorm. Raises ValueError as the three layers do.
@@ -75,11 +77,14 @@ class GlowStep(Compose):
         split: Split = "channel",
         layout: str = "scale_shift",
         shift_first: bool = False,
+        transformer: Transformer | None = None,
     ):
-        super().__init__(
-            NormalizedLinear(ActNorm(channels), InvertibleConv1x1(channels, parametrization)),
-            AffineCoupling(conditioner, split=split, scale=scale, layout=layout, shift_first=shift_first),
-        )
+        linear = NormalizedLinear(ActNorm(channels), InvertibleConv1x1(channels, parametrization))
+        if transformer is None:
+            affine = AffineCoupling(conditioner, split=split, scale=scale, layout=layout, shift_first=shift_first)
+            super().__init__(linear, affine)
+        else:
+            super().__init__(linear, Coupling(conditioner, transformer, split=split))
 
     @property
     def _normalized(self) -> NormalizedLinear:
@@ -94,5 +99,5 @@ class GlowStep(Compose):
         return self._normalized.linear
 
     @property
-    def coupling(self) -> AffineCoupling:
-        return cast(AffineCoupling, self.bijections[1])
+    def coupling(self) -> Coupling:
+        return cast(Coupling, self.bijections[1])
