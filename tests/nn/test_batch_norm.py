@@ -97,3 +97,13 @@ def test_bad_input_is_named():
         nn.BatchNormFlow(3)(torch.randn(4, 2))
     with pytest.raises(ValueError, match=r"at least 2 values of each feature, got 1; use eval"):
         nn.BatchNormFlow(3)(torch.randn(1, 3))
+
+
+def test_frozen_computes_the_same_and_leaves_the_averages():
+    layer, twin, x = nn.BatchNormFlow(3), nn.BatchNormFlow(3), torch.randn(5, 3)
+    with layer.frozen():
+        frozen = layer(x)[0]
+    assert torch.equal(frozen, twin(x)[0])
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+    assert torch.equal(layer(x)[0], frozen)
+    assert torch.equal(layer.running_mean, twin.running_mean)
