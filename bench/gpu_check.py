@@ -161,7 +161,8 @@ class Check:
 
     def _pytest(self) -> list[str]:
         # Only files with such tests are looked at: others may need packages that are not there.
-        files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+        texts = {str(path): path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+        files = [path for path, text in texts.items() if "mark.gpu" in text or "anywhere: str" in text]
         ini = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
         # A warning of a package in a version of its own is shown, and fails nothing here.
         return ["-m", "pytest", *ini, "-m", "gpu", "-W", "default", *files]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import flowkern
 from flowkern import OPS
@@ -17,6 +17,7 @@ from flowkern._core.op import Law, Op, Sample
 
 Tensors = tuple[torch.Tensor, ...]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Function = Callable[..., Tensors]
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 #: Those that invert themselves, all of whose positional arguments are tensors.
@@ -75,7 +76,9 @@ def tensors(sample: Sample) -> list[torch.Tensor]:
     return [a for a in tree_leaves((sample.args, sample.kwargs)) if isinstance(a, torch.Tensor)]
 
 
-def ways(op: Op, dtype: torch.dtype = torch.float32, limit: float = torch.inf, coarse: bool = False) -> list[Sample]:
+def ways(
+    op: Op, dtype: torch.dtype = torch.float32, limit: float = torch.inf, coarse: bool = False, device: str = "cpu"
+) -> list[Sample]:
     """One sample for each way through the op's Python code, as the forms of tensors and the names of options tell it.
 
     ``coarse``: of forms only the numbers of dimensions count, of options only the first word of those that are text.
@@ -90,7 +93,7 @@ def ways(op: Op, dtype: torch.dtype = torch.float32, limit: float = torch.inf, c
         return value.ndim if coarse else (value.ndim, value.dtype, contiguous, value.numel() == 0)
 
     found: dict[Any, Sample] = {}
-    for sample in samples(op, dtype, limit):
+    for sample in samples(op, dtype, limit, device):
         kwargs = {name: value for name, value in sample.kwargs.items() if name != "inverse"}
         names = () if coarse else tuple(kwargs)
         found.setdefault((*map(form, tree_leaves((sample.args, kwargs))), names), sample)
@@ -133,6 +136,11 @@ def call_of(sample: Sample, dtype: torch.dtype | None = None) -> Call:
     return tree_map_only((torch.Tensor, torch.dtype), changed, (sample.args, sample.kwargs))
 
 
+def places(sample: Sample) -> Iterator[int]:
+    """Where tensors stand among the flattened arguments and keywords."""
+    return (i for i, a in enumerate(tree_leaves((sample.args, sample.kwargs))) if isinstance(a, torch.Tensor))
+
+
 def leaves(values: Any) -> list[torch.Tensor]:
     """The floating tensors among nested values."""
     return [a for a in tree_leaves(values) if isinstance(a, torch.Tensor) and a.is_floating_point()]
@@ -142,6 +150,20 @@ def outputs_of(function: Callable[..., Any], call: Call) -> Tensors:
     """What the function returns, always as a tuple."""
     outputs = function(*call[0], **call[1])
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def function_of_tensors(function: Callable[..., Any], sample: Sample) -> tuple[Function, list[torch.Tensor]]:
+    """The function of the sample's floating tensors alone, and these in float64."""
+    flat, spec = tree_flatten(call_of(sample, torch.float64))
+    places = [i for i, a in enumerate(flat) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+
+    def of_tensors(*values: torch.Tensor) -> Tensors:
+        given = [*flat]
+        for i, value in zip(places, values, strict=True):
+            given[i] = value
+        return outputs_of(function, tree_unflatten(given, spec))
+
+    return of_tensors, [flat[i].detach().contiguous() for i in places]
 
 
 def output_gradients(outputs: Sequence[torch.Tensor], seed: int = 0) -> Tensors:
@@ -178,15 +200,6 @@ def references(op: Op, sample: Sample) -> tuple[Tensors, Tensors]:
     """The results of the reference in float64, and in the sample's own dtypes: of gradients those that the op declares."""
     of = [i for i, y in enumerate(op.outputs) if y.differentiable]
     return results(op.reference, sample, torch.float64, of), results(op.reference, sample, None, of)
-
-
-def arguments(sample: Sample, dtype: torch.dtype | None = None) -> Tensors:
-    return call_of(Sample(sample.name, sample.args), dtype)[0]
-
-
-def outputs_and_gradients(function: Callable[..., Any], args: Tensors, kwargs: dict[str, Any]) -> tuple[Tensors, Tensors]:
-    outputs = function(*args, **kwargs)
-    return outputs, gradients(outputs, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

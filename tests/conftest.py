@@ -31,6 +31,17 @@ def where(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.fixture(params=[*WAYS, pytest.param("cuda", marks=NEEDS_GPU)])
+def anywhere(request: pytest.FixtureRequest) -> Iterator[str]:
+    """``where``, and on a GPU, for tests that make their tensors on the default device."""
+    on_gpu = request.param == "cuda"
+    with running("auto" if on_gpu else request.param), torch.device("cuda") if on_gpu else contextlib.nullcontext():
+        yield request.param
+
+
 @pytest.fixture(params=_backend.native.isas() if _backend.native else [])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ kernels on every instruction set that this machine runs."""
@@ -42,7 +53,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs wherever there are kernels also runs in Triton's interpreter, which chooses by this mark."""
     for item in items:
-        if "where" in getattr(item, "fixturenames", ()):
+        if {"where", "anywhere"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker("everywhere")
 
 

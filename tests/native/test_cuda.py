@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_accurate
-from test_scale_maps import MAPS, check_sweep
+from scale_maps import MAPS, check_sweep
 
 import flowkern
 from flowkern import ops

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import nearest
 import pytest
-import test_nearest_code as everywhere
 import torch
-from test_triton import needs_compiler, on_gpu
 
 import flowkern
 from flowkern import ops
+from flowkern._core import backend as _backend
 
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-@needs_compiler
+@pytest.mark.skipif(_backend.interpreting(), reason="TRITON_INTERPRET=1 replaces the compiler")
 class TestCompiled:
     def build(self, name: str, target: str, sizes: tuple[int, int, int], cosine: bool = False, dtypes: str = "float32") -> Any:
         from flowkern.kernels import nearest_code
@@ -51,13 +52,13 @@ class TestOnAGPU:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("cases", [everywhere.ties, everywhere.scales, everywhere.not_finite])
+    @pytest.mark.parametrize("cases", [nearest.ties, nearest.scales, nearest.not_finite])
     def test_the_index_is_that_of_float64(self, cases: Any, dtype: torch.dtype) -> None:
         for i, (name, x, codebook) in enumerate(cases(dtype)):
             metric = ("euclidean", "cosine")[i % 2]
             with flowkern.backend("triton"):
                 actual = ops.nearest_code(x.cuda(), codebook.cuda(), metric=metric)
-            for a, b in zip(actual, everywhere.oracle(x, codebook, metric), strict=True):
+            for a, b in zip(actual, nearest.oracle(x, codebook, metric), strict=True):
                 assert torch.equal(a.cpu().nan_to_num(-1), b.nan_to_num(-1)), (name, metric)
 
     @pytest.mark.parametrize("sizes", [(4096, 256, 8192), (64, 256, 65536), (1000, 1030, 300)], ids=str)

@@ -6,17 +6,14 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comparison import INVERTIBLE, Tensors, arguments, assert_accurate, output_gradients
 
 import flowkern
 from flowkern import OPS
-from flowkern._core.op import Op, Sample
 from flowkern.ops import ScaleMap, affine_coupling
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -33,10 +30,20 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_kernels_in_the_interpreter() -> None:
+HERE = Path(__file__)
+#: What runs in the interpreter: the tests of ops that run everywhere, and those of the kernels alone.
+INTERPRETED = {
+    "ops": ("-m", "everywhere", str(HERE.parents[1] / "ops")),
+    "kernels": (str(HERE.with_name("triton_interpreter.py")),),
+}
+
+
+@pytest.mark.parametrize("what", INTERPRETED)
+def test_kernels_in_the_interpreter(what: str) -> None:
     pytest.importorskip("numpy", reason="Triton's interpreter needs NumPy")
-    script = Path(__file__).with_name("triton_interpreter.py")
-    print(run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(script), TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
+    # NumPy, which the interpreter computes with, warns wherever IEEE arithmetic makes an infinity or a NaN.
+    options = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning")
+    print(run("-m", "pytest", *options, *INTERPRETED[what], TRITON_INTERPRET="1", OMP_NUM_THREADS="1"))
 
 
 def test_kernels_compile_for_every_target() -> None:
@@ -159,67 +166,14 @@ def test_every_element_has_one_thread_place() -> None:
 # On a GPU
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def results(function: Any, sample: Sample, dtype: torch.dtype | None = None) -> Tensors:
-    """Outputs, then gradients of the inputs for fixed output gradients, on the sample's device."""
-    inputs = arguments(sample, dtype)
-    outputs = function(*inputs, **sample.kwargs)
-    recorded = [(y, g.to(y)) for y, g in zip(outputs, output_gradients(outputs), strict=True) if y.requires_grad]
-    ys, gs = zip(*recorded, strict=True)
-    return *outputs, *torch.autograd.grad(ys, inputs, gs, allow_unused=True, materialize_grads=True)
-
-
-@pytest.mark.parametrize("op", INVERTIBLE.values(), ids=INVERTIBLE)
 class TestOnAGPU:
-    pytestmark = on_gpu
-
-    @pytest.fixture(autouse=True)
-    def _triton(self) -> Iterator[None]:
-        with flowkern.backend("triton"):
-            yield
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_every_sample_is_accurate(self, op: Op, dtype: torch.dtype) -> None:
-        for sample in op.samples("cuda", dtype):
-            exact, plain = results(op.reference, sample, torch.float64), results(op.reference, sample)
-            for values in zip(results(op.function, sample), exact, plain, strict=True):
-                assert_accurate(*values, ulps=64 if dtype is torch.float64 else 4)
-
-    def test_same_bits_every_time(self, op: Op) -> None:
-        for sample in op.samples("cuda", torch.float32):
-            first, stream = results(op.function, sample), torch.cuda.Stream()
-            torch.cuda.synchronize()
-            with torch.cuda.stream(stream):
-                again = results(op.function, sample)
-            torch.cuda.synchronize()
-            for a, b in zip(again, first, strict=True):
-                assert torch.equal(a, b)
-
-    def test_replays_in_a_cuda_graph(self, op: Op) -> None:
-        for sample in op.samples("cuda", torch.float32):
-            x = sample.args[0].detach().contiguous()
-            if x.numel() == 0:
-                continue  # nothing to capture
-            held = Sample(sample.name, (x, *sample.args[1:]), sample.kwargs)
-            results(op.function, held)  # compiles
-            graph, fresh = torch.cuda.CUDAGraph(), torch.randn_like(x)
-            with torch.no_grad(), torch.cuda.graph(graph):
-                captured = op.function(*held.args, **held.kwargs)
-            with torch.no_grad():
-                x.copy_(fresh)
-                graph.replay()
-                for a, b in zip(captured, op.function(*held.args, **held.kwargs), strict=True):
-                    assert torch.equal(a, b)
-
-
-class TestOnAGPUWhateverTheOp:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_elementary_functions(self, dtype: torch.dtype) -> None:
-        from triton_interpreter import FUNCTIONS, assert_elementary
+        from elementary import FUNCTIONS, assert_elementary
 
         # In float32 the power of two is good to 2**-22, and a quotient to 2 units in the last place: 8 units for tanh.
         for name in FUNCTIONS:

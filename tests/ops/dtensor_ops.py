@@ -11,8 +11,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from comparison import leaves
-from test_hazards import call_of, outputs_of, places, samples
+from comparison import call_of, leaves, outputs_of, places, samples
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -38,11 +37,11 @@ def check_refusal(error: Exception, where: str) -> None:
 
 def call_with(op: Op, sample: Sample, place: int, placement: Replicate | Shard, mesh: object) -> str:
     """``"values"`` or ``"refused"``."""
-    expected = outputs_of(op, call_of(sample))
+    expected = outputs_of(op.function, call_of(sample))
     flat, spec = tree_flatten(call_of(sample))
     flat[place] = distribute_tensor(flat[place].detach(), mesh, [placement]).requires_grad_(flat[place].requires_grad)
     try:
-        outputs = outputs_of(op, tree_unflatten(flat, spec))
+        outputs = outputs_of(op.function, tree_unflatten(flat, spec))
         recorded = [y for y in outputs if y.requires_grad]
         if recorded:
             torch.autograd.grad(recorded, leaves(flat), [torch.ones_like(y) for y in recorded], allow_unused=True)

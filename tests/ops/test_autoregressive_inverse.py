@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from comparison import assert_accurate, output_gradients
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
+from comparison import Tensors, assert_threads_do_not_matter, needs_native, results
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern
-from flowkern import ops
+from flowkern import OPS, ops
 from flowkern._core import backend as _backend
 from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
 from flowkern.ops.autoregressive import definition
 from flowkern.ops.autoregressive import inverse as op
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
-Tensors = tuple[torch.Tensor, ...]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +31,7 @@ def _one_thread() -> Iterator[None]:
 
 def samples(dtype: torch.dtype = torch.float64) -> list[Sample]:
     torch.manual_seed(0)
-    return [*op._samples("cpu", dtype)]
+    return [*OPS["autoregressive_inverse"].samples("cpu", dtype)]
 
 
 def named(name: str, dtype: torch.dtype = torch.float64) -> Sample:
@@ -75,11 +68,6 @@ def call(sample: Sample, *tensors: torch.Tensor) -> Tensors:
     return ops.autoregressive_inverse(z, parameters, sample.args[2], contexts=contexts)
 
 
-def defined(sample: Sample, *tensors: torch.Tensor) -> Tensors:
-    """The reference, which takes the contexts among the parameters."""
-    return op.reference(tensors[0], flat(sample, tensors), sample.args[2], [c is not None for c in contexts_of(sample)])
-
-
 def forward(sample: Sample, x: torch.Tensor, *tensors: torch.Tensor) -> Tensors:
     """The density pass, which the op inverts."""
     return op.density(x, flat(sample, tensors), sample.args[2], [c is not None for c in contexts_of(sample)])
@@ -93,41 +81,6 @@ def flat(sample: Sample, tensors: Any) -> list[torch.Tensor]:
     return found
 
 
-Function = Callable[..., Tensors]
-
-
-def results(function: Function, sample: Sample, dtype: torch.dtype | None = None) -> Tensors:
-    """The outputs, and the gradients of all leaves for fixed output gradients."""
-    args = leaves(sample, dtype)
-    outputs = function(sample, *args)
-    grads = [g.to(y) for y, g in zip(outputs, output_gradients(outputs), strict=True)]
-    return *outputs, *torch.autograd.grad(outputs, args, grads, allow_unused=True, materialize_grads=True)
-
-
-def check(dtype: torch.dtype) -> None:
-    for sample in samples(dtype):
-        actual = results(call, sample)
-        exact, plain = results(defined, sample, torch.float64), results(defined, sample)
-        for got, truth, same_dtype in zip(actual, exact, plain, strict=True):
-            assert_accurate(got, truth, same_dtype, ulps=64 if dtype is torch.float64 else 4)
-        assert actual[0].dtype is sample.args[0].dtype
-        assert actual[1].dtype is (torch.float64 if torch.float64 in {t.dtype for t in leaves(sample)} else torch.float32)
-        for leaf, grad in zip(leaves(sample), actual[2:], strict=True):
-            assert grad.dtype is leaf.dtype
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_isa_is_accurate(dtype: torch.dtype, isa: str) -> None:
-    with flowkern.backend("cpp"):
-        check(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torch_backend_is_accurate(dtype: torch.dtype) -> None:
-    with flowkern.backend("torch"):
-        check(dtype)
-
-
 @pytest.mark.parametrize("sample", parametrized())
 def test_it_inverts_the_density_pass(sample: Sample) -> None:
     tensors = leaves(sample, torch.float64)
@@ -135,46 +88,6 @@ def test_it_inverts_the_density_pass(sample: Sample) -> None:
     z, total = forward(sample, x, *tensors)
     torch.testing.assert_close(z, tensors[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(total, -logabsdet)
-
-
-@pytest.mark.parametrize("sample", parametrized(limit=160))
-def test_logabsdet_is_that_of_the_jacobian(sample: Sample) -> None:
-    _, *rest = tensors = leaves(sample, torch.float64)
-    _, logabsdet = call(sample, *tensors)
-    jacobian = torch.autograd.functional.jacobian(lambda z: call(sample, z, *rest)[0], tensors[0].detach())
-    for i in range(len(logabsdet)):
-        torch.testing.assert_close(torch.linalg.slogdet(jacobian[i, :, i])[1], logabsdet[i])
-
-
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("sample", parametrized(limit=100))
-def test_gradients_and_double_gradients(sample: Sample, backend: str) -> None:
-    if "relu" in sample.args[2][0].activation:
-        tensors = [t.detach() + 0.01 for t in leaves(sample, torch.float64)]  # off the kinks
-    else:
-        tensors = [t.detach() for t in leaves(sample, torch.float64)]
-    tensors = [t.contiguous().requires_grad_() for t in tensors]
-    with flowkern.backend(backend):
-        assert torch.autograd.gradcheck(lambda *t: call(sample, *t), tensors)
-        if backend == "auto" and sum(t.numel() for t in tensors) <= 70:
-            assert torch.autograd.gradgradcheck(lambda *t: call(sample, *t), tensors)
-
-
-@pytest.mark.parametrize("name", ["chain", "shuffled", "several-panels"])
-def test_gradients_of_some_inputs_alone(name: str) -> None:
-    sample = named(name)
-    expected = results(call, sample)[2:]
-    for wanted in (0, 1, len(leaves(sample)) - 1):
-        tensors = [t.detach() for t in leaves(sample)]
-        tensors[wanted].requires_grad_()
-        outputs = call(sample, *tensors)
-        grads = torch.autograd.grad(outputs, tensors[wanted], output_gradients(outputs))
-        torch.testing.assert_close(grads[0], expected[wanted])
-    tensors = leaves(sample)
-    for i, y in enumerate(call(sample, *tensors)):  # one output alone
-        other = defined(sample, *tensors)[i]
-        for a, b in zip(*(torch.autograd.grad(v.sum(), tensors, retain_graph=True) for v in (y, other)), strict=True):
-            torch.testing.assert_close(a, b)
 
 
 def test_only_the_output_is_kept() -> None:
@@ -187,84 +100,6 @@ def test_only_the_output_is_kept() -> None:
     assert [t.shape for t in kept if t.data_ptr() not in given] == [x.shape]
 
 
-@pytest.mark.parametrize("sample", parametrized(limit=100))
-def test_func_transforms(sample: Sample) -> None:
-    z, *rest = (t.detach().contiguous() for t in leaves(sample, torch.float64))
-    for transform in (torch.func.jacrev, torch.func.jacfwd):
-        actual, expected = (transform(lambda z, f=f: f(sample, z, *rest))(z) for f in (call, defined))
-        torch.testing.assert_close(actual, expected)
-    stacked = torch.vmap(lambda z: call(sample, z, *rest))(torch.stack([z, 2 * z]))
-    for value, expected in zip(stacked, call(sample, 2 * z, *rest), strict=True):
-        torch.testing.assert_close(value[1], expected)
-
-
-@needs_native
-@pytest.mark.parametrize("sample", parametrized(torch.float32))
-def test_outputs_are_written_whole_and_nothing_else(sample: Sample, canaries: Any) -> None:
-    for value in results(call, sample):
-        assert not value.isnan().any()
-    canaries.assert_alive()
-
-
-def recorded(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]]]:
-    calls: list[tuple[Any, tuple[Any, ...]]] = []
-    for kernel in (op._forward, op._backward):
-        monkeypatch.setitem(kernel.__dict__, "run", lambda *a, k=kernel: (calls.append((k.overload, a)), k.overload(*a))[1])
-    results(call, sample)
-    monkeypatch.undo()
-    return calls
-
-
-def detached(value: Any) -> Any:
-    return (
-        [detached(v) for v in value] if isinstance(value, list) else value.detach() if isinstance(value, torch.Tensor) else value
-    )
-
-
-@needs_native
-@pytest.mark.parametrize("name", ["shuffled", "chain", "empty-batch", "strided", "bfloat16-weights", "half-state"])
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_opcheck(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with flowkern.backend(backend):
-        calls = recorded(named(name, torch.float32), monkeypatch)
-        assert len(calls) == 2
-        for overload, args in calls:
-            tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-            torch.library.opcheck(overload, tuple(detached(a) for a in args), test_utils=tests)
-
-
-@needs_native
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ["shuffled", "chain", "gated"])
-def test_compiled_graphs_hold_the_op(name: str, dynamic: bool) -> None:
-    sample = named(name, torch.float32)
-    targets: list[str] = []
-
-    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
-        targets.extend(str(node.target) for node in graph.graph.nodes)
-        return make_boxed_func(graph.forward)
-
-    torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    compiled = torch.compile(lambda *t: call(sample, *t), fullgraph=True, dynamic=dynamic, backend=backend)
-    for a, b in zip(results(lambda _, *t: compiled(*t), sample), results(call, sample), strict=True):
-        torch.testing.assert_close(a, b)
-    assert targets.count("flowkern.autoregressive_inverse.default") == 1
-    assert targets.count("flowkern.autoregressive_inverse_backward.default") == 1
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_autocast_does_not_round(backend: str) -> None:
-    for sample in samples(torch.float32):
-        with flowkern.backend(backend):
-            expected = results(call, sample)
-            with torch.autocast("cpu", torch.bfloat16):
-                actual = results(call, sample)
-        for a, b in zip(actual, expected, strict=True):
-            assert a.dtype is b.dtype
-            torch.testing.assert_close(a, b)
-
-
 @needs_native
 @pytest.mark.parametrize("name", ["several-panels", "residual-panels", "chain"])
 def test_same_bits_for_any_number_of_threads_and_any_company(name: str) -> None:
@@ -273,20 +108,10 @@ def test_same_bits_for_any_number_of_threads_and_any_company(name: str) -> None:
     repeats = -(-1200 // len(tensors[0]))
     z, parameters, contexts = rebuilt(sample, tensors)
     many = [None if c is None else c.repeat(repeats, 1) for c in contexts]
-    before, found, slopes = torch.get_num_threads(), [], []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(ops.autoregressive_inverse(z.repeat(repeats, 1), parameters, sample.args[2], contexts=many))
-            inputs = [t.clone().requires_grad_() for t in (z.repeat(repeats, 1), *parameters)]
-            outputs = ops.autoregressive_inverse(inputs[0], inputs[1:], sample.args[2], contexts=many)
-            slopes.append(torch.autograd.grad(outputs, inputs, output_gradients(outputs)))
-    finally:
-        torch.set_num_threads(before)
-    for first, *others in (found, slopes):
-        for other in others:
-            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    for a, b in zip(found[0], call(sample, *tensors), strict=True):  # one tile among many, and alone
+    grown = Sample(name, (z.repeat(repeats, 1), parameters, sample.args[2]), {"contexts": many})
+    assert_threads_do_not_matter(lambda: results(ops.autoregressive_inverse, grown))
+    outputs = ops.autoregressive_inverse(*grown.args, **grown.kwargs)
+    for a, b in zip(outputs, call(sample, *tensors), strict=True):  # one tile among many, and alone
         assert torch.equal(a[: len(z)], b)
 
 
@@ -312,56 +137,10 @@ def test_both_directions_run_in_the_extension(monkeypatch: pytest.MonkeyPatch) -
     native = _backend.call_native
     monkeypatch.setattr(_backend, "call_native", lambda name, *args: (called.append(name), native(name, *args))[1])
     sample = named("chain")
-    results(call, sample)
+    results(ops.autoregressive_inverse, sample)
     assert called.count("autoregressive_inverse") == 1
     assert called.count("autoregressive_inverse_backward") == len(sample.args[2])
     assert called.count("masked_linear_backward") == sum(network.layers for network in sample.args[2])
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("name", ["shuffled", "several-panels", "residual-panels", "chain"])
-def test_nan_stays_in_its_sample(name: str, backend: str) -> None:
-    sample = named(name, torch.float32)
-    tensors = [t.detach().clone() for t in leaves(sample)]
-    clean = call(sample, *tensors)
-    tensors[0][1, 0] = float("nan")
-    if contexts_of(sample)[0] is not None:
-        tensors[-1][2, 0] = float("inf")
-    with flowkern.backend(backend):
-        x, logabsdet = call(sample, *tensors)
-        leaf = tensors[0].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(call(sample, leaf, *tensors[1:])[0].sum(), leaf)
-    touched = (1, 2) if contexts_of(sample)[0] is not None else (1,)
-    others = [i for i in range(len(x)) if i not in touched]
-    assert x[1].isnan().any()
-    assert logabsdet[1].isnan()
-    assert grad[others].isfinite().all()
-    torch.testing.assert_close(x[others], clean[0][others])
-    torch.testing.assert_close(logabsdet[others], clean[1][others])
-
-
-def masked_places(sample: Sample) -> Iterator[tuple[int, torch.Tensor]]:
-    """The number of each weight among the parameters, and where its mask hides it."""
-    i = 0
-    for network in sample.args[2]:
-        for mask in definition.masks(network, torch.device("cpu")):
-            yield i, ~mask
-            i += 2
-
-
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("sample", parametrized(torch.float32))
-def test_masked_weights_do_not_matter(sample: Sample, backend: str) -> None:
-    with flowkern.backend(backend):
-        expected = results(call, sample)
-        poisoned = copy.deepcopy(sample)
-        for i, hidden in masked_places(sample):
-            poisoned.args[1][i][hidden] = float("inf")
-        actual = results(call, poisoned)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    for i, hidden in masked_places(sample):
-        assert (actual[3 + i][hidden] == 0).all()
 
 
 def made(features: int, *widths: int, **options: Any) -> AutoregressiveNetwork:

@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import arguments, assert_accurate, outputs_and_gradients
+from comparison import assert_accurate, assert_threads_do_not_matter, check, needs_native, results
 
-import flowkern
 from flowkern import OPS
 from flowkern._core import backend as _backend
 from flowkern._core.op import Sample
 from flowkern.ops import invertible_linear
-
-needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
 
 
 def matrix(channels: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -104,17 +101,12 @@ def test_both_directions_against_the_jacobian() -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 7, 12, 16, 17, 24, 33, 64, 97])
 def test_every_size_of_channels_and_pixels(channels: int, channels_last: bool, canaries: Any) -> None:
     """Whole and broken vectors, tiles and runs; what lies beside the outputs stays as it is."""
-    op = OPS["invertible_linear"]
     for height, width in ((1, 1), (3, 5), (8, 8), (16, 20)):
         for inverse in (False, True):
             x = torch.randn(3, channels, height, width)
             x = x.to(memory_format=torch.channels_last) if channels_last else x
             sample = Sample("", (x, matrix(channels, torch.float32), torch.randn(channels)), {"inverse": inverse})
-            actual = outputs_and_gradients(op.function, arguments(sample), sample.kwargs)
-            exact = outputs_and_gradients(op.reference, arguments(sample, torch.float64), sample.kwargs)
-            plain = outputs_and_gradients(op.reference, arguments(sample), sample.kwargs)
-            for values in zip(sum(actual, ()), sum(exact, ()), sum(plain, ()), strict=True):
-                assert_accurate(*values, ulps=8)
+            check(OPS["invertible_linear"], sample, ["auto"], ulps=8)
     if _backend.native is not None:
         canaries.assert_alive()
 
@@ -145,43 +137,5 @@ def test_an_offset_far_from_zero_costs_no_digits() -> None:
 def test_same_bits_for_any_number_of_threads(channels: int) -> None:
     """Also where a factorization and the products of the gradient are divided among threads."""
     weight, bias = matrix(channels, torch.float32), torch.randn(channels)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            torch.manual_seed(1)
-            sample = Sample("", (torch.randn(8, channels, 24, 24), weight, bias), {"inverse": True})
-            results.append(sum(outputs_and_gradients(invertible_linear, arguments(sample), sample.kwargs), ()))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@needs_native
-def test_nothing_is_computed_that_nobody_asks_for() -> None:
-    x, weight, bias = torch.randn(2, 4, 3, 3), matrix(4, torch.float32), torch.randn(4)
-    for inverse in (False, True):
-        for wanted in ("x", "weight", "bias"):
-            leaves = {"x": x, "weight": weight, "bias": bias}
-            leaves[wanted] = leaves[wanted].detach().requires_grad_()
-            actual = torch.autograd.grad(invertible_linear(**leaves, inverse=inverse)[0].sum(), leaves[wanted])
-            with flowkern.backend("torch"):
-                expected = torch.autograd.grad(invertible_linear(**leaves, inverse=inverse)[0].sum(), leaves[wanted])
-            torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-def test_known_values_under_compile(inverse: bool) -> None:
-    x, weight, bias = torch.randn(2, 4, 3, 3), matrix(4, torch.float32), torch.randn(4)
-    known, weight_inverse = torch.linalg.slogdet(weight)[1], torch.linalg.inv(weight)
-    sample = Sample("", (x, weight, bias, known))
-
-    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return invertible_linear(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=known)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected = outputs_and_gradients(function, arguments(sample), {})
-    for a, b in zip(sum(outputs_and_gradients(compiled, arguments(sample), {}), ()), sum(expected, ()), strict=True):
-        torch.testing.assert_close(a, b)
+    sample = Sample("", (torch.randn(8, channels, 24, 24), weight, bias), {"inverse": True})
+    assert_threads_do_not_matter(lambda: results(invertible_linear, sample))

@@ -1,108 +1,23 @@
-"""The scale maps of every backend against mpmath, from tail to tail: s or 1 / s, log s and its slope, to a few last digits."""
+"""The scale maps of every backend against mpmath, from tail to tail: values, ends, and gradients where some are absent."""
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import mpmath
 import pytest
 import torch
+from scale_maps import MAPS, Values, assert_values, check_sweep, exact_map, grid
 
-import flowkern
 from flowkern import ops
-from flowkern.ops import AutoregressiveNetwork, ScaleMap, affine_coupling, autoregressive_inverse
+from flowkern.ops import ScaleMap, affine_coupling, autoregressive_inverse
 from flowkern.ops.autoregressive.sweep import slope_of_log
 
-MAPS = {
-    "exp": ScaleMap.exp(),
-    "sigmoid": ScaleMap.sigmoid(),
-    "sigmoid-eps": ScaleMap.sigmoid(eps=1e-3),
-    "softplus-0": ScaleMap.softplus(0.0),
-    "softplus": ScaleMap.softplus(),
-    "tanh": ScaleMap.tanh(1.9),
-    "atan": ScaleMap.atan(1.9),
-    "soft-clip": ScaleMap.soft_clip(),
-}
-DTYPES = [torch.float32, torch.float64]
-Values = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
 of_every_map = pytest.mark.parametrize("name", MAPS)
-of_both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-both_ways = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-
-
-def exact_map(scale: ScaleMap, u: Any) -> tuple[Any, Any, Any]:
-    """(s, log s, slope of log s) of a number of mpmath, which is finite."""
-    exp, log1p, a, b = mpmath.exp, mpmath.log1p, mpmath.mpf(scale.a), mpmath.mpf(scale.b)
-    if scale.kind == "sigmoid":
-        s, rest = 1 / (1 + exp(-u - a)), 1 / (1 + exp(u + a))
-        return s + b, log1p(b - rest) if b else -log1p(exp(-u - a)), s * rest / (s + b)
-    if scale.kind == "softplus":
-        s = (max(u, 0) + log1p(exp(-abs(u)))) + a
-        return s, mpmath.log(s), 1 / (1 + exp(-u)) / s
-    if scale.kind == "exp":
-        log_s, slope = u, mpmath.mpf(1)
-    elif scale.kind == "tanh":
-        log_s, slope = a * mpmath.tanh(u / a), mpmath.sech(u / a) ** 2
-    elif scale.kind == "atan":
-        log_s, slope = mpmath.mpf(0.636 * scale.a) * mpmath.atan(u), mpmath.mpf(0.636 * scale.a) / (1 + u * u)
-    else:
-        log_s, slope = u / (1 + abs(u / a)), 1 / (1 + abs(u / a)) ** 2
-    return exp(log_s), log_s, slope
-
-
-@functools.cache
-def grid(dtype: torch.dtype) -> torch.Tensor:
-    limit = 120.0 if dtype is torch.float32 else 800.0
-    large = torch.logspace(-8, 38 if dtype is torch.float32 else 100, 93, dtype=torch.float64)
-    dense = torch.linspace(-limit, limit, 321, dtype=torch.float64)
-    tiny = torch.finfo(dtype).tiny
-    return torch.cat(
-        [large, -large, dense, torch.tensor([0.5413248546, -2.0, 4.9, tiny / 8, -tiny / 8], dtype=torch.float64)]
-    ).to(dtype)
-
-
-@functools.cache
-def exact_table(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(s, 1 / s, log s, slope) in float64 for the grid, and the errors that a rounding of u, of a constant or of log s makes."""
-    scale, u = MAPS[name], grid(dtype)
-    step = mpmath.mpf(2) ** -60
-
-    def values(u: Any) -> list[Any]:
-        s, log_s, slope = exact_map(scale, u)
-        return [s, 1 / s, log_s, slope]
-
-    rows, errors = [], []
-    with mpmath.workdps(80):
-        for number in u.tolist():
-            u0 = mpmath.mpf(number)
-            here, there = values(u0), values(u0 + max(abs(u0), abs(mpmath.mpf(scale.a))) * step)
-            moved = [abs(after - before) / step for before, after in zip(here, there, strict=True)]
-            rounded = [abs(v) * (1 + (abs(here[2]) if i < 2 else 0)) for i, v in enumerate(here)]
-            rows.append([float(v) for v in here])
-            errors.append([float(r + m) for r, m in zip(rounded, moved, strict=True)])
-    return torch.tensor(rows, dtype=torch.float64).T, torch.tensor(errors, dtype=torch.float64).T
-
-
-def assert_values(values: Values, name: str, dtype: torch.dtype, inverse: bool, floor: float = 0.0) -> None:
-    """(s or 1 / s, log s, slope) of the grid, to 4 units in the last place and the smallest normal number.
-
-    ``floor``: what the slope may be off besides.
-    """
-    exact, errors = exact_table(name, dtype)
-    info = torch.finfo(dtype)
-    for i, actual in zip((int(inverse), 2, 3), values, strict=True):
-        assert actual.dtype is dtype
-        truth, granted = exact[i], 4 * info.eps * errors[i] + info.tiny + (floor if i == 3 else 0.0)
-        actual = actual.double()
-        largest = truth.abs() > info.max * (1 - 1e-3)
-        assert (actual[largest].abs() > info.max * (1 - 2e-3)).all()
-        wrong = ~largest & ~((actual - truth).abs() <= granted)
-        assert not wrong.any(), [*zip(grid(dtype)[wrong].tolist(), actual[wrong].tolist(), truth[wrong].tolist(), strict=True)]
+of_both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
 def by_coupling(scale: ScaleMap, u: torch.Tensor, inverse: bool) -> Values:
@@ -114,35 +29,19 @@ def by_coupling(scale: ScaleMap, u: torch.Tensor, inverse: bool) -> Values:
     return y.detach()[:, 1], sign * logabsdet.detach(), sign * slope[:, 0]
 
 
-def check_sweep(inverse: Callable[..., Any], name: str, dtype: torch.dtype) -> None:
-    """1 / s and log s as the inverse of an autoregressive layer has them, whose outputs are its context."""
-    u, network = grid(dtype), AutoregressiveNetwork((1,), (), scale=MAPS[name])
-    context = torch.stack([u, torch.zeros_like(u)], 1)
-    x, logabsdet = inverse(torch.ones_like(u)[:, None], [u.new_zeros((2, 1)), u.new_zeros(2)], [network], contexts=[context])
-    assert_values((x[:, 0], -logabsdet, exact_table(name, dtype)[0][3].to(dtype)), name, dtype, True)
-
-
-@both_ways
-@of_both_dtypes
-@of_every_map
-def test_every_isa(name: str, dtype: torch.dtype, inverse: bool, isa: str) -> None:
-    with flowkern.backend("cpp"):
-        assert_values(by_coupling(MAPS[name], grid(dtype), inverse), name, dtype, inverse)
-
-
 def sigmoid_floor(name: str, dtype: torch.dtype) -> float:
     """torch.sigmoid has no subnormal numbers, and the slope is its quotient by s."""
     return torch.finfo(dtype).tiny / 1e-3 if name in ("sigmoid-eps", "softplus") else 0.0
 
 
-@both_ways
 @of_both_dtypes
 @of_every_map
-def test_reference(name: str, dtype: torch.dtype, inverse: bool) -> None:
+def test_values(name: str, dtype: torch.dtype, where: str) -> None:
     # Autograd has 1 - tanh^2 and a difference of quotients for these two: as exact as the largest slope, which is 1.
     floor = 4 * torch.finfo(dtype).eps if name in ("tanh", "soft-clip") else sigmoid_floor(name, dtype)
-    with flowkern.backend("torch"):
-        assert_values(by_coupling(MAPS[name], grid(dtype), inverse), name, dtype, inverse, floor)
+    for inverse in (False, True):
+        values = by_coupling(MAPS[name], grid(dtype), inverse)
+        assert_values(values, name, dtype, inverse, floor if where == "torch" else 0.0)
 
 
 @of_both_dtypes
@@ -155,8 +54,7 @@ def test_slope_of_log(name: str, dtype: torch.dtype) -> None:
 @of_both_dtypes
 @of_every_map
 def test_sweep_of_every_isa(name: str, dtype: torch.dtype, isa: str) -> None:
-    with flowkern.backend("cpp"):
-        check_sweep(autoregressive_inverse, name, dtype)
+    check_sweep(autoregressive_inverse, name, dtype)
 
 
 def check_ends(function: Callable[..., Values], name: str, dtype: torch.dtype) -> None:
@@ -180,17 +78,72 @@ def check_ends(function: Callable[..., Values], name: str, dtype: torch.dtype) -
 
 @of_both_dtypes
 @of_every_map
-def test_ends_of_every_isa(name: str, dtype: torch.dtype, isa: str) -> None:
-    with flowkern.backend("cpp"):
-        check_ends(by_coupling, name, dtype)
+def test_ends(name: str, dtype: torch.dtype, where: str) -> None:
+    check_ends(by_coupling, name, dtype)
+    if where == "torch":
+        check_ends(lambda scale, u, _: (*scale(u), slope_of_log(scale, u)), name, dtype)
+
+
+EXTREMES = [0.0, 1.0, 50.0, 88.0, 104.0, 1e4]
+EXTREMES = [*EXTREMES, *(-v for v in EXTREMES[1:])]
+
+
+def check_affine(name: str, dtype: torch.dtype, inverse: bool, create_graph: bool = False, floor: float = 0.0) -> None:
+    """The gradients of y alone and of logabsdet alone against mpmath, wherever the scale and what it multiplies have a value.
+
+    ``floor``: the absolute error of the slopes that autograd finds.
+    """
+    scale, sign, (g, k) = MAPS[name], -1 if inverse else 1, (0.75, -1.25)
+    most = mpmath.mpf(torch.finfo(dtype).max)
+    xs = [0.0, -1.0, 3.0, torch.inf]
+    cases = [*itertools.product(EXTREMES, xs, (False, True))]
+    for shift_first in (False, True):
+        u, x = (torch.tensor([case[i] for case in cases], dtype=dtype) for i in (0, 1))
+        moved = torch.stack([torch.zeros_like(x), x], 1).requires_grad_()
+        params = torch.stack([u, torch.full_like(u, 0.5)], 1).requires_grad_()
+        outputs = ops.affine_coupling(moved, params, scale=scale, inverse=inverse, shift_first=shift_first)
+        grads = torch.full_like(moved, g), torch.full_like(outputs[1], k)
+        found = [
+            torch.autograd.grad(
+                y, (moved, params), grad, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+            for y, grad in zip(outputs, grads, strict=True)
+        ]
+        expected, size = torch.zeros(len(cases), 3, dtype=torch.float64), torch.ones(len(cases), dtype=torch.float64)
+        certain = torch.ones(len(cases), dtype=torch.bool)
+        for i, (raw, value, of_y) in enumerate(cases):
+            with mpmath.workdps(50):
+                s, _, slope = exact_map(scale, mpmath.mpf(raw))
+                if not of_y:
+                    expected[i, 1] = sign * k * float(slope)
+                    continue
+                factor, z = (1 / s if inverse else s), value + (0.0 if shift_first is inverse else -0.5 if inverse else 0.5)
+                through = g * factor
+                certain[i] = math.isfinite(value) and max(factor, abs(through), abs(through * z)) < most
+                if certain[i]:
+                    shift = sign * (through if shift_first is not inverse else g)
+                    expected[i, 0], expected[i, 2] = float(through), float(shift)
+                    expected[i, 1], size[i] = sign * float(slope * through * z), abs(float(through * z))
+        of_y = torch.tensor([case[2] for case in cases])
+        for j, actual in enumerate(
+            torch.where(of_y, a, b) for a, b in zip(*((d[0][:, 1], d[1][:, 0], d[1][:, 1]) for d in found), strict=True)
+        ):
+            truth = expected[:, j]
+            granted = (64 + 2 * u.abs().clamp(max=1e3).double()) * torch.finfo(dtype).eps * truth.abs() + torch.finfo(dtype).tiny
+            granted = granted + floor * size
+            assert not (certain & actual.isnan()).any()
+            wrong = certain & ~((actual.double() - truth).abs() <= granted)
+            assert not wrong.any(), [(cases[i], j, actual[i].item(), truth[i].item()) for i in wrong.nonzero().flatten().tolist()]
 
 
 @of_both_dtypes
 @of_every_map
-def test_ends_of_the_reference(name: str, dtype: torch.dtype) -> None:
-    with flowkern.backend("torch"):
-        check_ends(by_coupling, name, dtype)
-    check_ends(lambda scale, u, _: (*scale(u), slope_of_log(scale, u)), name, dtype)
+def test_gradients_of_one_output_alone(name: str, dtype: torch.dtype, where: str) -> None:
+    floor = 4 * torch.finfo(dtype).eps
+    for inverse in (False, True):
+        check_affine(name, dtype, inverse, floor=floor if where == "torch" else 0.0)
+        if where == "torch":
+            check_affine(name, dtype, inverse, create_graph=True, floor=floor)
 
 
 NO_NUMBERS = (torch.nan, torch.inf, -torch.inf, 1e39, 1e-39)

@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from comparison import Tensors, call_of, every_op, outputs_of, ways
+from comparison import Function, every_op, function_of_tensors, ways
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flowkern._core.op import Op, Sample
-
-Function = Callable[..., Tensors]
-
-
-def function_of_tensors(function: Callable[..., Any], sample: Sample) -> tuple[Function, list[torch.Tensor]]:
-    """The function of the sample's floating tensors alone, and these in float64."""
-    flat, spec = tree_flatten(call_of(sample, torch.float64))
-    places = [i for i, a in enumerate(flat) if isinstance(a, torch.Tensor) and a.is_floating_point()]
-
-    def of_tensors(*values: torch.Tensor) -> Tensors:
-        given = [*flat]
-        for i, value in zip(places, values, strict=True):
-            given[i] = value
-        return outputs_of(function, tree_unflatten(given, spec))
-
-    return of_tensors, [flat[i].detach().contiguous() for i in places]
+from flowkern._core.op import Op
 
 
 @every_op
