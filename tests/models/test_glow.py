@@ -6,9 +6,6 @@ import copy
 import inspect
 import json
 import math
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -372,50 +369,3 @@ def test_squeeze_keeps_the_memory_format() -> None:
         assert torch.equal(back, x)
         assert z.is_contiguous(memory_format=format)
         assert back.is_contiguous(memory_format=format)
-
-
-_RANK = """
-    import sys
-    import torch
-    import torch.distributed as dist
-    from flowkern import models
-
-    rank, folder = int(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
-    if rank >= 0:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    x = torch.load(f"{folder}/x.pt", weights_only=True)
-    model = models.load(f"{folder}/start.ckpt").train()
-    flow = torch.nn.parallel.DistributedDataParallel(model) if rank >= 0 else model
-    share = x if rank < 0 else x[rank::2]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(3):
-        loss = -flow(share).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    torch.save({**model.state_dict(), "losses": torch.stack(losses)}, f"{folder}/{rank}.pt")
-    if rank >= 0:
-        del flow  # it holds the process group
-        dist.barrier()  # no rank leaves while another may still need it
-        dist.destroy_process_group()
-"""
-
-
-def test_two_processes_train_as_one(tmp_path) -> None:
-    model = models.Glow(SHAPE, levels=2, steps=2, hidden=6, memory="reversible").double()
-    models.save(model, tmp_path / "start.ckpt")
-    torch.save(images(6), tmp_path / "x.pt")
-    (tmp_path / "rank.py").write_text(textwrap.dedent(_RANK))
-    command = [sys.executable, str(tmp_path / "rank.py")]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in (-1, 0, 1)]
-    for process in ranks:
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors
-    alone, first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (-1, 0, 1))
-    assert_near((first.pop("losses") + second.pop("losses")) / 2.0, alone.pop("losses"))
-    for key, value in alone.items():
-        assert torch.equal(first[key], second[key]), key
-        assert_near(first[key], value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import functools
 import inspect
 import json
 import math
@@ -227,15 +228,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def small(name: str) -> models.Model:
+    """The model of these settings, which tests leave as it is."""
+    return models.build(name, SETTINGS[name])
+
+
 def numbers(name: str, kind: type = int) -> list[str]:
     """The settings of the model that are numbers of that kind, or several."""
-    config = models.build(name, SETTINGS[name]).config
+    config = small(name).config
     found = {key: value[0] if isinstance(value, list) and value else value for key, value in config.items()}
     return [key for key, value in found.items() if isinstance(value, kind) and not isinstance(value, bool) and key != "seed"]
 
 
 def with_number(name: str, setting: str, value: float) -> dict[str, Any]:
-    config = json.loads(json.dumps(models.build(name, SETTINGS[name]).config))
+    config = json.loads(json.dumps(small(name).config))
     return {**config, setting: [value, *config[setting][1:]] if isinstance(config[setting], list) else value}
 
 
@@ -355,7 +362,7 @@ def test_damaged_foreign_and_newer_files_are_refused(tmp_path) -> None:
 
 def checkpoint(name: str = "nice", **entries: Any) -> dict[str, Any]:
     """The content of a whole one, with some entries exchanged."""
-    model = models.build(name, SETTINGS[name])
+    model = small(name)
     described = {"name": name, "config": json.loads(json.dumps(model.config))}
     return {"flowkern": __version__, "model": described, "state_dict": dict(model.state_dict()), **entries}
 

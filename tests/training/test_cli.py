@@ -192,6 +192,15 @@ def test_other_streams_may_be_closed():
     assert (done.returncode, done.stdout) == (2, "")
 
 
+#: Runs one command after the other in a process, with "then" between them, up to the first that fails.
+IN_TURN = """
+import itertools, sys
+from flowkern.cli import main
+for between, command in itertools.groupby(sys.argv[1:], "then".__eq__):
+    if not between and (code := main(list(command))):
+        sys.exit(code)
+"""
+
 ASCII = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 
 
@@ -211,19 +220,23 @@ def test_names_that_are_no_text_on_a_terminal_of_ascii(tmp_path, environment):
         Image.new("L", (8, 8), 20 * i).save(path)
     (path.parent / os.fsdecode(b"\xfd.png")).write_text("no image")
     out = tmp_path / os.fsdecode(b"r\xff")
-    train = f"train realnvp --data 'folder:{root}' --size 8 --out '{out}' --draws 1 {' '.join(SMALL[:3])} --conditional"
-    commands = [
-        f"{train} --batch-size 4 --epochs 1",
-        f"{train} --batch-size 4 --epochs 2 --resume",
-        f"eval '{out / 'best.ckpt'}' --draws 1",
-        f"sample '{out / 'best.ckpt'}' -n 4 -o '{out / 'x.png'}' --label '{path.parent.name}'",
-    ]
-    for command in commands:
-        done = shell(command, **environment)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        # In the C locale Python hands bytes that are no text on as they came.
-        assert all(ord(c) < 128 or "LC_ALL" in environment for c in done.stdout + done.stderr)
+    train = ["train", "realnvp", f"--data=folder:{root}", "--size=8", f"--out={out}", "--draws=1", *SMALL[:3], "--conditional"]
+    commands = [*train, "--batch-size=4", "--epochs=1", "then", *train, "--batch-size=4", "--epochs=2", "--resume", "then"]
+    commands += ["eval", str(out / "best.ckpt"), "--draws=1", "then", "sample", str(out / "best.ckpt"), "-n", "4"]
+    commands += ["-o", str(out / "x.png"), "--label", path.parent.name]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IN_TURN, *commands],
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=False,
+        encoding="utf-8",
+        errors="surrogateescape",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("test NLL: ") == 3
+    # In the C locale Python hands bytes that are no text on as they came.
+    assert all(ord(c) < 128 or "LC_ALL" in environment for c in done.stdout + done.stderr)
     for plan in (models.read_checkpoint(out / "last.ckpt")["plan"], json.loads((out / "result.json").read_text())["plan"]):
         assert os.fsencode(plan["data"]) == os.fsencode(f"folder:{root}")
     assert (out / "x.png").exists()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from flowkern import cli, data, models, training
-from flowkern.training import _table
+from flowkern.training import _run, _table
 
 
 def test_importance_of_dequantization_noise() -> None:
@@ -75,6 +75,13 @@ def test_table_is_made_run_by_run(tmp_path, capsys, monkeypatch) -> None:
     assert text.count(" ± ") == 6
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/0/*.ckpt")} == before
     assert (tmp_path / "digits.png").stat().st_size > 0
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch) -> None:
+    """Of runs: none of these tests looks at them, and they take longer than the training."""
+    monkeypatch.setattr(_run, "save_gallery", lambda *a, **k: [])
+    monkeypatch.setattr(_run, "draw_curve", lambda *a: None)
 
 
 #: A row whose runs take a second at most.
