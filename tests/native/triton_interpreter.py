@@ -198,12 +198,6 @@ def test_large_raw_scales(scale: ScaleMap) -> None:
             assert_accurate(a[i], exact[i], plain[i])
 
 
-@pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definition for many codes at once: the interpreter takes its time for each operation, whatever its size."""
-    monkeypatch.setattr(nearest_code, "_PER_WARP", 2**14)
-
-
 def assert_nearest(x: torch.Tensor, codebook: torch.Tensor, metric: str, name: str = "") -> int:
     """Index and distance are those of all distances in float64; returns how many rows were looked at again."""
     expected = nearest.oracle(x, codebook, metric)
@@ -214,7 +208,6 @@ def assert_nearest(x: torch.Tensor, codebook: torch.Tensor, metric: str, name: s
     return int(looked)
 
 
-@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cases", ["random", "ties", "scales", "not_finite"])
 def test_nearest_code(cases: str, dtype: torch.dtype, launches: list[_coupling.Launch], canaries: Any) -> None:
@@ -232,7 +225,6 @@ def test_nearest_code(cases: str, dtype: torch.dtype, launches: list[_coupling.L
     canaries.assert_alive()
 
 
-@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize(("generation", "rows"), [(0, 20), (9, 66)], ids=["small tiles", "large tiles"])
 def test_nearest_code_of_several_tiles_and_chunks(
     generation: int, rows: int, monkeypatch: pytest.MonkeyPatch, canaries: Any
@@ -273,7 +265,6 @@ def test_the_bound_of_the_screen_of_nearest_code(dtype: torch.dtype, cosine: boo
     assert (torch.maximum(second.amax(1), dropped.amax(1)) >= rest).all()
 
 
-@pytest.mark.usefixtures("few_steps")
 def test_rows_of_nearest_code_that_are_looked_at_again() -> None:
     apart = 10 * torch.eye(40, 64)
     assert assert_nearest(apart[:5] + 0.1, apart, "euclidean") == 0

@@ -84,7 +84,7 @@ def test_noise_of_torch_does_not_depend_on_what_was_drawn(op: Op) -> None:
 @those_with(Law.EXACT_INDEX)
 def test_the_lowest_index_of_equal_distance(op: Op, dtype: torch.dtype, where: str) -> None:
     """Also where the dtype cannot tell codes apart: they are those that float64 finds, and a second copy is never taken."""
-    for sample in samples(op, dtype, limit=2000):
+    for sample in samples(op, dtype, limit=2000)[: 2 if where == "triton" else None]:  # the interpreter takes its time
         x, codebook = sample.args
         place = [y.name for y in op.outputs].index("index")
         exact = outputs_of(op.reference, call_of(sample, torch.float64))[place]
