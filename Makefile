@@ -5,7 +5,7 @@ PYTHON ?= python3
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: help demo test lint bench gpu-check clean
+.PHONY: help demo check test lint bench gpu-check clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,8 +21,13 @@ demo: $(READY)  ## train a flow on real images for about a minute, and show what
 	$(VENV)/bin/flowkern demo --out $(OUT)
 
 # A process a core, each with one thread of torch's: a test that wants more sets their number itself.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+
+check: lint  ## the everyday loop: ruff, mypy and the tests that are not marked slow
+	$(PYTEST) -m "not slow"
+
 test: $(READY)  ## the whole suite, on all cores
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+	$(PYTEST)
 
 lint: $(READY)  ## ruff and mypy
 	$(VENV)/bin/ruff check .
