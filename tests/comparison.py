@@ -25,6 +25,9 @@ INVERTIBLE = {name: op for name, op in OPS.items() if Law.INVERTIBLE in op.laws}
 #: Where ops run: the torch code and the C++ kernels on every instruction set, or the Triton kernels in their interpreter.
 WAYS = ["triton"] if _backend.interpreting() else ["torch", *(_backend.native.isas() if _backend.native else [])]
 
+#: Values of the samples that run in WAYS: what is larger takes the interpreter minutes.
+LIMIT = 30000 if _backend.interpreting() else torch.inf
+
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")

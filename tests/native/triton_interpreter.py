@@ -13,7 +13,7 @@ import elementary
 import nearest
 import pytest
 import torch
-from comparison import DTYPES, assert_accurate, check, every_op, results, samples, serves
+from comparison import DTYPES, LIMIT, assert_accurate, check, every_op, results, samples, serves
 from flowkern.kernels import _coupling, nearest_code
 
 import flowkern
@@ -50,16 +50,20 @@ LAUNCHES = {
 }
 
 
+#: Those where there are no samples: the zeros of a weight's gradient are written by its kernel.
+ON_NOTHING = {"masked_linear": 1}
+
+
 @every_op
 def test_launches_write_outputs_whole_and_nothing_else(op: Op, launches: list[_coupling.Launch], canaries: Any) -> None:
     if not serves(op, "triton"):
         pytest.skip("the op has no Triton kernel")
-    for sample in samples(op):
+    for sample in samples(op, limit=LIMIT):
         launches.clear()
         for value in results(op.function, sample):
             assert not value.isnan().any()
-        expected = LAUNCHES.get(op.name, len(op.kernels))
-        assert len(launches) == (expected if sample.args[0].numel() else 0), sample.name
+        expected = LAUNCHES.get(op.name, len(op.kernels)) if sample.args[0].numel() else ON_NOTHING.get(op.name, 0)
+        assert len(launches) == expected, sample.name
     canaries.assert_alive()
 
 
