@@ -194,19 +194,22 @@ def pull_back(
     masks = [_visible(plan, i, x.device) for i in range(1, last + 1)]
     weights = [w.masked_fill(~mask, 0) for w, mask in zip(weights, masks, strict=True)]
     source, orders = torch.tensor(plan.source, device=x.device), _orders(plan, x.device)
-    values, before = _pass(x.index_select(0, source), network, weights, biases, context)
+    y = x.index_select(0, source)
+    # What no unit sees has no say in the network, even where a scale of 0 has made it infinite.
+    unseen = slice(max(plan.layers[1].prefix, default=0), None)
+    seen = y.clone()
+    seen[unseen] = 0
+    values, before = _pass(seen, network, weights, biases, context)
     u, t = before[-1][0::2], before[-1][1::2]
     s, shift, _ = affine(network, u, t)
-    z = s * values[0] + shift
+    z = s * y + shift
     # (s y + shift) by u is slope * s * (y - t or y); the log-determinant of the inverse is -sum log s.
     slope = slope_of_log(network.scale, u)
-    by_raw = slope * (values[0] - t if network.gated else values[0])
+    by_raw = slope * (y - t if network.gated else y)
     by_shift = 1 - s if network.gated else torch.ones_like(s)
     from_log = None if grad_log is None else slope * grad_log
     if grad is None:
         grad = torch.zeros_like(x)
-        # What no unit sees has no say then, even where a scale of 0 has made it infinite.
-        unseen = slice(max(plan.layers[1].prefix, default=0), None)
         s[unseen], by_raw[unseen] = 1, 0
     grad = grad.index_select(0, source)
     solved = torch.empty_like(grad)
