@@ -312,9 +312,9 @@ def test_the_stream_holds_every_weight_that_counts_once(host: Host) -> None:
 
 EVERY_SAMPLE = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 import torch, test_cuda as t
-host = t.Host(sys.argv[2])
+host = t.Host(sys.argv[1])
 t.cuda._limits = lambda device: (2, host.memory)
 t.cuda._launch = host.launch
 for host.memory, dtype, step in ((1 << 20, torch.float32, 1), (0, torch.bfloat16, 2), (1 << 20, torch.float64, 3)):
@@ -337,7 +337,16 @@ def test_the_kernel_under_address_and_undefined_behaviour_sanitizers(library: Pa
     built = build(tmp_path / "host.so", *flags)
     # Leaks are not looked for: the interpreter and torch keep memory until the process ends.
     env = {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-W", "ignore", "-c", EVERY_SAMPLE, str(ROOT / "tests"), str(built)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        EVERY_SAMPLE,
+        str(built),
+        str(ROOT / "tests"),
+        str(ROOT / "tests" / "native"),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "every sample ran" in done.stdout

@@ -31,9 +31,12 @@ def run(*command: str, **environment: str) -> str:
 
 
 HERE = Path(__file__)
-#: What runs in the interpreter: the tests of ops that run everywhere, and those of the kernels alone.
+OPS_ROOM = HERE.parents[1] / "ops"
+#: What runs in the interpreter: the tests of ops that run everywhere, in parts alike in length, and those of the kernels.
 INTERPRETED = {
-    "ops": ("-m", "everywhere", str(HERE.parents[1] / "ops")),
+    "values": ("-m", "everywhere", str(OPS_ROOM / "test_values.py")),
+    "scale-maps": ("-m", "everywhere", str(OPS_ROOM / "test_scale_maps.py")),
+    "others": ("-m", "everywhere", str(OPS_ROOM), "--ignore-glob=*/test_values.py", "--ignore-glob=*/test_scale_maps.py"),
     "kernels": (str(HERE.with_name("triton_interpreter.py")),),
 }
 

@@ -62,11 +62,19 @@ class Coupling(Bijection):
         kept = conditioner_input(x, self.split)
         return self.conditioner(kept) if context is None else self.conditioner(kept, context)
 
+    def couple(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
+        """The transform itself, with the conditioner's output."""
+        return self.transformer.couple(x, params, self.split, inverse)
+
+    def uncouple(self, y: torch.Tensor, params: torch.Tensor, inverse: bool) -> tuple[torch.Tensor, Pair]:
+        """The x, a leaf, that ``couple`` makes y of, and the result of ``couple`` as a function of x and params."""
+        return self.transformer.undo(y, params, self.split, inverse)
+
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        return self.transformer.couple(x, self.condition(x, context), self.split, inverse=False)
+        return self.couple(x, self.condition(x, context), inverse=False)
 
     def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
-        return self.transformer.couple(z, self.condition(z, context), self.split, inverse=True)
+        return self.couple(z, self.condition(z, context), inverse=True)
 
     def backward_step(self, y: torch.Tensor, context: torch.Tensor | None, replay: Replay, inverse: bool = False) -> torch.Tensor:
         # The kept elements are the same before and after: one evaluation of the conditioner gives the inverse, and its graph
@@ -74,7 +82,7 @@ class Coupling(Bijection):
         kept = y.detach().requires_grad_()
         with torch.enable_grad():
             params = self.condition(kept, context)
-        x, coupled = self.transformer.undo(y, params, self.split, inverse)
+        x, coupled = self.uncouple(y, params, inverse)
         replay.differentiate(*coupled, x, kept)
         return x.detach()
 
