@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 __all__ = ["Named"]
+
+N = TypeVar("N", bound="Named")
 
 
 class Named:
@@ -52,7 +54,7 @@ class Named:
         return {"kind": self.kind, **self.settings()}
 
     @classmethod
-    def of(cls, given: Self | Mapping[str, Any]) -> Self:
+    def of(cls: type[N], given: N | Mapping[str, Any]) -> N:
         """``given`` itself, or the object of that ``config``.
 
         Raises TypeError for anything else, ValueError for an unknown name.
