@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,30 @@ from flowkern._core import backend as _backend
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreter_at_its_fastest() -> None:
+    """Spares Triton's interpreter what changes no result and takes half of its time."""
+    if not _backend.interpreting():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # Sums and products of integers are computed twice, for an assertion that is off.
+    builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    # A launch replaces the language of its kernel's module until it ends; a device function replaces that of its own
+    # module at each call and for good, of which one call is enough.
+    seen: set[str] = set()
+
+    def patched_once(fn: Any) -> Any:
+        if not tl.core.is_builtin(tl.load) and fn.__module__ in seen:
+            return None
+        seen.add(fn.__module__)
+        return patch(fn)
+
+    interpreter._patch_lang = patched_once
 
 
 @pytest.fixture(autouse=True)
