@@ -91,31 +91,34 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-#: Where the kernels' speed is no matter, nor the compiler's.
-QUICKLY = {"CXXFLAGS": "-O0"}
+@pytest.fixture(scope="session")
+def quickly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What builds soonest: without optimization, and each object of one source once."""
+    compiler = f"{sys.executable} {ROOT / 'tests' / 'compiler.py'} {tmp_path_factory.mktemp('objects')} all"
+    return {"CXXFLAGS": "-O0", "CXX": compiler, "FLOWKERN_EXT": "1"}
 
 
-def test_sdist_and_wheel(fresh: Environment, source: Path, tmp_path: Path) -> None:
+def test_sdist_and_wheel(fresh: Environment, source: Path, quickly: dict[str, str], tmp_path: Path) -> None:
     """The sdist, and a wheel built from it in pip's isolated build, where there is no torch."""
     script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     built = subprocess.run([sys.executable, "-c", script], cwd=source, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
-    done = fresh.pip("wheel", "--no-deps", "-w", str(tmp_path), str(archive), FLOWKERN_EXT="1", **QUICKLY)
+    done = fresh.pip("wheel", "--no-deps", "-w", str(tmp_path), str(archive), **quickly)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert fresh.pip("install", "--no-deps", str(wheel)).returncode == 0
     assert fresh.isa() in ("avx512", "avx2", "baseline")
 
 
-def test_install_from_source(fresh: Environment, source: Path) -> None:
-    done = fresh.pip("install", "--no-deps", "--force-reinstall", str(source), FLOWKERN_EXT="1", **QUICKLY)
+def test_install_from_source(fresh: Environment, source: Path, quickly: dict[str, str]) -> None:
+    done = fresh.pip("install", "--no-deps", "--force-reinstall", str(source), **quickly)
     assert done.returncode == 0, done.stdout + done.stderr
     assert fresh.isa() in ("avx512", "avx2", "baseline")
 
 
-def test_editable_install(fresh: Environment, source: Path) -> None:
-    done = fresh.pip("install", "--no-deps", "-e", str(source), FLOWKERN_EXT="1", **QUICKLY)
+def test_editable_install(fresh: Environment, source: Path, quickly: dict[str, str]) -> None:
+    done = fresh.pip("install", "--no-deps", "-e", str(source), **quickly)
     assert done.returncode == 0, done.stdout + done.stderr
     try:
         assert fresh.isa(under=str(source)) in ("avx512", "avx2", "baseline")

@@ -52,7 +52,10 @@ def test_every_isa_under_address_and_undefined_behaviour_sanitizers(tmp_path: Pa
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     # Unoptimized: that compiles in half of the time, and moves no access out of the checks' sight.
     flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-    env = {**os.environ, "CXXFLAGS": flags, "FLOWKERN_EXT": "1"}
+    assert _backend.native is not None
+    runs = ",".join(_backend.native.isas())
+    compiler = f"{sys.executable} {ROOT / 'tests' / 'compiler.py'} {tmp_path / 'objects'} {runs}"
+    env = {**os.environ, "CXXFLAGS": flags, "CXX": compiler, "FLOWKERN_EXT": "1"}
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     built = subprocess.run(build, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr

@@ -25,6 +25,7 @@ from comparison import (
     running,
     samples,
     serves,
+    ways,
 )
 
 from flowkern._core import backend as _backend
@@ -97,7 +98,7 @@ def test_nan_stays_in_its_sample(op: Op, where: str) -> None:
     """In outputs and gradients. Kernels keep it from what only a masked weight connects, where a reference multiplies by 0."""
     if not serves(op, where):
         pytest.skip("the op has no kernel for it")
-    for sample in samples(op, limit=1000):
+    for sample in ways(op, limit=1000, coarse=True) if where == "triton" else samples(op, limit=1000):
         for i, argument in enumerate(sample.args[: op.per_sample]):
             for place in {0, argument[0].numel() - 1} if argument.numel() and argument.is_floating_point() else ():
                 poisoned = argument.detach().clone(memory_format=torch.contiguous_format)
