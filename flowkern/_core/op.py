@@ -190,9 +190,9 @@ def normal(device: torch.device | str, dtype: torch.dtype) -> Callable[..., torc
     return draw
 
 
-def register(op: Op) -> None:
-    """Put an op into the table."""
-    OPS[op.name] = op
+def register(function: Callable[..., Any], *described: Any, **properties: Any) -> None:
+    """Put an op into the table under its function's name; what follows is that of ``Op``."""
+    OPS[function.__name__] = Op(function.__name__, function, *described, **properties)
 
 
 def _lazy_triton(target: str) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch, outside_autocast
-from .._core.op import Law, Op, Output, Sample, accumulated, define, normal, recording, reference_runs, register
+from .._core.op import Law, Output, Sample, accumulated, define, normal, recording, reference_runs, register
 from .._core.split import SPLITS, FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
 __all__ = ["additive_coupling"]
@@ -129,13 +129,10 @@ def additive_coupling(x: torch.Tensor, shift: torch.Tensor, *, split: Split = "c
 
 
 register(
-    Op(
-        "additive_coupling",
-        additive_coupling,
-        reference,
-        _samples,
-        (_forward,),
-        outputs=(Output("y"), Output("logabsdet", accumulated, differentiable=False)),
-        laws=Law.INVERTIBLE | Law.LOG_DET,
-    )
+    additive_coupling,
+    reference,
+    _samples,
+    (_forward,),
+    outputs=(Output("y"), Output("logabsdet", accumulated, differentiable=False)),
+    laws=Law.INVERTIBLE | Law.LOG_DET,
 )

@@ -34,7 +34,6 @@ from .._core.checks import (
 from .._core.op import (
     LOGABSDET,
     Law,
-    Op,
     Output,
     Sample,
     define,
@@ -289,13 +288,10 @@ def undo(y: torch.Tensor, params: torch.Tensor, *, split: Split, inverse: bool, 
 
 
 register(
-    Op(
-        "affine_coupling",
-        affine_coupling,
-        reference,
-        _samples,
-        (_forward, _backward),
-        outputs=(Output("y"), LOGABSDET),
-        laws=Law.INVERTIBLE | Law.LOG_DET,
-    )
+    affine_coupling,
+    reference,
+    _samples,
+    (_forward, _backward),
+    outputs=(Output("y"), LOGABSDET),
+    laws=Law.INVERTIBLE | Law.LOG_DET,
 )

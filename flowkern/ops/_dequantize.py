@@ -20,7 +20,7 @@ import torch
 
 from .._core import philox as _philox
 from .._core.checks import FLOATING, accumulation_dtype
-from .._core.op import Law, Op, Output, Sample, accumulated, define, reference_runs, register
+from .._core.op import Law, Output, Sample, accumulated, define, reference_runs, register
 
 __all__ = ["dequantize"]
 
@@ -152,13 +152,10 @@ def dequantize(
 
 
 register(
-    Op(
-        "dequantize",
-        dequantize,
-        reference,
-        _samples,
-        (_forward,),
-        outputs=(Output("x", differentiable=False), Output("logabsdet", accumulated, differentiable=False)),
-        laws=Law.SEEDED,
-    )
+    dequantize,
+    reference,
+    _samples,
+    (_forward,),
+    outputs=(Output("x", differentiable=False), Output("logabsdet", accumulated, differentiable=False)),
+    laws=Law.SEEDED,
 )

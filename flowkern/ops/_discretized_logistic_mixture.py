@@ -32,7 +32,6 @@ from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
 from .._core.mixture import log_sum, mixture_parts, per_component
 from .._core.op import (
-    Op,
     Output,
     Sample,
     accumulated,
@@ -255,16 +254,7 @@ def discretized_logistic_mixture(
     return _forward(level, params, levels, compat is not None)
 
 
-register(
-    Op(
-        "discretized_logistic_mixture",
-        discretized_logistic_mixture,
-        reference,
-        _samples,
-        (_forward, _backward),
-        outputs=(Output("log_prob", accumulated),),
-    )
-)
+register(discretized_logistic_mixture, reference, _samples, (_forward, _backward), outputs=(Output("log_prob", accumulated),))
 
 
 def sample_discretized_logistic_mixture(

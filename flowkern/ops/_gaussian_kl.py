@@ -24,7 +24,6 @@ from .._core import philox as _philox
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
 from .._core.op import (
     Law,
-    Op,
     Output,
     Sample,
     accumulated,
@@ -171,13 +170,5 @@ def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, *, seed: _philox.Se
 
 
 register(
-    Op(
-        "gaussian_kl",
-        gaussian_kl,
-        reference,
-        _samples,
-        (_forward, _backward),
-        outputs=(Output("z"), Output("kl", accumulated)),
-        laws=Law.SEEDED,
-    )
+    gaussian_kl, reference, _samples, (_forward, _backward), outputs=(Output("z"), Output("kl", accumulated)), laws=Law.SEEDED
 )

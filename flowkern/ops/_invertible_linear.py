@@ -35,7 +35,6 @@ from .._core.checks import (
 from .._core.op import (
     LOGABSDET,
     Law,
-    Op,
     Output,
     Sample,
     define,
@@ -404,14 +403,11 @@ def undo(
 
 _KERNELS = _forward, _backward
 register(
-    Op(
-        "invertible_linear",
-        invertible_linear,
-        reference,
-        _samples,
-        _KERNELS,
-        outputs=(Output("y"), LOGABSDET),
-        per_sample=1,
-        laws=Law.INVERTIBLE | Law.LOG_DET,
-    )
+    invertible_linear,
+    reference,
+    _samples,
+    _KERNELS,
+    outputs=(Output("y"), LOGABSDET),
+    per_sample=1,
+    laws=Law.INVERTIBLE | Law.LOG_DET,
 )

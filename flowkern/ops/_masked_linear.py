@@ -29,7 +29,6 @@ from .._core.checks import (
 )
 from .._core.op import (
     Law,
-    Op,
     Output,
     Sample,
     define,
@@ -305,15 +304,4 @@ def masked_linear(
     return _forward(x, weight, bias, *mask.indices)
 
 
-register(
-    Op(
-        "masked_linear",
-        masked_linear,
-        reference,
-        _samples,
-        (_forward, _backward),
-        outputs=(Output("y"),),
-        per_sample=1,
-        laws=Law.MASKED,
-    )
-)
+register(masked_linear, reference, _samples, (_forward, _backward), outputs=(Output("y"),), per_sample=1, laws=Law.MASKED)

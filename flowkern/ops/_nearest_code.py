@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from .._core import backend
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, outside_autocast
-from .._core.op import Law, Op, Output, Sample, accumulated, as_index, define, normal, reference_runs, register
+from .._core.op import Law, Output, Sample, accumulated, as_index, define, normal, reference_runs, register
 
 __all__ = ["METRICS", "nearest_code"]
 
@@ -343,14 +343,11 @@ def nearest_code(
 
 
 register(
-    Op(
-        "nearest_code",
-        nearest_code,
-        reference,
-        _samples,
-        (_forward,),
-        outputs=(Output("index", as_index, differentiable=False), Output("sqdist", accumulated, differentiable=False)),
-        per_sample=1,
-        laws=Law.EXACT_INDEX,
-    )
+    nearest_code,
+    reference,
+    _samples,
+    (_forward,),
+    outputs=(Output("index", as_index, differentiable=False), Output("sqdist", accumulated, differentiable=False)),
+    per_sample=1,
+    laws=Law.EXACT_INDEX,
 )

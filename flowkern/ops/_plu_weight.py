@@ -22,7 +22,6 @@ import torch
 
 from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
 from .._core.op import (
-    Op,
     Output,
     Sample,
     accumulated,
@@ -154,15 +153,12 @@ def plu_weight(
 
 
 register(
-    Op(
-        "plu_weight",
-        plu_weight,
-        reference,
-        _samples,
-        (_forward, _backward),
-        outputs=(Output("weight", accumulated, per_sample=False),),
-        per_sample=0,
-    )
+    plu_weight,
+    reference,
+    _samples,
+    (_forward, _backward),
+    outputs=(Output("weight", accumulated, per_sample=False),),
+    per_sample=0,
 )
 
 

@@ -25,7 +25,6 @@ from .._core.checks import accumulation_dtype, check_floating, check_same_device
 from .._core.code_sums import code_sums
 from .._core.op import (
     Law,
-    Op,
     Output,
     Sample,
     accumulated,
@@ -247,18 +246,11 @@ def vector_quantize(
 
 
 register(
-    Op(
-        "vector_quantize",
-        vector_quantize,
-        reference,
-        _samples,
-        (nearest_code_kernel,),
-        outputs=(
-            Output("quantized"),
-            Output("index", as_index, differentiable=False),
-            Output("loss", accumulated, per_sample=False),
-        ),
-        per_sample=1,
-        laws=Law.EXACT_INDEX | Law.SURROGATE,
-    )
+    vector_quantize,
+    reference,
+    _samples,
+    (nearest_code_kernel,),
+    outputs=(Output("quantized"), Output("index", as_index, differentiable=False), Output("loss", accumulated, per_sample=False)),
+    per_sample=1,
+    laws=Law.EXACT_INDEX | Law.SURROGATE,
 )

@@ -27,7 +27,6 @@ from ..._core.checks import accumulation_dtype, check_floating, check_same_devic
 from ..._core.op import (
     LOGABSDET,
     Law,
-    Op,
     Output,
     Sample,
     define,
@@ -309,16 +308,13 @@ def _by_passes(
 
 
 register(
-    Op(
-        "autoregressive_inverse",
-        autoregressive_inverse,
-        _by_passes,
-        _samples,
-        (_forward, _backward),
-        outputs=(Output("x"), LOGABSDET),
-        per_sample=1,
-        laws=Law.LOG_DET | Law.MASKED,
-    )
+    autoregressive_inverse,
+    _by_passes,
+    _samples,
+    (_forward, _backward),
+    outputs=(Output("x"), LOGABSDET),
+    per_sample=1,
+    laws=Law.LOG_DET | Law.MASKED,
 )
 
 
