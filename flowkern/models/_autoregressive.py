@@ -6,30 +6,17 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import nn, ops
-from ..nn.bijections.bijection import Bijection
-from ..nn.densities.base import check_sizes
-from ._model import FlowModel, model_shape, preprocessing
+from ..nn.densities.base import check_name, check_sizes
+from ._model import FlowModel, arguments, model_shape, preprocessing
 from ._registry import model
-
-__all__ = ["IAF", "MAF"]
 
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 
 PERMUTATIONS = ("reverse", "random", "none")
-
-
-def _behind(permutation: str, features: int, layers: int, seed: int) -> Iterator[list[Bijection]]:
-    """What stands behind each layer: nothing, or a permutation behind all but the last."""
-    for i in range(layers - 1):
-        if permutation == "none":
-            yield []
-        else:
-            yield [nn.Permutation.reverse(features) if permutation == "reverse" else nn.Permutation.random(features, seed + i)]
-    yield []
 
 
 class _AutoregressiveFlow(FlowModel):
@@ -62,16 +49,16 @@ class _AutoregressiveFlow(FlowModel):
             layer, how = nn.Autoregressive, {"transformer": nn.Transformer.of(transformer), "direction": direction}
         built = preprocessing(preprocess)
         if len(sizes) == 3:
-            c, h, w = sizes
-            built.append(nn.Flatten((c, h, w)))
-        if permutation not in PERMUTATIONS:
-            raise ValueError(f"permutation: unknown name {permutation!r}; expected one of {', '.join(map(repr, PERMUTATIONS))}")
-        for permuted in _behind(permutation, features, layers, seed):
+            built.append(nn.Flatten(sizes))
+        check_name("permutation", permutation, PERMUTATIONS)
+        for i in range(layers):
             # A transformer with parameters has them for each layer.
             built.append(layer(features, hidden=tuple(hidden), context=context, **copy.deepcopy(how), **network))
             if batch_norm:
                 built.append(nn.BatchNormFlow(features))
-            built += permuted
+            if permutation != "none" and i < layers - 1:
+                reverse = permutation == "reverse"
+                built.append(nn.Permutation.reverse(features) if reverse else nn.Permutation.random(features, seed + i))
         super().__init__(nn.Compose(*built), {"shape": sizes, "context": context}, base)
 
 
@@ -133,24 +120,10 @@ class MAF(_AutoregressiveFlow):
         preprocess: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
+        given = arguments(locals(), "components")
         sizes, _ = model_shape(shape, flatten=True)
-        super().__init__(
-            nn.MaskedAutoregressive,
-            "forward",
-            shape,
-            layers=layers,
-            hidden=hidden,
-            activation=activation,
-            residual=residual,
-            scale=scale,
-            transformer=transformer,
-            permutation=permutation,
-            seed=seed,
-            batch_norm=batch_norm,
-            preprocess=preprocess,
-            context=context,
-            base=None if components is None else nn.Mixture(math.prod(sizes), components),
-        )
+        base = None if components is None else nn.Mixture(math.prod(sizes), components)
+        super().__init__(nn.MaskedAutoregressive, "forward", **given, base=base)
 
 
 @model("iaf")
@@ -184,18 +157,5 @@ class IAF(_AutoregressiveFlow):
         if scale is None:
             scale = ops.ScaleMap.sigmoid() if gated else _SOFT_CLIP
             self.settle(scale=dataclasses.asdict(scale))
-        super().__init__(
-            functools.partial(nn.InverseAutoregressive, gated=gated),
-            "inverse",
-            shape,
-            layers=layers,
-            hidden=hidden,
-            activation=activation,
-            residual=residual,
-            scale=scale,
-            transformer=transformer,
-            permutation=permutation,
-            seed=seed,
-            preprocess=preprocess,
-            context=context,
-        )
+        given = arguments(locals(), "gated")
+        super().__init__(functools.partial(nn.InverseAutoregressive, gated=gated), "inverse", **given)

@@ -12,8 +12,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["Budget"]
-
 # To make a parameter takes some tensors on the way to its values (an LU factorization a dozen), and buffers are not all stored.
 _TIMES, _BEYOND = 64, 2**24
 _CALLS, _CALLS_BEYOND = 100, 2**15
@@ -61,12 +59,10 @@ class Budget(TorchDispatchMode):
         if not inputs or math.prod(inputs) > self.elements:
             self._check(_numel(_without_memory(func, args, kwargs)))
         out = func(*args, **kwargs)
-        self._spend(_numel(out))
+        made = _numel(out)
+        self._check(made)
+        self.elements -= made
         return out
-
-    def _spend(self, elements: int) -> None:
-        self._check(elements)
-        self.elements -= elements
 
     def _check(self, elements: int) -> None:
         if min(self.elements - elements, self.calls, self.parameters) < 0:

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 
 from .. import nn
-from ..nn.densities.base import check_sizes
+from ..nn.densities.base import check_name, check_sizes
 from ._glow import Glow
 from ._model import DiscreteModel, FlowModel
 from ._realnvp import DIGITS, RealNVP
 from ._registry import model
-
-__all__ = ["DequantizedFlow"]
 
 DEQUANTIZATIONS = ("variational", "uniform")
 _FLOWS: dict[str, Callable[..., FlowModel]] = {"realnvp": RealNVP, "glow": Glow}
@@ -57,11 +55,8 @@ class DequantizedFlow(DiscreteModel):
         context: int | None = None,
     ):
         super().__init__()
-        if flow not in _FLOWS:
-            raise ValueError(f"flow: unknown name {flow!r}; expected one of {', '.join(map(repr, _FLOWS))}")
-        if dequantization not in DEQUANTIZATIONS:
-            expected = ", ".join(map(repr, DEQUANTIZATIONS))
-            raise ValueError(f"dequantization: unknown name {dequantization!r}; expected one of {expected}")
+        check_name("flow", flow, _FLOWS)
+        check_name("dequantization", dequantization, DEQUANTIZATIONS)
         if context is not None:
             raise ValueError(f"context: expected None, got {context}")
         check_sizes(couplings=couplings, hidden=hidden)

@@ -16,8 +16,6 @@ from ..nn.densities.base import check_sizes
 from ._model import FlowModel, preprocessing
 from ._registry import model
 
-__all__ = ["Glow"]
-
 # Bounded on both sides: with the sigmoid, which comes near zero, one in twenty samples of photographs was not finite.
 _BOUNDED = ops.ScaleMap.tanh(1.0)
 

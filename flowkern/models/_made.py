@@ -9,10 +9,8 @@ import torch
 
 from .. import nn
 from ..nn.densities.base import check_sizes
-from ._model import DiscreteModel, model_shape
+from ._model import DiscreteModel, arguments, model_shape
 from ._registry import model
-
-__all__ = ["MADE"]
 
 
 # One wide layer does better than two.
@@ -46,21 +44,12 @@ class MADE(DiscreteModel):
         seed: int = 0,
         context: int | None = None,
     ):
+        given = arguments(locals(), "shape")
         super().__init__()
         self.shape, _ = model_shape(shape, flatten=True)
         check_sizes(context=context)
         self.levels, self.context = levels, context
-        self.density = nn.MADEDensity(
-            math.prod(self.shape),
-            output="categorical",
-            levels=levels,
-            hidden=hidden,
-            activation=activation,
-            residual=residual,
-            masks=masks,
-            seed=seed,
-            context=context,
-        )
+        self.density = nn.MADEDensity(math.prod(self.shape), output="categorical", **given)
 
     def log_mass(self, v: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         self.check_values(v)

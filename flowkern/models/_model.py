@@ -11,12 +11,10 @@ import torch
 
 from .. import diagnostics, nn
 from .._core.checks import values_can_be_read
-from .._core.split import kept_channels
+from .._core.split import kept_channels, moved_channels
 from ..nn.bijections.bijection import Bijection
-from ..nn.densities.base import as_shape, check_sizes
+from ..nn.densities.base import as_shape, check_name, check_sizes
 from ..nn.densities.likelihood import check_values
-
-__all__ = ["DiscreteModel", "FlowModel", "Model", "Picture", "image_bijection", "preprocessing", "vector_bijection"]
 
 #: Builds a coupling layer from a split and the number of channels it divides.
 MakeCoupling = Callable[[str, int], Bijection]
@@ -214,6 +212,11 @@ class FlowModel(nn.Flow, Model):
         return self.bijection.inverse(z, context)[0]
 
 
+def arguments(given: dict[str, Any], *without: str) -> dict[str, Any]:
+    """The arguments of a constructor by their names, but for some: of its ``locals()`` at the beginning, all but ``self``."""
+    return {name: value for name, value in given.items() if name not in ("self", "__class__", *without)}
+
+
 def model_shape(shape: int | Sequence[int], flatten: bool) -> tuple[tuple[int, ...], bool]:
     """(shape as a tuple, whether the architecture is for images). Raises ValueError unless it is (D,) or (C, H, W)."""
     sizes = as_shape(shape)
@@ -242,8 +245,7 @@ def vector_bijection(make: MakeCoupling, features: int, couplings: int, permutat
 
     Raises ValueError for an unknown permutation and for fewer than two features.
     """
-    if permutation not in PERMUTATIONS:
-        raise ValueError(f"permutation: unknown name {permutation!r}; expected one of {', '.join(map(repr, PERMUTATIONS))}")
+    check_name("permutation", permutation, PERMUTATIONS)
     if features < 2:
         raise ValueError(f"shape: a coupling needs at least 2 features, got {features}")
     layers: list[Bijection] = []
@@ -270,47 +272,62 @@ def image_bijection(make: MakeCoupling, shape: tuple[int, int, int], couplings: 
     A level is ``couplings`` with alternating checkerboards, a squeeze, and ``couplings`` with alternating halves of the
     channels; then half of the channels leave. The last level has ``couplings + 1`` checkerboards alone.
     """
-    built: list[Bijection] = []
-    channels = shape[0]
+
+    def alternating(split: str, channels: int, n: int) -> list[Bijection]:
+        return [make(split if i % 2 == 0 else f"{split}_swap", channels) for i in range(n)]
+
+    channels, built = shape[0], []
     for _ in range(levels - 1):
-        checkerboards = [make(("checkerboard", "checkerboard_swap")[i % 2], channels) for i in range(couplings)]
-        halves = [make(("channel", "channel_swap")[i % 2], 4 * channels) for i in range(couplings)]
-        built.append(nn.Compose(*checkerboards, nn.Squeeze(), *halves))
+        checkerboards = alternating("checkerboard", channels, couplings)
+        built.append(nn.Compose(*checkerboards, nn.Squeeze(), *alternating("channel", 4 * channels, couplings)))
         channels *= 2
-    built.append(nn.Compose(*(make(("checkerboard", "checkerboard_swap")[i % 2], channels) for i in range(couplings + 1))))
-    return nn.MultiScale(*built, shape=shape)
+    return nn.MultiScale(*built, nn.Compose(*alternating("checkerboard", channels, couplings + 1)), shape=shape)
 
 
-def conditioner(
-    split: str, channels: int, outputs: int, *, image: bool, hidden: int, depth: int, **options: Any
-) -> nn.MLP | nn.ResNet:
-    """The network of a coupling: for images a ``ResNet`` of ``depth`` blocks, else an ``MLP`` of ``depth`` hidden layers."""
-    inputs = kept_channels(split, channels)
-    check_sizes(0, depth=depth)
-    if image:
-        return nn.ResNet(inputs, outputs, hidden, depth, **options)
-    return nn.MLP(inputs, outputs, itertools.repeat(hidden, depth), **options)
+class CouplingFlow(FlowModel):
+    """What NICE and RealNVP share: all but the layers, which ``couple(network, split)`` makes, and those ``behind``.
 
+    The network gives ``per_value`` parameters for each value; where they are ``separate`` it is one network for each of them:
+    for images a ``ResNet`` of ``depth`` blocks, else an ``MLP`` of ``depth`` hidden layers.
+    """
 
-def architecture(
-    make: MakeCoupling,
-    shape: tuple[int, ...],
-    *,
-    image: bool,
-    couplings: int,
-    levels: int | None,
-    permutation: str,
-    seed: int,
-    preprocess: Mapping[str, Any] | None,
-) -> list[Bijection]:
-    """The layers of a coupling flow over ``shape``: preprocessing, then the image or the vector architecture."""
-    check_sizes(couplings=couplings)
-    layers = preprocessing(preprocess)
-    if image:
-        c, h, w = shape
-        levels = default_levels(h, w) if levels is None else levels
-        check_sizes(levels=levels)
-        return [*layers, image_bijection(make, (c, h, w), couplings, levels)]
-    if len(shape) == 3:
-        layers.append(nn.Flatten(shape))
-    return [*layers, *vector_bijection(make, math.prod(shape), couplings, permutation, seed)]
+    def __init__(
+        self,
+        couple: Callable[[torch.nn.Module, str], Bijection],
+        per_value: int,
+        shape: int | Sequence[int],
+        *,
+        couplings: int,
+        hidden: int,
+        depth: int,
+        levels: int | None,
+        permutation: str,
+        seed: int,
+        flatten: bool,
+        preprocess: Mapping[str, Any] | None,
+        context: int | None,
+        separate: bool = False,
+        behind: Sequence[Bijection] = (),
+        **options: Any,
+    ):
+        sizes, image = model_shape(shape, flatten)
+
+        def make(split: str, channels: int) -> Bijection:
+            inputs, moved = kept_channels(split, channels), moved_channels(split, channels)
+            check_sizes(0, depth=depth)
+            network, widths = (nn.ResNet, (hidden, depth)) if image else (nn.MLP, (itertools.repeat(hidden, depth),))
+            outputs = (moved,) * per_value if separate else (per_value * moved,)
+            nets = [network(inputs, n, *widths, context=context, **options) for n in outputs]
+            return couple(nn.Parallel(*nets) if separate else nets[0], split)
+
+        check_sizes(couplings=couplings)
+        layers = preprocessing(preprocess)
+        if image:
+            c, h, w = sizes
+            levels = default_levels(h, w) if levels is None else levels
+            check_sizes(levels=levels)
+            layers.append(image_bijection(make, (c, h, w), couplings, levels))
+        else:
+            layers += [nn.Flatten(sizes)] if len(sizes) == 3 else []
+            layers += vector_bijection(make, math.prod(sizes), couplings, permutation, seed)
+        super().__init__(nn.Compose(*layers, *behind), {"shape": sizes, "context": context})

@@ -6,18 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from .. import nn
-from .._core.split import moved_channels
-from ..nn.bijections.bijection import Bijection
-from ._model import FlowModel, architecture, conditioner, model_shape
+from ._model import CouplingFlow, arguments, model_shape
 from ._realnvp import DIGITS
 from ._registry import model
 
-__all__ = ["NICE"]
-
 
 @model("nice", presets={"digits": {"config": DIGITS, "lr": 3e-3, "ema": 0.998, "epochs": 300}})
-class NICE(FlowModel):
+class NICE(CouplingFlow):
     """Additive couplings, then z = h * exp(log_scale): a flow over vectors or images with a standard normal base.
 
     Args:
@@ -48,26 +46,10 @@ class NICE(FlowModel):
         preprocess: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
-        sizes, image = model_shape(shape, flatten)
-        network: dict[str, Any] = {
-            "hidden": hidden,
-            "depth": depth,
-            "activation": activation,
-            "dropout": dropout,
-            "zero_init": zero_init,
-        }
-        layout: dict[str, Any] = {
-            "couplings": couplings,
-            "levels": levels,
-            "permutation": permutation,
-            "seed": seed,
-            "preprocess": preprocess,
-        }
+        given = arguments(locals())
+        sizes, _ = model_shape(shape, flatten)
 
-        def make(split: str, channels: int) -> Bijection:
-            moved = moved_channels(split, channels)
-            net = conditioner(split, channels, moved, image=image, context=context, **network)
-            return nn.AdditiveCoupling(net, split=split)
+        def couple(network: torch.nn.Module, split: str) -> nn.Coupling:
+            return nn.AdditiveCoupling(network, split=split)
 
-        layers = architecture(make, sizes, image=image, **layout)
-        super().__init__(nn.Compose(*layers, nn.Scaling(math.prod(sizes))), {"shape": sizes, "context": context})
+        super().__init__(couple, 1, **given, behind=[nn.Scaling(math.prod(sizes))])

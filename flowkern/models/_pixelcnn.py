@@ -10,14 +10,12 @@ import torch.nn.functional as F
 
 from .. import nn
 from .._core.checks import accumulation_dtype
-from ..nn.densities.base import as_shape, check_share, check_sizes
+from ..nn.densities.base import check_share, check_sizes, image_shape
 from ..nn.densities.flow import context_rows
 from ..nn.networks.conditioner import check_context
 from ..nn.networks.masked_conv import Window
 from ._model import DiscreteModel
 from ._registry import model
-
-__all__ = ["DIGITS", "PixelCNN"]
 
 Biases = list[tuple[torch.Tensor, torch.Tensor] | None]
 
@@ -66,13 +64,10 @@ class PixelCNN(DiscreteModel):
         condition: int | None = None,
     ):
         super().__init__()
-        self.shape = as_shape(shape)
-        if len(self.shape) != 3:
-            raise ValueError(f"shape: expected (C, H, W), got {tuple(self.shape)}")
+        self.shape = channels, height, width = image_shape(shape)
         check_sizes(2, levels=levels)
         check_sizes(layers=layers, hidden=hidden, context=context, condition=condition)
         check_share(dropout=dropout)
-        channels, height, width = self.shape
         self.levels, self.context, self.condition = levels, context, condition
         self.embeddings = torch.nn.ModuleList(torch.nn.Embedding(levels, hidden) for _ in range(channels))
         self.place = torch.nn.Parameter(torch.zeros(4 * hidden, height, width))

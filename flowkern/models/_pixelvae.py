@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from .. import nn
 from ..nn.densities.flow import context_rows
+from ._model import arguments
 from ._pixelcnn import DIGITS, PixelCNN
 from ._registry import model
-from ._vae import VAE, _encoder
-
-__all__ = ["PixelVAE"]
+from ._vae import VAE
 
 
 @model(
@@ -64,42 +62,15 @@ class PixelVAE(VAE):
         pixelcnn: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
-        super().__init__(
-            shape,
-            levels=levels,
-            latent=latent,
-            likelihood="categorical",
-            components=components,
-            network=network,
-            hidden=hidden,
-            blocks=blocks,
-            activation=activation,
-            dropout=dropout,
-            prior=prior,
-            posterior=posterior,
-            flow_layers=flow_layers,
-            flow_hidden=flow_hidden,
-            objective=objective,
-            context=context,
-        )
+        super().__init__(**arguments(locals(), "pixelcnn"), likelihood="categorical")
         fixed = sorted({"shape", "levels", "context", "condition"} & set(pixelcnn or {}))
         if fixed:
             raise ValueError(f"pixelcnn: {', '.join(fixed)} follow from the other settings")
         self.decoder = PixelCNN(shape, levels=levels, context=latent + (context or 0), **(pixelcnn or {}))
 
-    @staticmethod
-    def _networks(
-        name: str,
-        shape: tuple[int, ...],
-        inputs: int,
-        latent: int,
-        likelihood: nn.Likelihood,
-        hidden: tuple[int, ...],
-        blocks: int,
-        **options: Any,
-    ) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """The encoder; the decoder follows when all settings are known."""
-        return _encoder(name, shape, inputs, hidden, blocks, **options), torch.nn.Identity()
+    def _new_decoder(self, *args: Any, **options: Any) -> torch.nn.Module:
+        """Nothing yet: the decoder follows when all settings are known."""
+        return torch.nn.Identity()
 
     def _seen(self, z: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """What the PixelCNN is given: z (B, L), and context (B, K)."""

@@ -6,13 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import nn, ops
-from .._core.split import moved_channels
-from ..nn.bijections.bijection import Bijection
-from ._model import FlowModel, architecture, conditioner, model_shape
-from ._registry import model
+import torch
 
-__all__ = ["DIGITS", "RECIPE", "RealNVP"]
+from .. import nn, ops
+from ..nn.bijections.bijection import Bijection
+from ._model import CouplingFlow, arguments, model_shape
+from ._registry import model
 
 _BOUNDED = ops.ScaleMap.tanh(1.0)
 
@@ -58,7 +57,7 @@ RECIPE: dict[str, Any] = {"epochs": 1000, "batch_size": 64, "lr": 1e-3, "optimiz
         },
     },
 )
-class RealNVP(FlowModel):
+class RealNVP(CouplingFlow):
     """Affine couplings: a flow over vectors or images with a standard normal base.
 
     Vectors: ``couplings`` layers with an ``MLP`` each. Images: the multi-scale architecture with a ``ResNet`` each, that is
@@ -109,36 +108,18 @@ class RealNVP(FlowModel):
         preprocess: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
-        sizes, image = model_shape(shape, flatten)
+        given = arguments(locals(), "scale", "shift_first", "transformer")
+        _, image = model_shape(shape, flatten)
         couplings = (3 if image else 8) if couplings is None else couplings
         hidden = (64 if image else 256) if hidden is None else hidden
         self.settle(couplings=couplings, hidden=hidden)
         scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
         other = None if transformer is None else nn.Transformer.of(transformer)
-        network: dict[str, Any] = {
-            "hidden": hidden,
-            "depth": depth,
-            "activation": activation,
-            "dropout": dropout,
-            "zero_init": zero_init,
-        }
-        layout: dict[str, Any] = {
-            "couplings": couplings,
-            "levels": levels,
-            "permutation": permutation,
-            "seed": seed,
-            "preprocess": preprocess,
-        }
 
-        def make(split: str, channels: int) -> Bijection:
-            moved = moved_channels(split, channels)
-            of_value = 2 if other is None else other.params_per_feature
-            outputs = (moved,) * of_value if separate else (of_value * moved,)
-            nets = [conditioner(split, channels, n, image=image, context=context, **network) for n in outputs]
-            net = nn.Parallel(*nets) if separate else nets[0]
+        def couple(network: torch.nn.Module, split: str) -> Bijection:
             if other is None:
-                return nn.AffineCoupling(net, split=split, scale=scale, shift_first=shift_first)
-            return nn.Coupling(net, copy.deepcopy(other), split=split)  # one with parameters has them for each coupling
+                return nn.AffineCoupling(network, split=split, scale=scale, shift_first=shift_first)
+            return nn.Coupling(network, copy.deepcopy(other), split=split)  # one with parameters has them for each coupling
 
-        layers = architecture(make, sizes, image=image, **layout)
-        super().__init__(nn.Compose(*layers), {"shape": sizes, "context": context})
+        given |= {"couplings": couplings, "hidden": hidden}
+        super().__init__(couple, 2 if other is None else other.params_per_feature, **given)

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from .._core.named import Named
+from ..nn.densities.base import check_name
 from ._model import Model
-
-__all__ = ["MODELS", "PRESETS", "build", "model", "name_of", "plain"]
 
 M = TypeVar("M", bound=Model)
 
@@ -89,8 +88,7 @@ def build(name: str, config: Mapping[str, Any]) -> Model:
 
     Raises ValueError for an unknown name and for a configuration that the model refuses, TypeError for unknown keywords.
     """
-    if name not in MODELS:
-        raise ValueError(f"model: unknown name {name!r}; expected one of {', '.join(map(repr, MODELS))}")
+    check_name("model", name, MODELS)
     return MODELS[name](**config)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import diagnostics, nn
-from ..nn.densities.base import check_sizes
+from ..nn.densities.base import check_name, check_sizes
 from ..nn.densities.likelihood import likelihood as named_likelihood
 from ..nn.densities.likelihood import start
 from ._autoregressive import IAF, MAF
@@ -18,8 +19,6 @@ from ._model import DiscreteModel, FlowModel, Picture, model_shape
 from ._nice import NICE
 from ._realnvp import RECIPE, RealNVP
 from ._registry import model
-
-__all__ = ["VAE"]
 
 FLOWS = ("nice", "realnvp", "maf", "iaf")
 PRIORS = ("standard", "mixture", "vamp", *FLOWS)
@@ -100,6 +99,11 @@ class VAE(nn.VAE, DiscreteModel):
             raise ValueError(f"likelihood: {likelihood!r} is for {output.levels} levels, got {levels}")
         check_sizes(latent=latent, upper=upper, components=components, flow_layers=flow_layers, context=context)
         check_sizes(0, blocks=blocks)
+        check_name("network", network, NETWORKS)
+        if network == "conv" and len(sizes) != 3:
+            raise ValueError(f"network: 'conv' is for images (C, H, W), got shape {sizes}")
+        check_name("posterior", posterior, POSTERIORS)
+        check_name("prior", prior, PRIORS)
         if not isinstance(objective or {}, Mapping):
             raise ValueError(f"objective: expected the fields of nn.Objective, got {objective!r}")
         if upper is not None and (prior, posterior) != ("standard", "gaussian"):
@@ -113,20 +117,23 @@ class VAE(nn.VAE, DiscreteModel):
             approximate = _posterior(posterior, latent, flow_layers, flow_widths)
         else:
             approximate = nn.HierarchicalPosterior(latent, upper, nn.MLP(latent, 2 * upper, widths, **options))
-        encoder, decoder = self._networks(
-            network,
-            sizes,
-            approximate.inputs,
-            latent,
-            output,
-            widths,
-            blocks,
-            context=context,
-            activation=activation,
-            dropout=dropout,
-        )
+        how: dict[str, Any] = {"context": context, "activation": activation, "dropout": dropout}
+        convolutions = blocks if network == "conv" else None
+        new_decoder = functools.partial(self._new_decoder, sizes, latent, output, widths, convolutions, **how)
+        # What is drawn first stays first.
+        if network == "conv":
+            encoder: torch.nn.Module = nn.ConvEncoder(sizes, approximate.inputs, widths, blocks, **how)
+            decoder = new_decoder()
+        else:
+            decoder = new_decoder()
+            encoder = nn.MLP(features, approximate.inputs, widths, **how, zero_init=False)
         if upper is None:
-            known = _prior(prior, latent, components, flow_layers, flow_widths, encoder, approximate, features)
+            priors: dict[str, Callable[[], torch.nn.Module]] = {
+                "standard": lambda: nn.StandardNormal(latent),
+                "mixture": lambda: nn.Mixture(latent, components),
+                "vamp": lambda: nn.VampPrior(encoder, approximate, 0.5 * torch.randn(components, features)),
+            }
+            known = priors[prior]() if prior in priors else _flow(prior, latent, flow_layers, flow_widths)
         else:
             known = nn.HierarchicalPrior(latent, upper, nn.MLP(upper, 2 * latent, widths, **options))
         super().__init__(encoder, decoder, output, known, approximate)
@@ -135,24 +142,23 @@ class VAE(nn.VAE, DiscreteModel):
         self.training_objective = nn.Objective(**(objective or {}))
         self.settle(likelihood=likelihood, objective=dataclasses.asdict(self.training_objective))
 
-    @staticmethod
-    def _networks(
-        name: str,
+    def _new_decoder(
+        self,
         shape: tuple[int, ...],
-        inputs: int,
         latent: int,
         likelihood: nn.Likelihood,
         hidden: tuple[int, ...],
-        blocks: int,
+        blocks: int | None,
         **options: Any,
-    ) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """(encoder to the posterior's ``inputs``, decoder to the likelihood's parameters)."""
-        # What is drawn first stays first.
-        if name == "conv":
-            encoder = _encoder(name, shape, inputs, hidden, blocks, **options)
-            return encoder, _decoder(name, shape, latent, likelihood, hidden, blocks, **options)
-        decoder = _decoder(name, shape, latent, likelihood, hidden, blocks, **options)
-        return _encoder(name, shape, inputs, hidden, blocks, **options), decoder
+    ) -> torch.nn.Module:
+        """A network to the likelihood's parameters: convolutions if there is a number of residual ``blocks``."""
+        if blocks is not None:
+            images = nn.ConvDecoder(latent, shape, likelihood.maps(shape[0]), hidden[::-1], blocks, **options)
+            start(images.network[-1], likelihood.bias(shape[0]))  # type: ignore[arg-type]
+            return images
+        vectors = nn.MLP(latent, math.prod(shape) * likelihood.params, hidden, **options, zero_init=False)
+        start(vectors.layers[-1], likelihood.bias())  # type: ignore[arg-type]
+        return vectors
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         return self.log_prob(x, context)
@@ -244,57 +250,18 @@ class VAE(nn.VAE, DiscreteModel):
         return nn.VAE.sample(self, n, context, temperature).view(n, *self.shape)
 
 
-def _check_network(name: str, shape: tuple[int, ...]) -> None:
-    if name not in NETWORKS:
-        raise ValueError(f"network: unknown name {name!r}; expected one of {', '.join(map(repr, NETWORKS))}")
-    if name == "conv" and len(shape) != 3:
-        raise ValueError(f"network: 'conv' is for images (C, H, W), got shape {shape}")
-
-
-def _encoder(
-    name: str, shape: tuple[int, ...], inputs: int, hidden: tuple[int, ...], blocks: int, **options: Any
-) -> torch.nn.Module:
-    """To the posterior's ``inputs``. Raises ValueError for an unknown name and for what is no image under ``"conv"``."""
-    _check_network(name, shape)
-    if name == "conv":
-        return nn.ConvEncoder(shape, inputs, hidden, blocks, **options)
-    return nn.MLP(math.prod(shape), inputs, hidden, **options, zero_init=False)
-
-
-def _decoder(
-    name: str,
-    shape: tuple[int, ...],
-    latent: int,
-    likelihood: nn.Likelihood,
-    hidden: tuple[int, ...],
-    blocks: int,
-    **options: Any,
-) -> torch.nn.Module:
-    """To the likelihood's parameters. Raises as ``_encoder``."""
-    _check_network(name, shape)
-    if name == "conv":
-        images = nn.ConvDecoder(latent, shape, likelihood.maps(shape[0]), hidden[::-1], blocks, **options)
-        start(images.network[-1], likelihood.bias(shape[0]))  # type: ignore[arg-type]
-        return images
-    vectors = nn.MLP(latent, math.prod(shape) * likelihood.params, hidden, **options, zero_init=False)
-    start(vectors.layers[-1], likelihood.bias())  # type: ignore[arg-type]
-    return vectors
-
-
 def _flow(name: str, features: int, layers: int, hidden: tuple[int, ...], context: int | None = None) -> FlowModel:
     if not hidden:
         raise ValueError(f"flow_hidden: {name!r} needs at least one width, got none")
     if name in ("maf", "iaf"):
-        return {"maf": MAF, "iaf": IAF}[name](features, layers=layers, hidden=hidden, context=context)
+        return (MAF if name == "maf" else IAF)(features, layers=layers, hidden=hidden, context=context)
     if features < 2:
         raise ValueError(f"latent: {name!r} couples one part of the latents with the other, and there is {features}")
-    coupled: dict[str, type[NICE] | type[RealNVP]] = {"nice": NICE, "realnvp": RealNVP}
-    return coupled[name](features, couplings=layers, hidden=hidden[0], depth=len(hidden), context=context)
+    coupled: Any = NICE if name == "nice" else RealNVP
+    return coupled(features, couplings=layers, hidden=hidden[0], depth=len(hidden), context=context)
 
 
 def _posterior(name: str, latent: int, layers: int, hidden: tuple[int, ...]) -> nn.Posterior:
-    if name not in POSTERIORS:
-        raise ValueError(f"posterior: unknown name {name!r}; expected one of {', '.join(map(repr, POSTERIORS))}")
     if name == "gaussian":
         return nn.GaussianPosterior(latent)
     context = 2 * latent
@@ -302,24 +269,3 @@ def _posterior(name: str, latent: int, layers: int, hidden: tuple[int, ...]) -> 
         return nn.FlowPosterior(latent, _flow(name, latent, layers, hidden, context).bijection, context)
     steps = [{"planar": nn.Planar, "radial": nn.Radial}[name](latent, context) for _ in range(layers)]
     return nn.FlowPosterior(latent, nn.Compose(*steps), context)
-
-
-def _prior(
-    name: str,
-    latent: int,
-    components: int,
-    layers: int,
-    hidden: tuple[int, ...],
-    encoder: torch.nn.Module,
-    posterior: nn.Posterior,
-    features: int,
-) -> torch.nn.Module:
-    if name not in PRIORS:
-        raise ValueError(f"prior: unknown name {name!r}; expected one of {', '.join(map(repr, PRIORS))}")
-    if name == "standard":
-        return nn.StandardNormal(latent)
-    if name == "mixture":
-        return nn.Mixture(latent, components)
-    if name == "vamp":
-        return nn.VampPrior(encoder, posterior, 0.5 * torch.randn(components, features))
-    return _flow(name, latent, layers, hidden)

@@ -12,15 +12,13 @@ import torch
 
 from .. import nn
 from .._core.checks import accumulation_dtype
-from ..nn.densities.base import as_shape, check_sizes
+from ..nn.densities.base import check_name, check_sizes, image_shape
 from ..nn.densities.likelihood import likelihood as named_likelihood
 from ..nn.densities.likelihood import start
 from ..nn.networks.autoencoder import downsampling, upsampling
-from ._model import DiscreteModel
+from ._model import DiscreteModel, arguments
 from ._pixelcnn import PixelCNN
 from ._registry import model
-
-__all__ = ["VQVAE", "VQVAE2", "CodePrior"]
 
 #: One map (B, h, w) of codes for each latent, the coarsest first.
 Codes = tuple[torch.Tensor, ...]
@@ -200,33 +198,40 @@ class _CodeModel(DiscreteModel):
     }
 
     def __init__(
-        self, make: Any, shape: Sequence[int], least_downsample: int, settings: Mapping[str, Any], network: Mapping[str, Any]
+        self,
+        make: Any,
+        halvings: int,
+        *,
+        shape: Sequence[int],
+        levels: int,
+        dim: int,
+        codes: int,
+        decay: float | None,
+        commitment: float,
+        quantizer: nn.Quantizer | Mapping[str, Any] | None,
+        likelihood: str,
+        components: int,
+        prior: Mapping[str, Any] | None,
+        context: int | None,
+        **network: Any,
     ):
         super().__init__()
-        self.shape = as_shape(shape)
-        if len(self.shape) != 3:
-            raise ValueError(f"shape: expected (C, H, W), got {tuple(self.shape)}")
-        levels, likelihood = settings["levels"], settings["likelihood"]
-        channels, height, width = self.shape
-        check_sizes(hidden=network["hidden"], downsample=network["downsample"], dim=settings["dim"], context=settings["context"])
-        check_sizes(0, blocks=network["blocks"], commitment=settings["commitment"])
-        wanted = (settings[name] for name in ("quantizer", "dim", "codes", "decay", "commitment"))
-        quantizer, dim, codes = _quantizers(*wanted)
+        self.shape = channels, height, width = image_shape(shape)
+        check_sizes(hidden=network["hidden"], downsample=network["downsample"], dim=dim, context=context)
+        check_sizes(0, blocks=network["blocks"], commitment=commitment)
+        new_quantizer, dim, codes = _quantizers(quantizer, dim, codes, decay, commitment)
         self.settle(dim=dim, codes=codes)
-        if height % (1 << least_downsample) or width % (1 << least_downsample):
-            halved = f"{least_downsample} times (downsample)"
+        if height % (1 << halvings) or width % (1 << halvings):
+            halved = f"{halvings} times (downsample)"
             raise ValueError(f"shape: expected a height and a width that can be halved {halved}, got {height} x {width}")
-        if likelihood not in LIKELIHOODS:
-            expected = ", ".join(map(repr, LIKELIHOODS))
-            raise ValueError(f"likelihood: unknown name {likelihood!r}; expected one of {expected}")
+        check_name("likelihood", likelihood, LIKELIHOODS)
         if levels < 2 or codes < 2:
             raise ValueError(f"levels, codes: expected at least 2 each, got {levels} and {codes}")
-        context, prior = settings["context"], settings["prior"]
         if context is not None and prior is None:
             raise ValueError("context: only the prior over the codes takes one, and there is none (prior=None)")
         self.levels, self.codes, self.context = levels, codes, context
-        self.likelihood = named_likelihood(likelihood, settings["components"], levels)
-        self.autoencoder = make((channels, height, width), self.likelihood.maps(channels), quantizer, dim, **network)
+        self.likelihood = named_likelihood(likelihood, components, levels)
+        self.autoencoder = make(self.shape, self.likelihood.maps(channels), new_quantizer, dim, **network)
         start(self.autoencoder.decoder[-1], self.likelihood.bias(channels))
         self.prior = None
         if prior is not None:
@@ -294,7 +299,8 @@ class _CodeModel(DiscreteModel):
         """
         self.check_values(v)
         self._check_context(context)
-        return self._bound(v, *self._encoded(v)[:2], context)
+        maps, codes, _ = self._encoded(v)
+        return self._bound(v, maps, codes, context)
 
     def objective(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """-log_prob(x) and, while there is no prior, D times the quantizers' loss, D the number of pixels' channels.
@@ -406,11 +412,7 @@ class VQVAE(_CodeModel):
         prior: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
-        settings: dict[str, Any] = {"levels": levels, "dim": dim, "codes": codes, "decay": decay, "commitment": commitment}
-        settings |= {"quantizer": quantizer, "likelihood": likelihood, "components": components}
-        settings |= {"prior": None if prior is None else dict(prior), "context": context}
-        network = {"hidden": hidden, "blocks": blocks, "downsample": downsample, "dropout": dropout}
-        super().__init__(_Autoencoder, shape, downsample, settings, network)
+        super().__init__(_Autoencoder, downsample, **arguments(locals()))
 
 
 @model("vqvae2", presets=_PRESETS)
@@ -447,9 +449,6 @@ class VQVAE2(_CodeModel):
         prior: Mapping[str, Any] | None = None,
         context: int | None = None,
     ):
+        given = arguments(locals())
         check_sizes(downsample=downsample, top_downsample=top_downsample)
-        settings: dict[str, Any] = {"levels": levels, "dim": dim, "codes": codes, "decay": decay, "commitment": commitment}
-        settings |= {"quantizer": quantizer, "likelihood": likelihood, "components": components}
-        settings |= {"prior": None if prior is None else dict(prior), "context": context}
-        network = {"hidden": hidden, "blocks": blocks, "downsample": downsample, "top_downsample": top_downsample}
-        super().__init__(_Autoencoder2, shape, downsample + top_downsample, settings, network | {"dropout": dropout})
+        super().__init__(_Autoencoder2, downsample + top_downsample, **given)

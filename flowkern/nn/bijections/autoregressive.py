@@ -10,6 +10,7 @@ import torch
 
 from ... import ops
 from ..._core.checks import accumulation_dtype, has_values
+from ..densities.base import check_name
 from ..networks.conditioner import check_context
 from ..networks.made import MADE, Degrees, degrees_of
 from ..transformers.affine import Affine, GatedAffine
@@ -21,7 +22,6 @@ __all__ = ["Autoregressive", "InverseAutoregressive", "MaskedAutoregressive"]
 
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 _SIGMOID = ops.ScaleMap.sigmoid()
-DIRECTIONS = ("forward", "inverse")
 
 
 class Autoregressive(Bijection):
@@ -65,8 +65,7 @@ class Autoregressive(Bijection):
         super().__init__()
         if not isinstance(transformer, Transformer):
             raise TypeError(f"transformer: expected an nn.Transformer, got {type(transformer).__name__}")
-        if direction not in DIRECTIONS:
-            raise ValueError(f"direction: unknown name {direction!r}; expected one of {', '.join(map(repr, DIRECTIONS))}")
+        check_name("direction", direction, ("forward", "inverse"))
         self.direction, self.transformer = direction, transformer
         # The last layer starts as nflows' and zuko's do, not at zero: scales near 1, and gradients in every layer at once.
         rule: Degrees = "sorted" if degrees is None else degrees

@@ -11,6 +11,7 @@ from ... import ops
 from ..._core.checks import accumulation_dtype, values_can_be_read
 from ..._core.state import CheckedState, require
 from ...ops.parts import compact_plu, undo_invertible_linear
+from ..densities.base import check_name
 from .bijection import Bijection, Pair, Replay
 from .permutation import check_order
 
@@ -173,9 +174,7 @@ class InvertibleLinear(Bijection):
 
     def __init__(self, channels: int, parametrization: str = "plu", *, bias: bool = False):
         super().__init__()
-        if parametrization not in PARAMETRIZATIONS:
-            names = ", ".join(map(repr, PARAMETRIZATIONS))
-            raise ValueError(f"parametrization: unknown name {parametrization!r}; expected one of {names}")
+        check_name("parametrization", parametrization, PARAMETRIZATIONS)
         if channels < 1:
             raise ValueError(f"{type(self).__name__}: channels must be at least 1, got {channels}")
         self.channels, self.parametrization = channels, parametrization

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..._core.checks import accumulation_dtype, check_floating
+from ..densities.base import check_sizes
 from ..networks.conditioner import check_context
 from .bijection import Bijection, Pair
 from .root import solve_increasing
@@ -55,8 +56,7 @@ class _RowFlow(Bijection):
 
     def __init__(self, features: int, size: int, context: int | None):
         super().__init__()
-        if features < 1:
-            raise ValueError(f"features: expected at least 1, got {features}")
+        check_sizes(features=features)
         self.features, self.context = features, context
         self.parameters_of = _Amortized(size, context)
 

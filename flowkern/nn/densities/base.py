@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,21 @@ def as_shape(shape: Shape) -> tuple[int, ...]:
     return sizes
 
 
-def check_sizes(least: int = 1, **sizes: int | None) -> None:
+def image_shape(shape: Shape) -> tuple[int, int, int]:
+    """``shape`` as (C, H, W). Raises ValueError for any other."""
+    sizes = as_shape(shape)
+    if len(sizes) != 3:
+        raise ValueError(f"shape: expected (C, H, W), got {sizes}")
+    return sizes
+
+
+def check_name(what: str, name: str, names: Iterable[str]) -> None:
+    """Raises ValueError, with the names that there are, for one that is none of them."""
+    if name not in names:
+        raise ValueError(f"{what}: unknown name {name!r}; expected one of {', '.join(map(repr, names))}")
+
+
+def check_sizes(least: int = 1, **sizes: float | None) -> None:
     """Raises ValueError, with its name, for a size below ``least``; None is none."""
     for name, size in sizes.items():
         if size is not None and not size >= least:

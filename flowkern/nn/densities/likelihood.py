@@ -12,17 +12,7 @@ from ... import ops
 from ..._core.checks import values_can_be_read
 from ..._core.mixture import log_sum, mixture_parts
 from ...ops import ScaleMap
-
-__all__ = [
-    "LIKELIHOODS",
-    "Bernoulli",
-    "Categorical",
-    "DiscretizedLogisticMixture",
-    "Gaussian",
-    "GaussianMixture",
-    "Likelihood",
-    "likelihood",
-]
+from .base import check_name
 
 
 def check_values(x: torch.Tensor, levels: int, whole: bool = True) -> None:
@@ -162,9 +152,6 @@ class Bernoulli(Likelihood):
     def check(self, x: torch.Tensor) -> None:
         check_values(x, 2, whole=False)
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         logit = params[..., 0]
         return -F.binary_cross_entropy_with_logits(logit, x.to(logit.dtype).expand_as(logit), reduction="none")
@@ -231,7 +218,8 @@ class DiscretizedLogisticMixture(_OfLevels):
         return self.total(x[..., None], params[..., None, :])
 
     def total(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return self._of_pixels(x.reshape(-1, 1, 1, x.shape[-1]), _as_maps(params)).view(x.shape[:-1])
+        pixels = x.reshape(-1, 1, 1, x.shape[-1])
+        return ops.discretized_logistic_mixture(pixels, _as_maps(params), levels=self.levels).view(x.shape[:-1])
 
     def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         return self._drawn_pixels(_as_maps(params), 1, temperature).view(params.shape[:-1])
@@ -245,8 +233,9 @@ class DiscretizedLogisticMixture(_OfLevels):
 
     def image_log_prob(self, x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         if maps.shape[1] == self.maps(3):
-            return self._of_pixels(x, maps)
-        return self._of_pixels(x.flatten(0, 1)[:, None], self._channels(maps)).view(x.shape[:2]).sum(1)
+            return ops.discretized_logistic_mixture(x, maps, levels=self.levels)
+        each = ops.discretized_logistic_mixture(x.flatten(0, 1)[:, None], self._channels(maps), levels=self.levels)
+        return each.view(x.shape[:2]).sum(1)
 
     def image_sample(self, maps: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         if maps.shape[1] == self.maps(3):
@@ -262,9 +251,6 @@ class DiscretizedLogisticMixture(_OfLevels):
         green = _clamped_mean(mean[:, 1] + t[:, 0] * red, log_scale[:, 1])
         blue = _clamped_mean(mean[:, 2] + t[:, 1] * red + t[:, 2] * green, log_scale[:, 2])
         return self._level((torch.stack([red, green, blue], 1) * logits.softmax(1)[:, None]).sum(2))
-
-    def _of_pixels(self, x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        return ops.discretized_logistic_mixture(x, maps, levels=self.levels)
 
     def _drawn_pixels(self, maps: torch.Tensor, channels: int, temperature: float) -> torch.Tensor:
         drawn = ops.sample_discretized_logistic_mixture(maps, channels=channels, levels=self.levels, temperature=temperature)
@@ -299,9 +285,6 @@ def start(layer: nn.Linear | nn.Conv2d, bias: torch.Tensor | None) -> None:
             layer.bias.copy_(bias.repeat(len(layer.bias) // len(bias)))
 
 
-LIKELIHOODS = ("gaussian", "mixture", "bernoulli", "categorical", "logistic")
-
-
 def likelihood(name: str, components: int = 10, levels: int = 256) -> Likelihood:
     """The likelihood of that name, with so many ``components`` of a mixture or ``levels`` of a discrete one.
 
@@ -309,12 +292,12 @@ def likelihood(name: str, components: int = 10, levels: int = 256) -> Likelihood
     """
     if components < 1 or levels < 2:
         raise ValueError(f"components, levels: expected at least 1 and 2, got {components} and {levels}")
-    if name not in LIKELIHOODS:
-        raise ValueError(f"output: unknown name {name!r}; expected one of {', '.join(map(repr, LIKELIHOODS))}")
-    return {
+    named = {
         "gaussian": Gaussian(),
         "mixture": GaussianMixture(components),
         "bernoulli": Bernoulli(),
         "categorical": Categorical(levels),
         "logistic": DiscretizedLogisticMixture(components, levels),
-    }[name]
+    }
+    check_name("output", name, named)
+    return named[name]

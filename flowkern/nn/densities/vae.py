@@ -11,7 +11,7 @@ from torch import nn
 
 from ..._core.checks import accumulation_dtype
 from ..._core.mixture import log_sum
-from .base import Base, StandardNormal, as_base, draw_components
+from .base import Base, StandardNormal, as_base, check_sizes, draw_components
 from .flow import Flow, context_rows
 from .likelihood import Likelihood
 from .posterior import GaussianPosterior, Posterior
@@ -54,13 +54,11 @@ class Objective:
     def __post_init__(self) -> None:
         if self.kind not in OBJECTIVES:
             raise ValueError(f"kind: unknown objective {self.kind!r}; expected one of {', '.join(map(repr, OBJECTIVES))}")
-        for name, least in (("samples", 1), ("beta", 0), ("free_bits", 0), ("min_rate", 0), ("warmup", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_sizes(samples=self.samples)
+        check_sizes(0, beta=self.beta, free_bits=self.free_bits, min_rate=self.min_rate, warmup=self.warmup)
         if self.samples != int(self.samples):
             raise ValueError(f"samples: expected a whole number, got {self.samples}")
-        if self.capacity is not None and not self.capacity >= 0:
-            raise ValueError(f"capacity: expected at least 0, got {self.capacity}")
+        check_sizes(0, capacity=self.capacity)
         penalized = self.beta != 1.0 or self.capacity is not None or self.free_bits or self.min_rate or self.warmup
         if self.kind != "elbo" and penalized:
             raise ValueError(f"beta, capacity, free_bits, min_rate, warmup: they change the rate of 'elbo', not {self.kind!r}")
@@ -109,13 +107,9 @@ class VampPrior(Base):
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.clone())
         self.logits = nn.Parameter(torch.zeros(len(pseudo_inputs)))
 
-    def _components(self) -> torch.Tensor:
-        return self._modules_of_vae[0](self.pseudo_inputs)
-
     def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        h = self._components()
-        z = self.check(z)
-        posterior = self._modules_of_vae[1]
+        encoder, posterior = self._modules_of_vae
+        z, h = self.check(z), encoder(self.pseudo_inputs)
         # (B, K, L): one row of h for each component.
         log_q = posterior.log_prob(z[:, None].expand(-1, h.shape[0], -1), h)
         return log_sum(log_q + self.logits.to(log_q.dtype).log_softmax(0))
@@ -125,9 +119,10 @@ class VampPrior(Base):
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, context: torch.Tensor | None = None) -> torch.Tensor:
-        h = self._components()[draw_components(self.logits, n)]
-        mean = self._modules_of_vae[1].mean(h)
-        return mean + temperature * (self._modules_of_vae[1].sample_and_log_prob(h)[0][0] - mean)
+        encoder, posterior = self._modules_of_vae
+        h = encoder(self.pseudo_inputs)[draw_components(self.logits, n)]
+        mean = posterior.mean(h)
+        return mean + temperature * (posterior.sample_and_log_prob(h)[0][0] - mean)
 
 
 class VAE(nn.Module):
@@ -200,7 +195,7 @@ class VAE(nn.Module):
 
     def evidence(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> Evidence:
         """The terms of the importance weights of so many samples z. Raises ValueError for fewer than one."""
-        _check_samples(samples)
+        check_sizes(samples=samples)
         z, log_q = self.posterior.sample_and_log_prob(self.encode(x, context), samples)
         return self.evidence_of(x, z, log_q, context)
 
@@ -224,7 +219,7 @@ class VAE(nn.Module):
         self, x: torch.Tensor, context: torch.Tensor | None, samples: int, by_dimension: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(E_q[log p(x|z)] (B,), KL(q || p)): in closed form (B,) or (B, L), or (B,) from the samples."""
-        _check_samples(samples)
+        check_sizes(samples=samples)
         h = self.encode(x, context)
         gaussian = isinstance(self.prior, StandardNormal) and isinstance(self.posterior, GaussianPosterior)
         if gaussian and samples == 1 and not by_dimension:
@@ -323,11 +318,6 @@ def _dtype(network: nn.Module, x: torch.Tensor) -> torch.dtype:
     """That of the network's parameters; of x, or float32 for integers, where it has none."""
     default = x.dtype if x.is_floating_point() else torch.float32
     return next((p.dtype for p in network.parameters()), default)
-
-
-def _check_samples(samples: int) -> None:
-    if samples < 1:
-        raise ValueError(f"samples: expected at least 1, got {samples}")
 
 
 def _per_sample(rate: torch.Tensor) -> torch.Tensor:

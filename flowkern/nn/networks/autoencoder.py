@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..densities.base import as_shape, check_share, check_sizes
+from ..densities.base import check_share, check_sizes, image_shape
 from .conditioner import ACTIVATIONS, check_context, named_activation
 
 __all__ = ["ConvDecoder", "ConvEncoder", "downsampling", "upsampling"]
@@ -77,10 +77,7 @@ def upsampling(
 
 def _halved(shape: Sequence[int], steps: int) -> tuple[int, int, int]:
     """(C, H / 2^steps, W / 2^steps). Raises ValueError where that is not possible."""
-    sizes = as_shape(shape)
-    if len(sizes) != 3:
-        raise ValueError(f"shape: expected (C, H, W), got {tuple(sizes)}")
-    channels, height, width = sizes
+    channels, height, width = image_shape(shape)
     if steps < 1 or height % (1 << steps) or width % (1 << steps):
         raise ValueError(f"hidden: expected widths, for each of which {height} x {width} pixels can be halved once, got {steps}")
     return channels, height >> steps, width >> steps

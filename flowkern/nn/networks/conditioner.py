@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...ops.autoregressive.network import ACTIVATIONS as _WITH_SLOPES
-from ..densities.base import check_share, check_sizes
+from ..densities.base import check_name, check_share, check_sizes
 
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "Parallel", "ResNet"]
 
@@ -18,12 +18,13 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {name: of for n
 
 
 def named_activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation: unknown name {name!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    """``name`` itself. Raises ValueError unless it is one of ``ACTIVATIONS``."""
+    check_name("activation", name, ACTIVATIONS)
     return name
 
 
 def check_context(context: torch.Tensor | None, size: int | None, batch: int) -> None:
+    """Raises ValueError unless the context is (batch, size), or None where the size is."""
     if size is None and context is not None:
         raise ValueError(f"context: got shape {tuple(context.shape)}, but the network was built without (context=None)")
     if size is not None and (context is None or context.shape != (batch, size)):
@@ -43,7 +44,20 @@ def _checked(hidden: Iterable[int]) -> Iterator[int]:
         yield width
 
 
-class MLP(nn.Module):
+class _Network(nn.Module):
+    """What the networks share: the name of their activation, the size of their context, and the checks of both."""
+
+    def __init__(self, activation: str, context: int | None, dropout: float, **sizes: int):
+        super().__init__()
+        check_sizes(**sizes, context=context)
+        check_share(dropout=dropout)
+        self.activation, self.context = named_activation(activation), context
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, context={self.context}"
+
+
+class MLP(_Network):
     """Linear layers with an activation (and dropout) between them: (B, in_features) -> (B, out_features).
 
     Args:
@@ -67,14 +81,10 @@ class MLP(nn.Module):
         dropout: float = 0.0,
         zero_init: bool = True,
     ):
-        super().__init__()
-        check_sizes(in_features=in_features, out_features=out_features, context=context)
-        check_share(dropout=dropout)
+        super().__init__(activation, context, dropout, in_features=in_features, out_features=out_features)
         widths = itertools.chain([in_features + (context or 0)], _checked(hidden), [out_features])
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.dropout = nn.Dropout(dropout)
-        self.activation = named_activation(activation)
-        self.context = context
         if zero_init:
             _zero(self.layers[-1])  # type: ignore[arg-type]
 
@@ -84,9 +94,6 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             h = self.dropout(ACTIVATIONS[self.activation](layer(h)))
         return self.layers[-1](h)
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, context={self.context}"
 
 
 class _ResidualBlock(nn.Module):
@@ -109,7 +116,7 @@ class _ResidualBlock(nn.Module):
         return h + self.second(self.dropout(act(inner)))
 
 
-class ResNet(nn.Module):
+class ResNet(_Network):
     """A small residual network: 3x3 convolution, residual blocks, 3x3 convolution; (B, in, H, W) -> (B, out, H, W).
 
     The last convolution, and the second one of each block, start at zero: a coupling starts as (nearly) the identity,
@@ -122,8 +129,7 @@ class ResNet(nn.Module):
         activation, dropout: as for ``MLP``.
         zero_init: whether the last convolution starts at zero.
 
-    Raises ValueError for sizes below 1, a dropout outside [0, 1), an unknown activation, and for a context that is missing, not
-    expected or of a wrong shape.
+    Raises ValueError as ``MLP`` does.
     Source: He et al., "Identity Mappings in Deep Residual Networks" (2016).
     """
 
@@ -139,12 +145,8 @@ class ResNet(nn.Module):
         dropout: float = 0.0,
         zero_init: bool = True,
     ):
-        super().__init__()
-        check_sizes(in_channels=in_channels, out_channels=out_channels, hidden=hidden, context=context)
+        super().__init__(activation, context, dropout, in_channels=in_channels, out_channels=out_channels, hidden=hidden)
         check_sizes(0, blocks=blocks)
-        check_share(dropout=dropout)
-        self.activation = named_activation(activation)
-        self.context = context
         self.first = nn.Conv2d(in_channels, hidden, 3, padding=1)
         self.blocks = nn.ModuleList(_ResidualBlock(hidden, context, activation, dropout) for _ in range(blocks))
         self.last = nn.Conv2d(hidden, out_channels, 3, padding=1)
@@ -158,11 +160,8 @@ class ResNet(nn.Module):
             h = block(h, None if context is None else context.to(x.dtype))
         return self.last(ACTIVATIONS[self.activation](h))
 
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, context={self.context}"
 
-
-class ConvNet(nn.Module):
+class ConvNet(_Network):
     """Glow's network: 3x3, 1x1 and 3x3 convolutions with an activation between them; (B, in, H, W) -> (B, out, H, W).
 
     There is no normalization layer, so a sample's result depends on that sample alone.
@@ -174,8 +173,7 @@ class ConvNet(nn.Module):
         dropout: of whole channels, before the last convolution.
         zero_init: start the last convolution at zero, so that a coupling starts as (nearly) the identity.
 
-    Raises ValueError for sizes below 1, a dropout outside [0, 1), an unknown activation, and for a context that is missing, not
-    expected or of a wrong shape.
+    Raises ValueError as ``MLP`` does.
     Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), section 5.1.
     """
 
@@ -190,11 +188,7 @@ class ConvNet(nn.Module):
         dropout: float = 0.0,
         zero_init: bool = True,
     ):
-        super().__init__()
-        check_sizes(in_channels=in_channels, out_channels=out_channels, hidden=hidden, context=context)
-        check_share(dropout=dropout)
-        self.activation = named_activation(activation)
-        self.context = context
+        super().__init__(activation, context, dropout, in_channels=in_channels, out_channels=out_channels, hidden=hidden)
         self.first = nn.Conv2d(in_channels, hidden, 3, padding=1)
         self.second = nn.Conv2d(hidden, hidden, 1)
         self.last = nn.Conv2d(hidden, out_channels, 3, padding=1)
@@ -211,9 +205,6 @@ class ConvNet(nn.Module):
         if self.projection is not None and context is not None:
             h = h + self.projection(context.to(x.dtype))[:, :, None, None]
         return self.last(self.dropout(act(self.second(act(h)))))
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, context={self.context}"
 
 
 class Parallel(nn.Module):
