@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import errno
 import io
 import json
@@ -14,7 +15,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,25 +119,59 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowkern", description="Normalizing flows and other density models on fused kernels.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="command")
-    _train_parser(commands)
-    _demo_parser(commands)
-    _sample_parser(commands)
-    _eval_parser(commands)
-    _compare_parser(commands)
-    _table_parser(commands)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], what: str, **options: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=what, **options)
+        added.set_defaults(run=run)
+        return added
+
+    _add_train_arguments(command("train", _train, "train a model", argument_default=argparse.SUPPRESS))
+
+    demo = command("demo", _demo, "train RealNVP on digits for about a minute, and compare the backends")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    demo.add_argument("--minutes", type=float, default=1.0, help="of training (1)")
+
+    sample = command("sample", _sample, "draw samples from a checkpoint")
+    sample.add_argument("checkpoint", type=Path)
+    sample.add_argument("-n", type=int, default=64, help="how many (64)")
+    sample.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="a picture, or .npy for the values")
+    sample.add_argument("--temperature", type=float, default=1.0, help="of the base's standard deviation (1)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--label", help="class of a conditional model, by name or number (default: one after the other)")
+    sample.add_argument("--device", default="cpu")
+
+    evaluate = command("eval", _eval, "the NLL of data under a checkpoint, beside the size of PNG and WebP files")
+    evaluate.add_argument("checkpoint", type=Path)
+    evaluate.add_argument("--data", metavar="SOURCE", help=f"{_SOURCES} (those it was trained on)")
+    evaluate.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
+    evaluate.add_argument("--split", choices=("train", "val", "test"), default="test")
+    evaluate.add_argument("--draws", type=int, default=20, help="of dequantization noise (20)")
+    evaluate.add_argument("--batch-size", type=int, default=256)
+    evaluate.add_argument("--importance", type=int, metavar="K", help="estimate the likelihood by K importance samples instead")
+    codecs = "for images, also what PNG and lossless WebP need (yes)"
+    evaluate.add_argument("--codecs", action=argparse.BooleanOptionalAction, default=True, help=codecs)
+    evaluate.add_argument("--device", default="cpu")
+
+    compare = command("compare", _compare, "step time and memory of the fused kernels against plain torch")
+    compare.add_argument("model", help="a checkpoint, or the name of a model")
+    compare.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
+    compare.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
+    compare.add_argument("--batch-size", type=int, default=64)
+    compare.add_argument("--device", default="cpu")
+
+    table = command("table", _table, "train the models side by side, a few seeds each, and print their likelihoods")
+    table.add_argument("data", choices=("digits",))
+    table.add_argument("--out", type=Path, default=Path("runs/table"), metavar="DIR", help="of runs, table and plot (runs/table)")
+    table.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    table.add_argument("--rows", nargs="+", metavar="ROW", help="some rows only")
+    table.add_argument("--max-minutes", type=float, metavar="M", help="of training for a single run; later calls can go on")
+
     commands.add_parser("bench", help="time and memory of every op; its options: flowkern bench --help")
-    doctor = commands.add_parser("doctor", help="print versions, backends and devices")
-    doctor.set_defaults(run=_doctor)
+    command("doctor", _doctor, "print versions, backends and devices")
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# train
-
-
-def _train_parser(commands: Any) -> None:
-    train = commands.add_parser("train", help="train a model", argument_default=argparse.SUPPRESS)
-    train.set_defaults(run=_train)
+def _add_train_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument("model", help=f"{', '.join(MODELS)}, or prior of a vqvae")
     train.add_argument("checkpoint", nargs="?", default=None, type=Path, help="for prior: of a trained vqvae or vqvae2")
     train.add_argument("--data", metavar="SOURCE", help=f"{_SOURCES}; for prior by default what the vqvae was trained on")
@@ -174,32 +209,12 @@ def _train_parser(commands: Any) -> None:
     how.add_argument("--draws", type=int, help="of noise for the test NLL (20)")
 
 
-# Of ``train``: what is not part of the plan.
-_OPTIONS = (
-    "resume",
-    "overwrite",
-    "max_minutes",
-    "precision",
-    "accelerator",
-    "channels_last",
-    "devices",
-    "nodes",
-    "strategy",
-    "workers",
-    "checkpoint_steps",
-    "draws",
-)
-
-
 def _train(arguments: argparse.Namespace) -> None:
-    given = vars(arguments).copy()
-    for name in ("run", "debug"):
-        del given[name]
+    given = {name: value for name, value in vars(arguments).items() if name not in ("run", "debug")}
     config = dict(map(_setting, given.pop("set", [])))
     config |= {name: given.pop(name) for name in ("memory", "prior") if name in given}
     if config:
         given["config"] = config
-    options = {name: given.pop(name) for name in _OPTIONS if name in given}
     model, checkpoint = given.pop("model"), given.pop("checkpoint")
     if model == "prior" and checkpoint is None:
         raise ValueError("train prior: name the checkpoint of a vqvae or vqvae2")
@@ -207,15 +222,18 @@ def _train(arguments: argparse.Namespace) -> None:
         raise ValueError(f"train {model}: takes no checkpoint, got {checkpoint}")
     if model != "prior" and "data" not in given:
         raise ValueError(f"train {model}: name the data (--data), one of {_SOURCES}")
-    _start_training(model, given.pop("out"), given, options, checkpoint)
+    _start_training(model, given.pop("out"), given, checkpoint)
 
 
-def _start_training(
-    model: str, out: Path, given: dict[str, Any], options: dict[str, Any], checkpoint: Path | None = None
-) -> None:
-    """``checkpoint``: of the VQ-VAE that a prior is for, else None."""
+def _start_training(model: str, out: Path, given: dict[str, Any], checkpoint: Path | None = None) -> None:
+    """Train as ``given``: fields of the plan and its preset, and options of ``training.train``.
+
+    ``checkpoint`` is that of the VQ-VAE that a prior is for, else None.
+    """
     from . import training
 
+    planned = {"preset", *(field.name for field in dataclasses.fields(training.Plan))}
+    options = {name: given.pop(name) for name in [*given] if name not in planned}
     if options.get("resume") and (out / "last.ckpt").exists():
         given.pop("preset", None)
         source = {"model": model} if checkpoint is None else {"autoencoder": str(checkpoint)}
@@ -251,66 +269,21 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _demo_parser(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="train RealNVP on digits for about a minute, and compare the backends")
-    demo.set_defaults(run=_demo)
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
-    demo.add_argument("--minutes", type=float, default=1.0, help="of training (1)")
-
-
 def _demo(arguments: argparse.Namespace) -> None:
-    options = {"overwrite": True, "max_minutes": arguments.minutes}
-    _start_training("realnvp", arguments.out, {"data": "digits", "preset": "demo"}, options)
+    given = {"data": "digits", "preset": "demo", "overwrite": True, "max_minutes": arguments.minutes}
+    _start_training("realnvp", arguments.out, given)
     from .training import compare
 
     print()
     print(compare(str(arguments.out / "best.ckpt"), "digits"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sample, eval, compare
-
-
-def _sample_parser(commands: Any) -> None:
-    sample = commands.add_parser("sample", help="draw samples from a checkpoint")
-    sample.set_defaults(run=_sample)
-    sample.add_argument("checkpoint", type=Path)
-    sample.add_argument("-n", type=int, default=64, help="how many (64)")
-    sample.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="a picture, or .npy for the values")
-    sample.add_argument("--temperature", type=float, default=1.0, help="of the base's standard deviation (1)")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--label", help="class of a conditional model, by name or number (default: one after the other)")
-    sample.add_argument("--device", default="cpu")
-
-
 def _sample(arguments: argparse.Namespace) -> None:
     from . import training
 
-    training.save_samples(
-        arguments.checkpoint,
-        arguments.out,
-        arguments.n,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        label=arguments.label,
-        device=arguments.device,
-    )
+    how = {name: getattr(arguments, name) for name in ("temperature", "seed", "label", "device")}
+    training.save_samples(arguments.checkpoint, arguments.out, arguments.n, **how)
     print(f"{arguments.n} samples in {arguments.out}")
-
-
-def _eval_parser(commands: Any) -> None:
-    evaluate = commands.add_parser("eval", help="the NLL of data under a checkpoint, beside the size of PNG and WebP files")
-    evaluate.set_defaults(run=_eval)
-    evaluate.add_argument("checkpoint", type=Path)
-    evaluate.add_argument("--data", metavar="SOURCE", help=f"{_SOURCES} (those it was trained on)")
-    evaluate.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
-    evaluate.add_argument("--split", choices=("train", "val", "test"), default="test")
-    evaluate.add_argument("--draws", type=int, default=20, help="of dequantization noise (20)")
-    evaluate.add_argument("--batch-size", type=int, default=256)
-    evaluate.add_argument("--importance", type=int, metavar="K", help="estimate the likelihood by K importance samples instead")
-    codecs = "for images, also what PNG and lossless WebP need (yes)"
-    evaluate.add_argument("--codecs", action=argparse.BooleanOptionalAction, default=True, help=codecs)
-    evaluate.add_argument("--device", default="cpu")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -329,9 +302,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     values = data.load(source, size=size)
     estimate = training.importance_nlls if arguments.importance else training.sample_nlls
     draws = training.needed_draws(model, values, arguments.importance or arguments.draws)
-    nll = estimate(
-        model, values, arguments.split, draws=draws, batch_size=arguments.batch_size, device=arguments.device, bar=True
-    )
+    how: dict[str, Any] = {"draws": draws, "batch_size": arguments.batch_size, "device": arguments.device, "bar": True}
+    nll = estimate(model, values, arguments.split, **how)
     what = "estimate by importance" if arguments.importance else "bound" if draws > 1 else "NLL"
     score = training.Score.of(nll, values, draws)
     print(f"{arguments.split} NLL: {score}, an {what}" if arguments.importance else f"{arguments.split} NLL: {score}")
@@ -340,35 +312,11 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(f"\n{table}")
 
 
-def _compare_parser(commands: Any) -> None:
-    compare = commands.add_parser("compare", help="step time and memory of the fused kernels against plain torch")
-    compare.set_defaults(run=_compare)
-    compare.add_argument("model", help="a checkpoint, or the name of a model")
-    compare.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
-    compare.add_argument("--size", type=int, help="side of the images of folder:PATH (32)")
-    compare.add_argument("--batch-size", type=int, default=64)
-    compare.add_argument("--device", default="cpu")
-
-
 def _compare(arguments: argparse.Namespace) -> None:
     from .training import compare
 
     _keep_pages()
     print(compare(arguments.model, arguments.data, size=arguments.size, batch_size=arguments.batch_size, device=arguments.device))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# table
-
-
-def _table_parser(commands: Any) -> None:
-    table = commands.add_parser("table", help="train the models side by side, a few seeds each, and print their likelihoods")
-    table.set_defaults(run=_table)
-    table.add_argument("data", choices=("digits",))
-    table.add_argument("--out", type=Path, default=Path("runs/table"), metavar="DIR", help="of runs, table and plot (runs/table)")
-    table.add_argument("--seeds", type=int, default=5, help="how many (5)")
-    table.add_argument("--rows", nargs="+", metavar="ROW", help="some rows only")
-    table.add_argument("--max-minutes", type=float, metavar="M", help="of training for a single run; later calls can go on")
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -382,10 +330,6 @@ def _table(arguments: argparse.Namespace) -> int:
         print(f"\ninterrupted; the same command continues from {arguments.out}", file=sys.stderr)
         return 130
     return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# doctor
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

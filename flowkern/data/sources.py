@@ -149,12 +149,12 @@ def load(source: str, *, size: int | None = None, report: Callable[[str], None] 
     root = Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"data: {root} does not exist")
-    options = {"size": 32 if size is None else size, "report": report or _to_stderr} if name in _RESIZED else {}
+    options = (
+        {"size": 32 if size is None else size, "report": report or functools.partial(print, file=sys.stderr)}
+        if name in _RESIZED
+        else {}
+    )
     return _READERS[name](root, **options)
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 @source("digits")
@@ -193,10 +193,6 @@ def _crops(region: np.ndarray, size: int = 32, stride: int = 8) -> tuple[np.ndar
     return np.ascontiguousarray(windows.reshape(-1, 3, size, size)), corners
 
 
-# Hidden by some systems beside every file, with the image's suffix.
-_NOT_IMAGES = ("._",)
-
-
 @source("folder:PATH", resized=True)
 def _folder(root: Path, size: int, report: Callable[[str], None]) -> Dataset:
     from PIL import Image
@@ -206,7 +202,8 @@ def _folder(root: Path, size: int, report: Callable[[str], None]) -> Dataset:
     if size < 1:
         raise ValueError(f"data: size must be at least 1, got {size}")
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(_NOT_IMAGES))
+    # Some systems hide a file ._NAME beside every file, with the image's suffix.
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("._"))
     with ThreadPoolExecutor() as pool:
         decoded = list(pool.map(lambda path: _decode(path, size), found))
     for path, image in zip(found, decoded, strict=True):

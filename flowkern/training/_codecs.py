@@ -14,8 +14,6 @@ from PIL import Image, features
 from ..data import Dataset, Split
 from ._pictures import is_image
 
-__all__ = ["CODECS", "codec_table", "encode", "mosaics", "payload"]
-
 #: Pillow's settings for the smallest files.
 CODECS: dict[str, dict[str, Any]] = {
     "PNG": {"format": "png", "optimize": True, "compress_level": 9},

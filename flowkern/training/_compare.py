@@ -16,10 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from .. import models
 from .._core import backend
 from ..data import load, loader
-from ._evaluate import context_of, suited, usable_device
+from ..nn.densities.base import check_sizes
+from ._evaluate import context_of, on_device, suited, usable_device
 from ._plan import make_plan
-
-__all__ = ["compare"]
 
 Step = Callable[[], None]
 
@@ -44,17 +43,15 @@ def compare(
     Raises ValueError for an unknown model or data, for data that does not fit the model, for a batch of no samples and for a
     device that is not there.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    check_sizes(batch_size=batch_size)
     usable_device(device)
     values = load(data, size=size)
     model = models.load(source) if Path(source).exists() else make_plan(source, data).build(values)
     if model.shape != values.shape:
         raise ValueError(f"{source} is for samples of shape {model.shape}, and {values.name} has {values.shape}")
     model = model.to(device, torch.float32).train()
-    batch = next(iter(loader(suited(values, model), "train", batch_size, seed=0)))
-    x, context = batch.x.to(device), context_of(model, batch.labels)
-    context = None if context is None else context.to(device)
+    batch = on_device(next(iter(loader(suited(values, model), "train", batch_size, seed=0))), model, device)
+    x, context = batch.x, context_of(model, batch.labels)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=device == "cpu" or device.startswith("cuda"))
 
     def step() -> None:

@@ -13,21 +13,7 @@ from rich.progress import track
 
 from ..data import Batch, Dataset, batch_of
 from ..models import Model
-
-__all__ = [
-    "EVALUATION_SEED",
-    "Diverged",
-    "Score",
-    "context_of",
-    "data_dtype",
-    "evaluate",
-    "importance_nlls",
-    "needed_draws",
-    "negative_log_likelihood",
-    "sample_nlls",
-    "suited",
-    "usable_device",
-]
+from ..nn.densities.base import check_sizes
 
 
 class Diverged(RuntimeError):
@@ -92,9 +78,10 @@ def _dtype(model: torch.nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters()), torch.float32)
 
 
-def data_dtype(model: Model) -> torch.dtype:
-    """That of the samples for ``model``: float32 if it reads integers from them, which half precision would change."""
-    return torch.float32 if model.discrete else _dtype(model)
+def on_device(batch: Batch, model: Model, device: str) -> Batch:
+    """A batch for ``model``: in float32 if that reads integers from x, which half precision would change, else in its dtype."""
+    labels = None if batch.labels is None else batch.labels.to(device)
+    return batch._replace(x=batch.x.to(device, torch.float32 if model.discrete else _dtype(model)), labels=labels)
 
 
 def negative_log_likelihood(log_prob: torch.Tensor, dims: int, levels: int | None) -> torch.Tensor:
@@ -189,9 +176,7 @@ def _draws(
         raise ValueError(f"the model is for samples of shape {model.shape}, and {data.name} has {data.shape}")
     if model.context not in (None, len(data.classes)):
         raise ValueError(f"the model is for {model.context} classes, and {data.name} has {len(data.classes)}")
-    for name, value in (("draws", draws), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    check_sizes(draws=draws, batch_size=batch_size)
     usable_device(device)
     n = len(getattr(data, part))
     if n < 2:
@@ -207,15 +192,9 @@ def _draws(
                 torch.manual_seed(draw)
                 for start in range(0, n, batch_size):
                     samples = np.arange(start, min(start + batch_size, n))
-                    batch = batch_of(data, part, samples, seed=EVALUATION_SEED, epoch=draw)
-                    parts.append(_nll(model, log_prob, batch, data.levels, device))
+                    batch = on_device(batch_of(data, part, samples, seed=EVALUATION_SEED, epoch=draw), model, device)
+                    value = log_prob(batch.x, context_of(model, batch.labels))
+                    parts.append(negative_log_likelihood(value.cpu().double(), batch.x[0].numel(), data.levels))
             yield torch.cat(parts)
     finally:
         model.train(training)
-
-
-def _nll(model: Model, log_prob: Callable[..., torch.Tensor], batch: Batch, levels: int | None, device: str) -> torch.Tensor:
-    x = batch.x.to(device, data_dtype(model))
-    labels = None if batch.labels is None else batch.labels.to(device)
-    value = log_prob(x, context_of(model, labels))
-    return negative_log_likelihood(value.cpu().double(), x[0].numel(), levels)

@@ -10,10 +10,8 @@ import torch
 
 from ..data import Batch, Dataset, batch_of
 from ..models import Model
-from ._evaluate import EVALUATION_SEED, context_of, data_dtype
+from ._evaluate import EVALUATION_SEED, context_of, on_device
 from ._pictures import is_image, save_grid, to_pixels
-
-__all__ = ["TEMPERATURES", "pairs", "reconstruct", "save_gallery"]
 
 #: Of the sample grids: lower ones give smoother and less diverse images. The last one is the model's own distribution.
 TEMPERATURES = (0.6, 0.8, 1.0)
@@ -95,6 +93,4 @@ def _pair_of_images(model: Model, data: Dataset, labels: np.ndarray | None, devi
 
 
 def _test_images(model: Model, data: Dataset, samples: np.ndarray, device: str) -> Batch:
-    batch = batch_of(data, "test", samples, seed=EVALUATION_SEED, epoch=0)
-    labels = None if batch.labels is None else batch.labels.to(device)
-    return batch._replace(x=batch.x.to(device, data_dtype(model)), labels=labels)
+    return on_device(batch_of(data, "test", samples, seed=EVALUATION_SEED, epoch=0), model, device)

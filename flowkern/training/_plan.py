@@ -15,18 +15,7 @@ from typing import Any
 
 from .. import models
 from ..data import Dataset
-
-__all__ = [
-    "OPTIMIZERS",
-    "PRESETS",
-    "Plan",
-    "differences",
-    "make_plan",
-    "make_prior_plan",
-    "read_run",
-    "resumed_plan",
-    "trained_on",
-]
+from ..nn.densities.base import check_sizes
 
 OPTIMIZERS = ("adam", "adamw", "adamax")
 
@@ -76,19 +65,9 @@ class Plan:
         for each in dataclasses.fields(self):
             if not _is_a(value := getattr(self, each.name), hints[each.name]):
                 raise ValueError(f"{each.name}: expected {each.type}, got {value!r}")
-        limits = {
-            "epochs": 1,
-            "batch_size": 1,
-            "accumulate": 1,
-            "weight_decay": 0,
-            "warmup": 0,
-            "clip": 0,
-            "ema": 0,
-            "patience": 0,
-        }
-        for name, least in (limits | {"seed": 0}).items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_sizes(epochs=self.epochs, batch_size=self.batch_size, accumulate=self.accumulate)
+        for name in ("weight_decay", "warmup", "clip", "ema", "patience", "seed"):
+            check_sizes(0, **{name: getattr(self, name)})
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate: expected at most batch_size ({self.batch_size}), got {self.accumulate}")
         if not 0.0 < self.lr < math.inf:
@@ -132,22 +111,22 @@ class Plan:
 _DEFAULT: dict[str, Any] = {"warmup": 100, "clip": 100.0, "ema": 0.999, "patience": 20}
 
 
-def _presets() -> Iterator[tuple[tuple[str, str, str], dict[str, Any]]]:
-    """((model, kind of data, preset), fields of ``Plan``) of what the models declare."""
-    for model, cls in models.MODELS.items():
-        for key, fields in cls.presets.items():
-            kind, _, preset = key.partition("-")
-            yield (model, kind, preset or "default"), fields
+def _by_kind(declared: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(kind of data, preset, fields of ``Plan``) of what a model has ``declared``."""
+    for key, fields in declared.items():
+        kind, _, preset = key.partition("-")
+        yield kind, preset or "default", fields
 
 
 #: (model, data, preset) -> fields of ``Plan``. A "default" of model and data is laid over the one of ("*", "*").
-PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {("*", "*", "default"): _DEFAULT, **dict(_presets())}
+PRESETS: dict[tuple[str, str, str], dict[str, Any]] = {("*", "*", "default"): _DEFAULT}
+PRESETS |= {(m, kind, preset): f for m, cls in models.MODELS.items() for kind, preset, f in _by_kind(cls.presets)}
 
 
-def _preset(declared: Mapping[str, Mapping[str, Any]], model: str, kind: str, preset: str) -> dict[str, Any]:
+def _preset(declared: Mapping[str, dict[str, Any]], model: str, kind: str, preset: str) -> dict[str, Any]:
     """Fields of ``Plan`` from what a model has ``declared``. Raises ValueError for a preset that is not there for the data."""
-    keys = {key.partition("-")[2] or "default": key for key in declared if key.partition("-")[0] == kind}
-    known = {"default": {}, **{name: declared[key] for name, key in keys.items()}}
+    known: dict[str, dict[str, Any]] = {"default": {}}
+    known |= {name: fields for of, name, fields in _by_kind(declared) if of == kind}
     if preset not in known:
         raise ValueError(f"preset: {model} on {kind} has no {preset!r}; expected one of {', '.join(known)}")
     return {**(_DEFAULT if preset == "default" else {}), **known[preset]}

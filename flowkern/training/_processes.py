@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["alone_in", "check_processes", "end_with_launcher", "launching"]
-
 #: Names, to the ranks that a process starts, that process.
 _LAUNCHER = "FLOWKERN_LAUNCHER"
 

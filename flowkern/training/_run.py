@@ -24,14 +24,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from .. import models
 from ..data import Dataset, load
+from ..nn.densities.base import check_sizes
 from ._evaluate import Score, evaluate, suited
 from ._gallery import save_gallery
 from ._pictures import atomic, draw_curve, read_log
 from ._plan import Plan, read_run
 from ._processes import alone_in, check_processes, end_with_launcher, launching
 from ._task import AtomicCheckpointIO, Checkpoints, ExponentialAverage, FlowData, FlowTask, Progress
-
-__all__ = ["check_minutes", "has_ended", "run", "trained_minutes"]
 
 # Weights in half precision, which Lightning also offers, would round the data to fewer levels than it has.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -57,10 +56,8 @@ def run(
     """See ``flowkern.training.train``."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: unknown name {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    least_values = {"nodes": (nodes, 1), "workers": (workers, 0), "draws": (draws, 1)}
-    for name, (value, least) in (least_values | {"checkpoint_steps": (checkpoint_steps or 1, 1)}).items():
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    check_sizes(nodes=nodes, draws=draws, checkpoint_steps=checkpoint_steps or None)
+    check_sizes(0, workers=workers)
     check_minutes(max_minutes)
     check_processes(accelerator, devices, workers)
     end_with_launcher()
@@ -188,7 +185,6 @@ def _trainer(plan: Plan, out: Path, hardware: dict[str, Any], io: AtomicCheckpoi
 
 def _prepare(out: Path, start: Path | None) -> None:
     """Remove what a killed run left half written and, for a new run, what an earlier one left."""
-    out.mkdir(parents=True, exist_ok=True)
     old = list(out.glob(".*.tmp"))
     if start is None:
         old += [out / "last.ckpt", out / "best.ckpt", *out.glob("log/version_*/metrics.csv")]
@@ -211,16 +207,14 @@ def _quiet() -> None:
 def _callbacks(plan: Plan, max_minutes: float | None, checkpoints: Checkpoints) -> list[Any]:
     callbacks: list[Any] = [Progress(sys.stdout is not None and sys.stdout.isatty())]
     # Always there: Lightning wants the callbacks that a checkpoint knows when it resumes from it.
-    callbacks.append(Timer(_duration(max_minutes), verbose=False))
+    minutes = math.inf if max_minutes is None else max_minutes
+    limit = timedelta(minutes=minutes) if minutes <= timedelta.max / timedelta(minutes=1) else None
+    callbacks.append(Timer(limit, verbose=False))
     if plan.patience:
         callbacks.append(EarlyStopping("val_nll", patience=plan.patience, check_finite=False))
     if plan.ema:
         callbacks.append(ExponentialAverage(plan.ema))
     return [*callbacks, checkpoints]
-
-
-def _duration(minutes: float | None) -> timedelta | None:
-    return None if minutes is None or minutes > timedelta.max / timedelta(minutes=1) else timedelta(minutes=minutes)
 
 
 def _out_of_patience(content: Mapping[str, Any], plan: Plan) -> bool:

@@ -13,8 +13,6 @@ from .. import models
 from ._evaluate import context_of, usable_device
 from ._pictures import atomic, is_image, save_grid, to_pixels
 
-__all__ = ["save_samples"]
-
 
 def save_samples(
     checkpoint: Path,

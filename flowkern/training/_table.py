@@ -17,12 +17,11 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from .. import models
 from ..data import load
+from ..nn.densities.base import check_sizes
 from ._evaluate import importance_nlls
 from ._pictures import atomic
 from ._plan import Plan, differences, make_plan
 from ._run import check_minutes, has_ended, run, trained_minutes
-
-__all__ = ["ROWS", "Row", "Summary", "markdown", "table"]
 
 IMPORTANCE_SAMPLES = 1000
 
@@ -106,8 +105,7 @@ def table(data: str, out: Path, *, seeds: int = 5, rows: Sequence[str] | None = 
     for name in names:
         if name not in ROWS:
             raise ValueError(f"rows: unknown name {name!r}; expected some of {', '.join(ROWS)}")
-    if seeds < 1:
-        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    check_sizes(seeds=seeds)
     check_minutes(max_minutes)
     summaries(data, out, seeds)  # refuses what cannot be continued, before hours of training
     columns = [SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()]
@@ -132,7 +130,8 @@ def _result(row: Row, data: str, seed: int, out: Path, max_minutes: float | None
     """
     plan, last = row.plan(data, seed), out / "last.ckpt"
     stored = _stored(out, plan)
-    if stored is not None and (_has_ended(stored) or not _has_time(last, max_minutes)):
+    over = max_minutes is not None and last.exists() and trained_minutes(last) >= max_minutes
+    if stored is not None and (over or _has_ended(stored)):
         return
     if last.exists():
         _check_plan(out, plan, models.read_checkpoint(last).get("plan"))
@@ -192,11 +191,6 @@ def _check_plan(out: Path, plan: Plan, stored: Any) -> None:
 def _has_ended(result: Mapping[str, Any]) -> bool:
     """Results of before this was written down are of runs that had."""
     return bool(result.get("ended", True))
-
-
-def _has_time(last: Path, max_minutes: float | None) -> bool:
-    """Whether a run that was cut off may train on."""
-    return max_minutes is None or not last.exists() or trained_minutes(last) < max_minutes
 
 
 def summaries(data: str, out: Path, seeds: int) -> list[Summary]:

@@ -27,14 +27,7 @@ from ..nn.bijections.bijection import Bijection
 from ._evaluate import Diverged, context_of, negative_log_likelihood
 from ._plan import Plan
 
-__all__ = ["AtomicCheckpointIO", "Checkpoints", "ExponentialAverage", "FlowData", "FlowTask", "Progress"]
-
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adamax": torch.optim.Adamax,
-}
-
+_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}
 
 ADVICE = (
     "Try a lower learning rate (--lr), a longer warm-up (--warmup) or gradient clipping (--clip), or look for extreme values "
@@ -46,11 +39,9 @@ def diagnosis(model: torch.nn.Module) -> str:
     """What may have made the loss of ``model`` not finite: what its layers' ``check`` says, and parameters that hold NaN."""
     found = []
     for layer in model.modules():
-        check = getattr(layer, "check", None)
-        if not isinstance(layer, Bijection) or check is None:
-            continue
         try:
-            check()
+            if isinstance(layer, Bijection) and hasattr(layer, "check"):
+                layer.check()  # type: ignore[operator]
         except ValueError as error:
             found.append(f"{error}. ")
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
@@ -231,7 +222,8 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint, or with ``storage_options="later"`` keep a copy for ``flush``."""
         if storage_options == "later":
-            self._waiting[str(path)] = _copy(checkpoint)
+            # The same dicts, lists and tuples with copies of the tensors.
+            self._waiting[str(path)] = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint)
             return
         self._waiting.pop(str(path), None)
         models.write_atomically(checkpoint, path)
@@ -247,11 +239,6 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
-
-
-def _copy(tree: Any) -> Any:
-    """The same dicts, lists and tuples with copies of the tensors on the CPU."""
-    return tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), tree)
 
 
 class Checkpoints(Checkpoint):
