@@ -149,12 +149,9 @@ def load(source: str, *, size: int | None = None, report: Callable[[str], None] 
     root = Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"data: {root} does not exist")
-    options = (
-        {"size": 32 if size is None else size, "report": report or functools.partial(print, file=sys.stderr)}
-        if name in _RESIZED
-        else {}
-    )
-    return _READERS[name](root, **options)
+    if name not in _RESIZED:
+        return _READERS[name](root)
+    return _READERS[name](root, size=32 if size is None else size, report=report or functools.partial(print, file=sys.stderr))
 
 
 @source("digits")
@@ -277,28 +274,21 @@ def _cifar10_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @source("mnist:PATH")
 def _mnist(root: Path) -> Dataset:
-    train, test = (
-        (_idx(_idx_path(root, f"{part}-images", 3), 3), _idx(_idx_path(root, f"{part}-labels", 1), 1))
-        for part in ("train", "t10k")
-    )
-    for (images, labels), part in ((train, "train"), (test, "t10k")):
-        if len(images) != len(labels) or images.shape[1:] != train[0].shape[1:]:
+    read: list[tuple[np.ndarray, np.ndarray]] = []
+    for part in ("train", "t10k"):
+        images, labels = _idx(root, f"{part}-images", 3), _idx(root, f"{part}-labels", 1)
+        if len(images) != len(labels) or (read and images.shape[1:] != read[0][0].shape[2:]):
             raise ValueError(f"data: {root}: {part} has images {images.shape} and {len(labels)} labels; expected one each")
-        _labels(root / f"{part}-labels", labels)
-    held_out = Split(test[0][:, None], test[1].astype(np.int64))
-    return _held_out("mnist", train[0][:, None], train[1].astype(np.int64), held_out, tuple(map(str, range(10))))
+        read.append((images[:, None], _labels(root / f"{part}-labels", labels)))
+    return _held_out("mnist", *read[0], Split(*read[1]), tuple(map(str, range(10))))
 
 
-def _idx_path(root: Path, stem: str, rank: int) -> Path:
-    names = [f"{stem}{mark}idx{rank}-ubyte{suffix}" for mark in "-." for suffix in ("", ".gz")]
-    for name in names:
-        if (root / name).is_file():
-            return root / name
-    raise FileNotFoundError(f"data: {root} holds none of {', '.join(names)}")
-
-
-def _idx(path: Path, rank: int) -> np.ndarray:
+def _idx(root: Path, stem: str, rank: int) -> np.ndarray:
     """An idx file of unsigned bytes: big-endian magic number 0x08 and rank, the sizes, the values."""
+    names = [f"{stem}{mark}idx{rank}-ubyte{suffix}" for mark in "-." for suffix in ("", ".gz")]
+    path = next((root / name for name in names if (root / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"data: {root} holds none of {', '.join(names)}")
     raw = _read(path)
     magic = int.from_bytes(raw[:4], "big")
     if len(raw) < 4 + 4 * rank or magic != 0x800 + rank:

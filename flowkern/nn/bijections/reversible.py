@@ -17,7 +17,6 @@ inverses can explode: Behrmann et al., "Understanding and Mitigating Exploding I
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -178,7 +177,9 @@ class _Segment:
     def __init__(self, steps: Sequence[_Step], device: torch.device, inverse: bool, turn: int = 0):
         self.steps, self.device, self.inverse, self.turn = steps, device, inverse, turn
         self.parameters = list({id(p): p for step in steps for p in step.trained}.values())
-        self.autocast = [_Autocast.now(kind) for kind in {device.type, "cpu"} if kind != "meta"]
+        kinds = {device.type, "cpu"} - {"meta"}
+        #: (device, whether it is on, its dtype)
+        self.autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
         self.states: list[State] = []  # the random state before each step, and after the last
         self.versions: list[int] = []
         self.watched = evenly(turn) * WATCH_EVERY < 1.0
@@ -191,7 +192,7 @@ class _Segment:
     def epsilon(self, dtype: torch.dtype) -> float:
         """Of the coarsest dtype at work: that of the state, of the parameters, or of autocast."""
         dtypes = {dtype, *(p.dtype for step in self.steps for p in step.parameters)}
-        dtypes |= {autocast.dtype for autocast in self.autocast if autocast.enabled}
+        dtypes |= {lower for _, enabled, lower in self.autocast if enabled}
         return max(torch.finfo(d).eps for d in dtypes if d.is_floating_point)
 
     @property
@@ -211,22 +212,20 @@ class _Segment:
             for position, step in enumerate(self.steps):
                 self.remember()
                 if self.watched and position:
-                    self.spots.append(self.spot(x, position))
+                    self.spots.append(spot(x, self.turn + position))
                 x, logabsdet = run(step.bijection, x, context, self.inverse)
                 total = total + logabsdet
         self.remember()
         self.versions = [_version(p) for step in self.steps for p in step.parameters]
         return x, total
 
-    def spot(self, x: torch.Tensor, position: int) -> torch.Tensor:
-        return spot(x, self.turn + position)
-
     @contextlib.contextmanager
     def as_it_was(self) -> Iterator[None]:
         """The autocast state of the forward. Its cache of weights stays off: those cast without gradients have no graph."""
         with contextlib.ExitStack() as stack:
-            for autocast in self.autocast:
-                stack.enter_context(autocast.restored())
+            for kind, enabled, dtype in self.autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             yield
 
     @contextlib.contextmanager
@@ -278,7 +277,7 @@ class _Replay:
             self.rewind()
             y = self._step.bijection.backward_step(y, self.context, self, self.segment.inverse)
             if self.segment.watched and position:
-                self.spots.append(self.segment.spot(y, position))
+                self.spots.append(spot(y, self.segment.turn + position))
         return y
 
     @property
@@ -306,7 +305,8 @@ class _Replay:
         for tensor, g in zip(more, pulled[len(inputs) :], strict=True):
             if g is not None:
                 self.collected[id(tensor)] = self.collected[id(tensor)] + g if id(tensor) in self.collected else g
-        return _sum(pulled[: len(inputs)])
+        of_inputs = [g for g in pulled[: len(inputs)] if g is not None]
+        return sum(of_inputs[1:], of_inputs[0]) if of_inputs else None
 
     def from_the_start(self, x: torch.Tensor) -> None:
         """The segment's gradients with everything stored, from its exact input."""
@@ -319,13 +319,6 @@ class _Replay:
                 total = total + logabsdet
         self.collected.clear()
         self.grad = self._pull(y, total, (start,), self.segment.parameters)
-
-
-def _sum(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    total = None
-    for gradient in gradients:
-        total = gradient if total is None else total if gradient is None else total + gradient
-    return total
 
 
 class _Reversible(torch.autograd.Function):
@@ -394,22 +387,6 @@ def _drift(keeper: Keeper, replay: _Replay, rebuilt: torch.Tensor, exact: torch.
         inner, exact = torch.cat(replay.spots, 1), torch.cat(segment.spots[::-1], 1)
         found, where = drift(inner, exact, bound, kept), "a rebuilt state inside"
     return None if found is None else f"{where} is off by {found:.1e} of its spread, more than {bound:.1e}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Autocast:
-    device: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def now(cls, device: str) -> _Autocast:
-        return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-
-    def restored(self) -> contextlib.AbstractContextManager[Any]:
-        if not self.enabled and not torch.is_autocast_enabled(self.device):
-            return contextlib.nullcontext()
-        return torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
 def _generators(device: torch.device) -> list[tuple[Any, tuple[torch.device, ...]]]:

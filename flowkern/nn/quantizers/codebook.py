@@ -62,16 +62,9 @@ def lookup(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return torch.stack([ops.nearest_code(rows[:, i], codes)[0] for i, codes in enumerate(codebook)], 1)
 
 
-def _follow(
-    rows: torch.Tensor,
-    index: torch.Tensor,
-    codebook: torch.Tensor,
-    counts: torch.Tensor,
-    sums: torch.Tensor,
-    decay: float,
-    unit: bool,
-) -> None:
-    """One step of the moving averages, those of all heads at once: head h's code k is code h K + k."""
+def _follow(rows: torch.Tensor, index: torch.Tensor, averages: tuple[torch.Tensor, ...], decay: float, unit: bool) -> None:
+    """One step of the ``averages``, codebook, counts and sums, of all heads at once: head h's code k is code h K + k."""
+    codebook, counts, sums = averages
     first = torch.arange(len(codebook), device=index.device) * codebook.shape[1]
     flat = codebook.flatten(0, 1), counts.flatten(), sums.flatten(0, 1)
     update_averages_(rows.flatten(0, 1), (index + first).flatten(), *flat, decay, _reduce)
@@ -102,7 +95,7 @@ def initialize_codes(
     centres = _rows_of_all(rows.flatten(0, 1), numbers, start * heads, codebook)
     codebook.copy_(centres.nan_to_num_(0.0, 0.0, 0.0))
     for _ in range(_LLOYD_ITERATIONS):
-        _follow(rows, lookup(rows, codebook), codebook, counts, sums, 0.0, unit)
+        _follow(rows, lookup(rows, codebook), (codebook, counts, sums), 0.0, unit)
     initialized.fill_(True)
 
 
@@ -119,7 +112,7 @@ def update_codes(
     unit: bool,
 ) -> None:
     """One step of the moving averages and, if asked for, of revival. It never waits for a GPU."""
-    _follow(rows, index, codebook, counts, sums, decay, unit)
+    _follow(rows, index, (codebook, counts, sums), decay, unit)
     if revive_below > 0.0:
         _revive(rows, codebook, counts, sums, steps, revive_below)
     steps.add_(1)

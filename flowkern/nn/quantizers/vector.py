@@ -82,7 +82,18 @@ class VectorQuantizer(Quantizer, kind="vector"):
         channels_first: bool = False,
     ):
         super().__init__()
-        _check_arguments(dim, codes, heads, decay, init, revive_below)
+        if dim < 1 or codes < 1 or heads < 1:
+            raise ValueError(f"VectorQuantizer: dim, codes and heads must be at least 1, got {dim}, {codes} and {heads}")
+        if dim % heads:
+            raise ValueError(f"VectorQuantizer: heads must divide dim, got {heads} heads of dim {dim}")
+        if decay is not None and not 0.0 <= decay < 1.0:
+            raise ValueError(f"VectorQuantizer: expected a decay from 0 to under 1, or None, got {decay}")
+        if init not in INITS:
+            raise ValueError(f"VectorQuantizer: unknown init {init!r}; expected one of {', '.join(map(repr, INITS))}")
+        if revive_below is not None and not 0.0 < revive_below < 1.0:
+            raise ValueError(f"VectorQuantizer: expected revive_below between 0 and 1, or None, got {revive_below}")
+        if revive_below is not None and decay is None:
+            raise ValueError("VectorQuantizer: revive_below needs the counts of moving averages; give a decay")
         self.dim, self.codes, self.heads, self.decay, self.commitment = dim, codes, heads, decay, float(commitment)
         self.init, self.revive_below, self.cosine, self.rotation = init, revive_below, cosine, rotation
         self.channels_first, self.index_shape = channels_first, () if heads == 1 else (heads,)
@@ -106,7 +117,8 @@ class VectorQuantizer(Quantizer, kind="vector"):
             check_same_device("x", x, self.codebook, of="the codebook")
             if not rows.is_meta:
                 self._initialize(rows.detach())
-        parts = [self._quantize(rows[:, i], codes) for i, codes in enumerate(self._codes())]
+        how: dict[str, Any] = {"beta": self.commitment, "codebook_loss": self.decay is None, "rotation": self.rotation}
+        parts = [ops.vector_quantize(rows[:, i], codes, **how) for i, codes in enumerate(self._codes())]
         if self.heads == 1:
             quantized, index, loss = parts[0]
         else:
@@ -115,8 +127,7 @@ class VectorQuantizer(Quantizer, kind="vector"):
             loss = torch.stack(losses).mean()
         if self.training and self.decay is not None:
             state = self.codebook, self.counts, self.sums, self.steps
-            how = self.decay, self.revive_below or 0.0, self.cosine
-            update_codes(rows.detach(), index.view(-1, self.heads), *state, *how)
+            update_codes(rows.detach(), index.view(-1, self.heads), *state, self.decay, self.revive_below or 0.0, self.cosine)
         quantized = quantized.to(x.dtype).view(last.shape)
         return self.as_given(quantized), self._shaped(index, last), loss
 
@@ -147,9 +158,6 @@ class VectorQuantizer(Quantizer, kind="vector"):
     def _codes(self) -> torch.Tensor:
         """The codebook as it is used. That of moving averages is kept at norm 1."""
         return F.normalize(self.codebook, dim=-1) if self.cosine and self.decay is None else self.codebook
-
-    def _quantize(self, rows: torch.Tensor, codes: torch.Tensor) -> Triple:
-        return ops.vector_quantize(rows, codes, beta=self.commitment, codebook_loss=self.decay is None, rotation=self.rotation)
 
     @torch.no_grad()
     def _initialize(self, rows: torch.Tensor) -> None:
@@ -182,18 +190,3 @@ class VectorQuantizer(Quantizer, kind="vector"):
             if (value := getattr(self, name)) != default:
                 parts.append(f"{name}={value!r}")
         return ", ".join(parts + [f"{name}=True" for name in ("cosine", "rotation", "channels_first") if getattr(self, name)])
-
-
-def _check_arguments(dim: int, codes: int, heads: int, decay: float | None, init: str, revive_below: float | None) -> None:
-    if dim < 1 or codes < 1 or heads < 1:
-        raise ValueError(f"VectorQuantizer: dim, codes and heads must be at least 1, got {dim}, {codes} and {heads}")
-    if dim % heads:
-        raise ValueError(f"VectorQuantizer: heads must divide dim, got {heads} heads of dim {dim}")
-    if decay is not None and not 0.0 <= decay < 1.0:
-        raise ValueError(f"VectorQuantizer: expected a decay from 0 to under 1, or None, got {decay}")
-    if init not in INITS:
-        raise ValueError(f"VectorQuantizer: unknown init {init!r}; expected one of {', '.join(map(repr, INITS))}")
-    if revive_below is not None and not 0.0 < revive_below < 1.0:
-        raise ValueError(f"VectorQuantizer: expected revive_below between 0 and 1, or None, got {revive_below}")
-    if revive_below is not None and decay is None:
-        raise ValueError("VectorQuantizer: revive_below needs the counts of moving averages; give a decay")
