@@ -77,7 +77,7 @@ class _AutoregressiveFlow(FlowModel):
             "lr": 1e-3,
             "ema": 0.998,
             "epochs": 200,
-        },
+        }
     },
 )
 class MAF(_AutoregressiveFlow):

@@ -103,11 +103,7 @@ class PixelCNN(DiscreteModel):
 
     @torch.no_grad()
     def draw(
-        self,
-        n: int,
-        context: torch.Tensor | None = None,
-        temperature: float = 1.0,
-        condition: torch.Tensor | None = None,
+        self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0, condition: torch.Tensor | None = None
     ) -> torch.Tensor:
         """n samples of integers (n, C, H, W); the logits are divided by ``temperature``.
 

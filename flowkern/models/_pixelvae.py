@@ -23,7 +23,7 @@ from ._vae import VAE
             "ema": 0.998,
             "epochs": 60,
             "patience": 8,
-        },
+        }
     },
 )
 class PixelVAE(VAE):

@@ -22,6 +22,9 @@ from ._registry import model
 
 #: One map (B, h, w) of codes for each latent, the coarsest first.
 Codes = tuple[torch.Tensor, ...]
+#: What makes the quantizer of one map.
+New = Callable[[], nn.Quantizer]
+Size = tuple[int, int, int]
 
 #: Of a pixel given the codes.
 LIKELIHOODS = ("logistic", "categorical")
@@ -33,28 +36,17 @@ _REVIVE_BELOW = 0.1
 class _Autoencoder(torch.nn.Module):
     """Images to codes, and codes to the parameters of the pixels' distributions, over one latent map.
 
-    ``sizes`` are those of the maps, the coarsest first.
+    ``sizes`` are those of the maps, the coarsest first; ``residual`` are the number of blocks and the dropout in them.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        maps: int,
-        quantizer: Callable[[], nn.Quantizer],
-        dim: int,
-        *,
-        hidden: int,
-        blocks: int,
-        downsample: int,
-        dropout: float,
-    ):
+    def __init__(self, shape: Size, maps: int, quantizer: New, dim: int, *, hidden: int, downsample: int, **residual: Any):
         super().__init__()
         channels, height, width = shape
         self.sizes = [(height >> downsample, width >> downsample)]
-        self.encoder = downsampling(channels, (hidden,) * downsample, blocks, dropout=dropout)
+        self.encoder = downsampling(channels, (hidden,) * downsample, **residual)
         self.project = torch.nn.Conv2d(hidden, dim, 1)
         self.quantizer = quantizer()
-        self.decoder = upsampling(dim, (hidden,) * downsample, maps, blocks, dropout=dropout)
+        self.decoder = upsampling(dim, (hidden,) * downsample, maps, **residual)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
         """x (B, C, H, W) from -1 to 1 -> (parameters (B, maps, H, W), codes, loss of the quantizers)."""
@@ -75,28 +67,27 @@ class _Autoencoder2(torch.nn.Module):
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: Size,
         maps: int,
-        quantizer: Callable[[], nn.Quantizer],
+        quantizer: New,
         dim: int,
         *,
-        hidden: int,
-        blocks: int,
         downsample: int,
         top_downsample: int,
-        dropout: float,
+        hidden: int,
+        **residual: Any,
     ):
         super().__init__()
         channels, height, width = shape
         self.sizes = [(height >> n, width >> n) for n in (downsample + top_downsample, downsample)]
-        self.bottom_encoder = downsampling(channels, (hidden,) * downsample, blocks, dropout=dropout)
-        self.top_encoder = downsampling(hidden, (hidden,) * top_downsample, blocks, dropout=dropout)
+        self.bottom_encoder = downsampling(channels, (hidden,) * downsample, **residual)
+        self.top_encoder = downsampling(hidden, (hidden,) * top_downsample, **residual)
         self.top_project = torch.nn.Conv2d(hidden, dim, 1)
         self.top_quantizer = quantizer()
-        self.top_decoder = upsampling(dim, (hidden,) * top_downsample, hidden, blocks, dropout=dropout)
+        self.top_decoder = upsampling(dim, (hidden,) * top_downsample, hidden, **residual)
         self.bottom_project = torch.nn.Conv2d(2 * hidden, dim, 1)
         self.bottom_quantizer = quantizer()
-        self.decoder = upsampling(hidden + dim, (hidden,) * downsample, maps, blocks, dropout=dropout)
+        self.decoder = upsampling(hidden + dim, (hidden,) * downsample, maps, **residual)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
         features = self.bottom_encoder(x)
@@ -171,7 +162,7 @@ class _Shown(torch.nn.Module):
 
 def _quantizers(
     given: nn.Quantizer | Mapping[str, Any] | None, dim: int, codes: int, decay: float | None, commitment: float
-) -> tuple[Callable[[], nn.Quantizer], int, int]:
+) -> tuple[New, int, int]:
     """What makes the quantizer of one map, its dim and its codes. Raises ValueError for one that gives no map of codes."""
     if given is None:
         revive_below = None if decay is None else _REVIVE_BELOW
@@ -187,13 +178,7 @@ class _CodeModel(DiscreteModel):
     """What VQVAE and VQVAE2 share: all but the autoencoder."""
 
     prior_presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "digits": {
-            "config": {"hidden": 32, "layers": 4, "dropout": 0.5},
-            "lr": 2e-3,
-            "ema": 0.99,
-            "epochs": 60,
-            "patience": 8,
-        },
+        "digits": {"config": {"hidden": 32, "layers": 4, "dropout": 0.5}, "lr": 2e-3, "ema": 0.99, "epochs": 60, "patience": 8},
         "photos": {"config": {"hidden": 48, "layers": 8, "dropout": 0.3}, "batch_size": 32, "ema": 0.99, "epochs": 20},
     }
 

@@ -85,10 +85,6 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d{1,9}", version)[:3]))
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 def _reason_against(content: Any) -> str | None:
     """Why ``content`` is not a checkpoint that this version reads, or None if it is."""
     if not isinstance(content, dict) or not isinstance(content.get("flowkern"), str):
@@ -141,9 +137,10 @@ def read_checkpoint(path: StrPath) -> dict[str, Any]:
     try:
         content = _unpack(path)
     except Exception as error:  # a damaged file may lead zipfile, torch and pickle to anything
-        raise ValueError(f"{path}: not a checkpoint: the file is damaged or foreign: {_first_line(error)}") from error
-    if reason := _reason_against(content):
-        raise ValueError(f"{path}: not a readable checkpoint: {reason}")
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint: the file is damaged or foreign: {reason}") from error
+    if (why := _reason_against(content)) is not None:
+        raise ValueError(f"{path}: not a readable checkpoint: {why}")
     return content
 
 
@@ -159,19 +156,15 @@ def load(path: StrPath) -> Model:
         with Budget(state.values()):
             flow = build(model["name"], model["config"])
         dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-        _check_dtypes(flow, state)
+        # Between floating dtypes a value may be converted, not to another kind of number.
+        for name, own in flow.state_dict().items():
+            came = state[name].dtype if name in state else own.dtype
+            if came != own.dtype and not (own.is_floating_point() and came in FLOATING):
+                expected = "a floating dtype" if own.is_floating_point() else own.dtype
+                raise ValueError(f"state_dict: {name!r}: expected {expected}, got {came}")
         if len(dtypes) == 1:
             flow = flow.to(*dtypes)
         flow.load_state_dict(state)
     except Exception as error:  # so may a configuration lead a constructor
         raise ValueError(f"{path}: cannot rebuild the model: {str(error) or type(error).__name__}") from error
     return flow.eval()
-
-
-def _check_dtypes(model: Model, state: Mapping[str, torch.Tensor]) -> None:
-    """Raises ValueError for a value that would be converted to another kind of number; between floating dtypes it may be."""
-    for name, own in model.state_dict().items():
-        came = state[name].dtype if name in state else own.dtype
-        if came != own.dtype and not (own.is_floating_point() and came in FLOATING):
-            expected = "a floating dtype" if own.is_floating_point() else own.dtype
-            raise ValueError(f"state_dict: {name!r}: expected {expected}, got {came}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import math
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -82,10 +83,11 @@ def draw_curve(log: dict[str, list[tuple[float, float]]], path: str | os.PathLik
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
+    values: list[float] = []
     for name, label in (("train_nll", "training"), ("val_nll", "validation")):
         points = log.get(name, [])
         axes.plot([epoch + 1 for epoch, _ in points], [value for _, value in points], label=label)
-    values = [value for name in ("train_nll", "val_nll") for _, value in log.get(name, []) if math.isfinite(value)]
+        values += [value for _, value in points if math.isfinite(value)]
     if values:
         # The first epochs lie far above the rest.
         axes.set_ylim(min(values) - 0.05 * abs(min(values)), np.quantile(values, 0.95))
@@ -94,13 +96,8 @@ def draw_curve(log: dict[str, list[tuple[float, float]]], path: str | os.PathLik
     axes.set_title(title.encode("ascii", "backslashreplace").decode(), parse_math=False)
     axes.legend()
     bit = dims * math.log(2.0)
-
-    def in_bits(nats: Any) -> Any:
-        return nats / bit
-
-    def in_nats(bits: Any) -> Any:
-        return bits * bit
-
-    axes.secondary_yaxis("right", functions=(in_bits, in_nats)).set_ylabel("bits/dim")
+    to_bits = functools.partial(operator.mul, 1.0 / bit)
+    to_nats = functools.partial(operator.mul, bit)
+    axes.secondary_yaxis("right", functions=(to_bits, to_nats)).set_ylabel("bits/dim")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -65,7 +65,15 @@ class Compose(Bijection):
 
     def __init__(self, *bijections: Bijection, memory: str = "store", anchors: int | None = None, drift: float | None = None):
         super().__init__()
-        _check(bijections, memory, anchors, drift)
+        if memory not in MEMORY:
+            raise ValueError(f"memory: expected one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
+        if anchors is not None and anchors < 1:
+            raise ValueError(f"anchors: expected at least 1, or None, got {anchors}")
+        if drift is not None and not drift > 0.0:
+            raise ValueError(f"drift: expected a positive number, or None, got {drift}")
+        others = [b for b in bijections if not isinstance(b, Bijection)]
+        if others and memory != "store":
+            raise TypeError(f"Compose: memory={memory!r} needs every layer to be a Bijection, got {type(others[0]).__name__}")
         self.bijections = nn.ModuleList(bijections)
         self.memory, self.anchors, self.drift = memory, anchors, drift
         self._keeper = None if memory == "store" else Keeper(memory, anchors, drift)
@@ -114,18 +122,6 @@ class Compose(Bijection):
 
     def extra_repr(self) -> str:
         return "" if self.memory == "store" else f"memory={self.memory!r}, anchors={self.anchors}, drift={self.drift}"
-
-
-def _check(bijections: Sequence[Bijection], memory: str, anchors: int | None, drift: float | None) -> None:
-    if memory not in MEMORY:
-        raise ValueError(f"memory: expected one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
-    if anchors is not None and anchors < 1:
-        raise ValueError(f"anchors: expected at least 1, or None, got {anchors}")
-    if drift is not None and not drift > 0.0:
-        raise ValueError(f"drift: expected a positive number, or None, got {drift}")
-    others = [b for b in bijections if not isinstance(b, Bijection)]
-    if others and memory != "store":
-        raise TypeError(f"Compose: memory={memory!r} needs every layer to be a Bijection, got {type(others[0]).__name__}")
 
 
 def _joins(bijection: nn.Module) -> bool:

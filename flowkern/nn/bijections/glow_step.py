@@ -87,16 +87,12 @@ class GlowStep(Compose):
             super().__init__(linear, Coupling(conditioner, transformer, split=split))
 
     @property
-    def _normalized(self) -> NormalizedLinear:
-        return cast(NormalizedLinear, self.bijections[0])
-
-    @property
     def actnorm(self) -> ActNorm:
-        return self._normalized.actnorm
+        return cast(NormalizedLinear, self.bijections[0]).actnorm
 
     @property
     def linear(self) -> InvertibleConv1x1:
-        return self._normalized.linear
+        return cast(NormalizedLinear, self.bijections[0]).linear
 
     @property
     def coupling(self) -> Coupling:

@@ -123,21 +123,16 @@ class _Inverse:
         self._known: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def of(self, weight: torch.Tensor) -> Pair:
-        """(W^-1, log|det W|)."""
+        """(W^-1, log|det W|) of one LU factorization in float64; not finite where W is singular."""
         known = self._known
         if known is None or known[0].dtype != weight.dtype or not torch.equal(known[0], weight):
             # A tensor made in inference mode could not be saved for a backward pass later.
             with torch.inference_mode(False), torch.no_grad():
-                known = self._known = (weight.clone(), *_inverse_and_logabsdet(weight))
+                lu, pivots, _ = torch.linalg.lu_factor_ex(weight.double())
+                inverse = torch.linalg.lu_solve(lu, pivots, torch.eye(len(weight), dtype=lu.dtype, device=lu.device))
+                logabsdet = lu.diagonal().abs().log().sum()
+                known = self._known = weight.clone(), inverse.to(weight.dtype), logabsdet.to(weight.dtype)
         return known[1:]
-
-
-def _inverse_and_logabsdet(weight: torch.Tensor) -> Pair:
-    """W^-1 and log|det W| of one LU factorization in float64; not finite where W is singular."""
-    lu, pivots, _ = torch.linalg.lu_factor_ex(weight.double())
-    eye = torch.eye(len(weight), dtype=lu.dtype, device=lu.device)
-    inverse = torch.linalg.lu_solve(lu, pivots, eye)
-    return inverse.to(weight.dtype), lu.diagonal().abs().log().sum().to(weight.dtype)
 
 
 class InvertibleLinear(Bijection):
@@ -229,11 +224,7 @@ class InvertibleLinear(Bijection):
         return weight, bias, logabsdet, weight_inverse if inverse else None
 
     def backward_folded(
-        self,
-        y: torch.Tensor,
-        replay: Replay,
-        log_scale: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
+        self, y: torch.Tensor, replay: Replay, log_scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``backward_step`` of ``folded``, forwards: W is assembled once, and the output at hand not computed again."""
         with torch.enable_grad():

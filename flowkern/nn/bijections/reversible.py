@@ -275,20 +275,16 @@ class _Replay:
         for position in reversed(range(len(self.segment.steps))):
             self.position = position
             self.rewind()
-            y = self._step.bijection.backward_step(y, self.context, self, self.segment.inverse)
+            y = self.segment.steps[position].bijection.backward_step(y, self.context, self, self.segment.inverse)
             if self.segment.watched and position:
                 self.spots.append(spot(y, self.segment.turn + position))
         return y
-
-    @property
-    def _step(self) -> _Step:
-        return self.segment.steps[self.position]
 
     def rewind(self) -> None:
         self.segment.rewind(self.position)
 
     def differentiate(self, y: torch.Tensor, logabsdet: torch.Tensor, *inputs: torch.Tensor) -> None:
-        self.grad = self._pull(y, logabsdet, inputs, self._step.trained)
+        self.grad = self._pull(y, logabsdet, inputs, self.segment.steps[self.position].trained)
 
     def _pull(
         self, y: torch.Tensor, logabsdet: torch.Tensor, inputs: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]

@@ -52,10 +52,11 @@ class MADEDensity(nn.Module):
         check_sizes(masks=masks)
         self.output, self.distribution = output, likelihood(output, components, levels)
         self.network = MADE(features, hidden, self.distribution.params, seed=seed, **network)
-        self.mask_sets = nn.ModuleList(nn.ModuleList(self.network.masks()) for _ in range(masks))
+        self.mask_sets = nn.ModuleList([nn.ModuleList(self.network.masks())])
         self.steps = 0  # of training, by which the next set of masks is chosen
         if masks > 1:
-            self.resample_masks(torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            self.mask_sets = nn.ModuleList(self._drawn_masks(generator) for _ in range(masks))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -70,11 +71,13 @@ class MADEDensity(nn.Module):
             state_dict = {key: value for key, value in state_dict.items() if key != name}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def _drawn_masks(self, generator: torch.Generator) -> nn.ModuleList:
+        self.network.resample_masks(generator)
+        return nn.ModuleList(self.network.masks())
+
     def resample_masks(self, generator: torch.Generator) -> None:
         """Draw every set of masks anew: another order of the features and other degrees of the hidden units."""
-        for i in range(len(self.mask_sets)):
-            self.network.resample_masks(generator)
-            self.mask_sets[i] = nn.ModuleList(self.network.masks())
+        self.mask_sets = nn.ModuleList(self._drawn_masks(generator) for _ in self.mask_sets)
 
     def _log_prob(self, masks: nn.Module, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         self.network.use_masks([*masks.children()])

@@ -47,7 +47,10 @@ def _hidden_degrees(
     rule: Degrees, hidden: Sequence[int], features: int, residual: bool, context: bool, generator: torch.Generator
 ) -> list[torch.Tensor]:
     """Those of every masked layer but the last. Units of degree 0 show the context, and nothing else, to the first feature."""
-    widths = _widths(hidden, residual)
+    if any(width < 1 for width in hidden) or (residual and not hidden):
+        raise ValueError(f"hidden: expected widths of at least 1, and one at least with residual=True, got {tuple(hidden)}")
+    # A residual block has its own width and that of what it is added to.
+    widths = [hidden[0], *(w for inner in hidden[1:] for w in (inner, hidden[0]))] if residual else [*hidden]
     if not isinstance(rule, str):
         degrees = [host_tensor("degrees", d) for d in rule]
         if [d.shape for d in degrees] != [(w,) for w in widths] or any(d.is_floating_point() for d in degrees):
@@ -63,15 +66,6 @@ def _hidden_degrees(
         low = int(found[-1].min()) if found and rule == "random" else int(not context)
         found.append(found[0] if stream else _drawn(rule, width, features, low, generator))
     return found
-
-
-def _widths(hidden: Sequence[int], residual: bool) -> list[int]:
-    """The widths of every masked layer but the last: a residual block has its own and that of what it is added to."""
-    if any(width < 1 for width in hidden) or (residual and not hidden):
-        raise ValueError(f"hidden: expected widths of at least 1, and one at least with residual=True, got {tuple(hidden)}")
-    if not residual:
-        return [*hidden]
-    return [hidden[0], *(width for inner in hidden[1:] for width in (inner, hidden[0]))]
 
 
 def _order(order: str | torch.Tensor, features: int, generator: torch.Generator) -> torch.Tensor:
@@ -260,15 +254,23 @@ class MADE(nn.Module):
             raise ValueError(f"x: expected shape (B, {self.features}), got {tuple(x.shape)}")
         check_context(context, self.context, x.shape[0])
         *hidden, last = self.layers  # iterated over: each slice of a ModuleList is a module of its own, made anew
-        h = self._hidden(x, context, hidden) if hidden else x
+        act, h = ACTIVATIONS[self.activation], x
+        if hidden:
+            h = hidden[0](x)
+            if context is not None:
+                h = h + self.preactivation_context(context.to(self.context_layer.weight.dtype)).to(h.dtype)  # type: ignore[union-attr]
+        if self.residual:
+            for first, second in zip(hidden[1::2], hidden[2::2], strict=True):
+                h = h + second(act(first(act(h))))
+        elif hidden:
+            h = act(h)
+            for layer in hidden[1:]:
+                h = act(layer(h))
         return last(h).unflatten(1, (self.features, self.params_per_feature))
 
     @torch.no_grad()
     def generate(
-        self,
-        n: int,
-        finish: Callable[[list[int], torch.Tensor], torch.Tensor],
-        context: torch.Tensor | None = None,
+        self, n: int, finish: Callable[[list[int], torch.Tensor], torch.Tensor], context: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x (n, D), made by the network's own outputs: every unit is computed once, for the work of one pass.
 
@@ -287,20 +289,6 @@ class MADE(nn.Module):
     def description(self) -> ops.AutoregressiveNetwork:
         """Its degrees and kind, for what orders the units; the scale and the layout of a flow are not among them."""
         return ops.AutoregressiveNetwork(*degrees_of(self.masks()), self.activation, self.residual)
-
-    def _hidden(self, x: torch.Tensor, context: torch.Tensor | None, layers: Sequence[nn.Module]) -> torch.Tensor:
-        act = ACTIVATIONS[self.activation]
-        h = layers[0](x)
-        if context is not None:
-            h = h + self.preactivation_context(context.to(self.context_layer.weight.dtype)).to(h.dtype)  # type: ignore[union-attr]
-        if not self.residual:
-            h = act(h)
-            for layer in layers[1:]:
-                h = act(layer(h))
-            return h
-        for first, second in zip(layers[1::2], layers[2::2], strict=True):
-            h = h + second(act(first(act(h))))
-        return h
 
     def extra_repr(self) -> str:
         return (

@@ -74,12 +74,7 @@ def _follow(rows: torch.Tensor, index: torch.Tensor, averages: tuple[torch.Tenso
 
 @opaque(mutates=("codebook", "counts", "sums", "initialized"))
 def initialize_codes(
-    rows: torch.Tensor,
-    codebook: torch.Tensor,
-    counts: torch.Tensor,
-    sums: torch.Tensor,
-    initialized: torch.Tensor,
-    unit: bool,
+    rows: torch.Tensor, codebook: torch.Tensor, counts: torch.Tensor, sums: torch.Tensor, initialized: torch.Tensor, unit: bool
 ) -> None:
     """k-means: Lloyd's iterations from rows drawn at random, alike in all processes. Once: it looks at ``initialized``."""
     if initialized.item():
