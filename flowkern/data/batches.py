@@ -14,8 +14,6 @@ from torch.utils.data import Dataset as TorchDataset
 from .noise import dequantize, order, uniform
 from .sources import Dataset, Split
 
-__all__ = ["Batch", "KeyedLoader", "batch_of", "loader"]
-
 
 class Batch(NamedTuple):
     """A batch, or a part of it: one rank's slice of one of the parts that a step accumulates.

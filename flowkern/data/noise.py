@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["dequantize", "order", "uniform"]
-
 _STREAMS = {"order": 0, "train": 1, "val": 2, "test": 3}
 
 

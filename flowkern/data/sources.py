@@ -19,8 +19,6 @@ import numpy as np
 
 from .noise import order
 
-__all__ = ["SOURCES", "Dataset", "Split", "load", "source"]
-
 
 @dataclass(frozen=True)
 class Split:

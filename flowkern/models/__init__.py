@@ -10,9 +10,9 @@ from ._model import DiscreteModel as DiscreteModel
 from ._model import FlowModel as FlowModel
 from ._model import Model as Model
 from ._model import Picture as Picture
-from ._nice import NICE as NICE
 from ._pixelcnn import PixelCNN as PixelCNN
 from ._pixelvae import PixelVAE as PixelVAE
+from ._realnvp import NICE as NICE
 from ._realnvp import RealNVP as RealNVP
 from ._registry import MODELS as MODELS
 from ._registry import PRESETS as PRESETS

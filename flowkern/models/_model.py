@@ -315,9 +315,12 @@ class CouplingFlow(FlowModel):
         def make(split: str, channels: int) -> Bijection:
             inputs, moved = kept_channels(split, channels), moved_channels(split, channels)
             check_sizes(0, depth=depth)
-            network, widths = (nn.ResNet, (hidden, depth)) if image else (nn.MLP, (itertools.repeat(hidden, depth),))
-            outputs = (moved,) * per_value if separate else (per_value * moved,)
-            nets = [network(inputs, n, *widths, context=context, **options) for n in outputs]
+            nets: list[torch.nn.Module] = []
+            for outputs in [moved] * per_value if separate else [per_value * moved]:
+                if image:
+                    nets.append(nn.ResNet(inputs, outputs, hidden, depth, context=context, **options))
+                else:
+                    nets.append(nn.MLP(inputs, outputs, itertools.repeat(hidden, depth), context=context, **options))
             return couple(nn.Parallel(*nets) if separate else nets[0], split)
 
         check_sizes(couplings=couplings)

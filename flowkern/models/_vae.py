@@ -16,8 +16,7 @@ from ..nn.densities.likelihood import likelihood as named_likelihood
 from ..nn.densities.likelihood import start
 from ._autoregressive import IAF, MAF
 from ._model import DiscreteModel, FlowModel, Picture, model_shape
-from ._nice import NICE
-from ._realnvp import RECIPE, RealNVP
+from ._realnvp import NICE, RECIPE, RealNVP
 from ._registry import model
 
 FLOWS = ("nice", "realnvp", "maf", "iaf")

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +34,28 @@ def write_atomically(content: Any, path: StrPath) -> None:
     # Serialized in memory first: torch.save into a file turns a full disk into other errors.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as temporary, open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    if os.name == "posix":  # elsewhere no folder can be opened, which makes the rename durable
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[Path]:
+    """``temporary`` to write to; it takes the place of ``path`` when the block ends, and is removed if that raises."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable, on systems that let one open a folder."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def content_of(model: Model, state_dict: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -33,8 +33,6 @@ from .densities.dequantization import UniformDequantization as UniformDequantiza
 from .densities.dequantization import VariationalDequantization as VariationalDequantization
 from .densities.flow import Flow as Flow
 from .densities.flow import bits_per_dim as bits_per_dim
-from .densities.hierarchy import HierarchicalPosterior as HierarchicalPosterior
-from .densities.hierarchy import HierarchicalPrior as HierarchicalPrior
 from .densities.likelihood import Bernoulli as Bernoulli
 from .densities.likelihood import Categorical as Categorical
 from .densities.likelihood import DiscretizedLogisticMixture as DiscretizedLogisticMixture
@@ -44,6 +42,8 @@ from .densities.likelihood import Likelihood as Likelihood
 from .densities.made_density import MADEDensity as MADEDensity
 from .densities.posterior import FlowPosterior as FlowPosterior
 from .densities.posterior import GaussianPosterior as GaussianPosterior
+from .densities.posterior import HierarchicalPosterior as HierarchicalPosterior
+from .densities.posterior import HierarchicalPrior as HierarchicalPrior
 from .densities.posterior import Posterior as Posterior
 from .densities.vae import VAE as VAE
 from .densities.vae import Objective as Objective
@@ -56,8 +56,8 @@ from .networks.conditioner import ConvNet as ConvNet
 from .networks.conditioner import Parallel as Parallel
 from .networks.conditioner import ResNet as ResNet
 from .networks.made import MADE as MADE
+from .networks.made import MaskedLinear as MaskedLinear
 from .networks.masked_conv import GatedMaskedConv as GatedMaskedConv
-from .networks.masked_linear import MaskedLinear as MaskedLinear
 from .quantizers.quantizer import CodeUsage as CodeUsage
 from .quantizers.quantizer import Quantizer as Quantizer
 from .quantizers.residual import ResidualVectorQuantizer as ResidualVectorQuantizer

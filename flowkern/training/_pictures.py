@@ -8,23 +8,17 @@ import functools
 import math
 import operator
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..models.checkpoint import replacing
 
-@contextlib.contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+
+def atomic(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
     """A path beside ``path`` to write to; it takes the place of ``path`` when the block ends, unless it raises."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return replacing(Path(path), Path(path).with_name(f".{os.getpid()}.{Path(path).name}"))
 
 
 def is_image(shape: tuple[int, ...]) -> bool:

@@ -10,8 +10,6 @@ from torch import distributed, nn
 from ..._core.checks import accumulation_dtype, check_floating, has_values
 from .bijection import Bijection, Pair
 
-__all__ = ["ActNorm"]
-
 
 class ActNorm(Bijection):
     """z = exp(log_scale) x + shift for each channel; logabsdet = H W (sum of log_scale), in nats.

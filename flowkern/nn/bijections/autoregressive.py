@@ -18,8 +18,6 @@ from ..transformers.transformer import Transformer, setting
 from .bijection import Bijection, Joined, Pair
 from .permutation import Permutation
 
-__all__ = ["Autoregressive", "InverseAutoregressive", "MaskedAutoregressive"]
-
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 _SIGMOID = ops.ScaleMap.sigmoid()
 

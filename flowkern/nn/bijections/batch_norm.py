@@ -11,8 +11,6 @@ from ..._core.checks import accumulation_dtype, check_floating
 from ..._core.state import CheckedState, changed, require
 from .bijection import Bijection, Pair
 
-__all__ = ["BatchNormFlow"]
-
 
 class BatchNormFlow(CheckedState, Bijection):
     """z = exp(log_scale) (x - m) / sqrt(v + eps) + shift for each feature; logabsdet = n sum(log_scale - log(v + eps) / 2).

@@ -9,8 +9,6 @@ from typing import Protocol
 import torch
 from torch import nn
 
-__all__ = ["Bijection", "Joined", "Pair", "Replay", "Run", "run"]
-
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 #: Runs one bijection inside a container: ``run(bijection, x, context)``, in the direction that the container walks.

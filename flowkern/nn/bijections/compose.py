@@ -12,8 +12,6 @@ from ..._core.checks import accumulation_dtype
 from .bijection import Bijection, Joined, Pair
 from .reversible import MEMORY, Keeper, walk
 
-__all__ = ["Compose"]
-
 
 class Compose(Bijection):
     """z = f_n(... f_2(f_1(x))); logabsdet is the sum of theirs. The inverse runs them backwards.

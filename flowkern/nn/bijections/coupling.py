@@ -15,8 +15,6 @@ from ..transformers.mixture_logistic import MixtureLogistic
 from ..transformers.transformer import Transformer, setting
 from .bijection import Bijection, Pair, Replay
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "MixtureLogisticCoupling"]
-
 _SIGMOID = ops.ScaleMap.sigmoid()
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 

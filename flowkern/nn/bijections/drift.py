@@ -8,8 +8,6 @@ import torch
 
 from ..._core.checks import accumulation_dtype
 
-__all__ = ["drift", "evenly", "spot"]
-
 #: Samples in a spot: enough to tell the spread of each feature.
 ROWS = 8
 

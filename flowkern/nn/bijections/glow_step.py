@@ -16,8 +16,6 @@ from .compose import Compose
 from .coupling import AffineCoupling, Coupling
 from .invertible_linear import InvertibleConv1x1
 
-__all__ = ["GlowStep", "NormalizedLinear"]
-
 _SIGMOID = ops.ScaleMap.sigmoid()
 
 

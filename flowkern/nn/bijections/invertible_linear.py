@@ -15,8 +15,6 @@ from ..densities.base import check_name
 from .bijection import Bijection, Pair, Replay
 from .permutation import check_order
 
-__all__ = ["PARAMETRIZATIONS", "InvertibleConv1x1", "InvertibleLinear"]
-
 #: W and the logarithm of its |det|, or None where only a factorization of W tells.
 Weight = tuple[torch.Tensor, torch.Tensor | None]
 

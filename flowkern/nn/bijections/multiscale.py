@@ -11,8 +11,6 @@ from torch import nn
 from ..._core.checks import accumulation_dtype
 from .bijection import Bijection, Pair, Run, run
 
-__all__ = ["MultiScale"]
-
 
 class MultiScale(Bijection):
     """Levels of bijections on images; after each level but the last, the last C // 2 channels leave as latents.

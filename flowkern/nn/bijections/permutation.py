@@ -10,8 +10,6 @@ from ..._core.checks import accumulation_dtype, has_values, host_tensor, on_host
 from ..._core.state import CheckedState, require
 from .bijection import Bijection, Pair
 
-__all__ = ["Permutation"]
-
 
 def check_order(name: str, order: torch.Tensor) -> None:
     """Raises ValueError unless ``order`` (n,) holds each of 0..n-1 once, as integers."""

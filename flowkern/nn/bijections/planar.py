@@ -12,8 +12,6 @@ from ..networks.conditioner import check_context
 from .bijection import Bijection, Pair
 from .root import solve_increasing
 
-__all__ = ["Planar", "Radial"]
-
 
 def _length(x: torch.Tensor) -> torch.Tensor:
     """|x| of the rows, with gradient zero at zero."""

@@ -11,8 +11,6 @@ from ..._core.checks import accumulation_dtype, has_values, host_tensor, on_host
 from ..._core.state import CheckedState, require
 from .bijection import Bijection, Pair
 
-__all__ = ["Logit", "Rescale", "Scaling"]
-
 
 class Logit(Bijection):
     """z = logit(alpha + (1 - 2 alpha) x) for x in [0, 1]; alpha > 0 keeps the ends finite.

@@ -32,8 +32,6 @@ from ..._core.state import changed
 from .bijection import Bijection, Pair, run
 from .drift import drift, evenly, spot
 
-__all__ = ["MEMORY", "Keeper", "walk"]
-
 MEMORY = ("store", "reversible", "auto")
 
 #: Segments of a chain where no ``anchors`` are given: few, for memory, and more than one, so that DDP can overlap.

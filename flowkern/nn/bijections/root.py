@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["solve_increasing"]
-
 _ROUNDS = 40
 
 #: (value, slope) of an increasing function at a tensor.

@@ -9,8 +9,6 @@ import torch
 from ..._core.checks import accumulation_dtype
 from .bijection import Bijection, Pair
 
-__all__ = ["Flatten", "Squeeze"]
-
 
 class Squeeze(Bijection):
     """(B, C, H, W) -> (B, C f^2, H/f, W/f): each f x f block of pixels becomes channels; logabsdet = 0.

@@ -13,8 +13,6 @@ from torch.distributions import Distribution, Independent, Transform
 from ..._core.checks import accumulation_dtype
 from ..._core.mixture import log_sum
 
-__all__ = ["Base", "DiagonalNormal", "Mixture", "StandardNormal", "as_base"]
-
 Shape = int | Sequence[int]
 
 

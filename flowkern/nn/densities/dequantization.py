@@ -14,8 +14,6 @@ from ..bijections.coupling import AffineCoupling
 from ..networks.conditioner import ConvNet
 from .base import check_sizes, normal_log_prob
 
-__all__ = ["UniformDequantization", "VariationalDequantization"]
-
 
 class UniformDequantization(nn.Module):
     """u uniform on (0, 1): forward(v) -> (u, log q(u | v)), u of v's shape (B, ...), log q = 0 (B,) in nats.
@@ -52,16 +50,13 @@ class VariationalDequantization(nn.Module):
             raise ValueError(f"shape, levels: expected (C, H, W) and at least 2, got {tuple(shape)} and {levels}")
         check_sizes(couplings=couplings, hidden=hidden)
         self.shape, self.levels = tuple(shape), levels
-        channels = self.shape[0]
-        self.flow = flow or Compose(
-            *(
-                AffineCoupling(
-                    _SeesMap(ConvNet(2 * channels, 2 * channels, hidden), self.shape),
-                    split=("checkerboard", "checkerboard_swap")[i % 2],
-                )
-                for i in range(couplings)
-            )
-        )
+        channels = 2 * self.shape[0]
+
+        def couple(i: int) -> AffineCoupling:
+            network = _SeesMap(ConvNet(channels, channels, hidden), self.shape)
+            return AffineCoupling(network, split=("checkerboard", "checkerboard_swap")[i % 2])
+
+        self.flow = flow or Compose(*map(couple, range(couplings)))
 
     def forward(self, v: torch.Tensor) -> Pair:
         dtype = next((p.dtype for p in self.flow.parameters()), torch.float32)

@@ -11,8 +11,6 @@ from torch.distributions import Distribution
 from ..bijections.bijection import Bijection, Pair
 from .base import Base, as_base
 
-__all__ = ["Flow", "bits_per_dim", "context_rows"]
-
 
 def bits_per_dim(log_prob: torch.Tensor, dims: int, levels: int) -> torch.Tensor:
     """Bits per dimension of discrete data with ``levels`` values, from the density of x = (v + u) / levels, u uniform on [0, 1).

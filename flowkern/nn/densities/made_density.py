@@ -16,8 +16,6 @@ from .base import check_sizes
 from .flow import context_rows
 from .likelihood import likelihood
 
-__all__ = ["MADEDensity"]
-
 
 class MADEDensity(nn.Module):
     """log p(x) = sum_i log p(x_i | the features before i), with the parameters of each factor from one pass of a ``MADE``.

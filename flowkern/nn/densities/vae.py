@@ -16,8 +16,6 @@ from .flow import Flow, context_rows
 from .likelihood import Likelihood
 from .posterior import GaussianPosterior, Posterior
 
-__all__ = ["VAE", "Objective", "VampPrior"]
-
 OBJECTIVES = ("elbo", "iwae", "dreg", "likelihood_ratio")
 
 

@@ -12,8 +12,6 @@ from torch import nn
 from ..densities.base import check_share, check_sizes, image_shape
 from .conditioner import ACTIVATIONS, check_context, named_activation
 
-__all__ = ["ConvDecoder", "ConvEncoder", "downsampling", "upsampling"]
-
 
 class _Activation(nn.Module):
     def __init__(self, name: str):

@@ -11,8 +11,6 @@ from torch import nn
 from ...ops.autoregressive.network import ACTIVATIONS as _WITH_SLOPES
 from ..densities.base import check_name, check_share, check_sizes
 
-__all__ = ["ACTIVATIONS", "MLP", "ConvNet", "Parallel", "ResNet"]
-
 #: The activations by name; the slope of ``leaky_relu`` is 0.01.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {name: of for name, (of, _) in _WITH_SLOPES.items()}
 

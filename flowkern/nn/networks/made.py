@@ -1,4 +1,4 @@
-"""MADE: a network whose outputs for a feature see only the features that come before it."""
+"""MADE: a network whose outputs for a feature see only the features that come before it, and its masked layer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from ..._core.checks import accumulation_dtype, host_tensor, on_host
 from ...ops.autoregressive import sweep as _autoregressive_sweep
 from ...ops.autoregressive.network import plans
 from .conditioner import ACTIVATIONS, check_context, named_activation
-from .masked_linear import MaskedLinear
-
-__all__ = ["MADE"]
 
 #: A rule for the degrees of all hidden units, or the degrees themselves, one tensor for each hidden layer.
 Degrees = str | Sequence[torch.Tensor]
@@ -110,6 +107,48 @@ def _check_degrees(features: int, hidden: Sequence[torch.Tensor], residual: bool
 def degrees_of(masks: Sequence[ops.DegreeMask]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """(those of the features, those of each hidden layer) of a MADE with these masks."""
     return masks[0].degrees[1], tuple(mask.degrees[0] for mask in masks[:-1])
+
+
+class MaskedLinear(nn.Module):
+    """y = x (W * M)^T + b, M[o, i] = out_degrees[o] >= in_degrees[i] (``strict``: >): (..., I) -> (..., O).
+
+    It starts as ``nn.Linear`` does, uniform within 1 / sqrt(I): that is also where the peers start, so that their
+    hyperparameters carry over. Scaled by what each row really sees, the rows that see one input would start with weights
+    up to sqrt(I) times larger, and the first features of a flow with scales far from 1.
+
+    Args:
+        in_degrees, out_degrees: (I,), (O,) integers; sorted ones save a gather.
+        bias: whether there is a b.
+        strict: > instead of >=, for the last layer of a MADE.
+
+    Raises TypeError for degrees that are not integer tensors and ValueError for those that are not 1-D or hold no values, and
+    for an input of a wrong shape.
+    Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (2015), section 3.
+    """
+
+    def __init__(self, in_degrees: torch.Tensor, out_degrees: torch.Tensor, *, bias: bool = True, strict: bool = False):
+        super().__init__()
+        self.mask = ops.DegreeMask(out_degrees, in_degrees, strict=strict)
+        shape = self.mask.out_features, self.mask.in_features
+        bound = max(1, shape[1]) ** -0.5
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound)) if bias else None
+        self.mask.to(self.weight.device)  # the default one, whatever that of the degrees
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.masked_linear(x, self.weight, self.bias, self.mask)
+
+    @torch.no_grad()
+    def exchange(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        """Put output ``rows[i]`` and input ``columns[j]`` in the places i and j, their weights and degrees with them."""
+        self.weight.copy_(self.weight[rows][:, columns])
+        if self.bias is not None:
+            self.bias.copy_(self.bias[rows])
+        mask = self.mask
+        self.mask = ops.DegreeMask(mask.out_degrees[rows], mask.in_degrees[columns], strict=mask.strict)
+
+    def extra_repr(self) -> str:
+        return f"bias={self.bias is not None}"
 
 
 class MADE(nn.Module):

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["GatedMaskedConv", "Window"]
-
 
 def _gate(x: torch.Tensor) -> torch.Tensor:
     """tanh(a) sigmoid(b), a and b the halves of the channels: (B, 2C, ...) -> (B, C, ...)."""

@@ -11,8 +11,6 @@ from ..._core.code_sums import magnitudes
 from ..._core.opaque import opaque
 from ...ops.parts import update_averages_
 
-__all__ = ["initialize_codes", "lookup", "normalize", "update_codes"]
-
 _LLOYD_ITERATIONS = 10
 #: Codes that one step may revive: what processes exchange for it has this many rows, whether codes are dead or not.
 _REVIVED_AT_ONCE = 256

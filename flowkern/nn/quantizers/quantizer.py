@@ -10,8 +10,6 @@ from torch import nn
 from ..._core.checks import check_codes, check_floating
 from ..._core.named import Named
 
-__all__ = ["CodeUsage", "Quantizer", "Triple"]
-
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 

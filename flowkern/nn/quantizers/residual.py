@@ -12,8 +12,6 @@ from ...ops.parts import pass_gradient
 from .quantizer import Quantizer, Triple
 from .vector import VectorQuantizer
 
-__all__ = ["ResidualVectorQuantizer"]
-
 
 class ResidualVectorQuantizer(Quantizer, kind="residual_vector"):
     """A sum of codes, each level quantizing what the levels before it left: forward(x) -> (quantized, index, loss).

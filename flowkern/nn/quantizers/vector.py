@@ -14,8 +14,6 @@ from ..._core.checks import accumulation_dtype, check_same_device
 from .codebook import initialize_codes, lookup, normalize, update_codes
 from .quantizer import Quantizer, Triple
 
-__all__ = ["VectorQuantizer"]
-
 INITS = ("kmeans", "uniform")
 
 

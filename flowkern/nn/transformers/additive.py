@@ -11,8 +11,6 @@ from ..._core.split import Split
 from ..bijections.bijection import Pair
 from .transformer import Transformer
 
-__all__ = ["Additive"]
-
 
 @dataclass(frozen=True)
 class Additive(Transformer, kind="additive"):

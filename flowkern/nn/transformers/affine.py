@@ -14,8 +14,6 @@ from ...ops.parts import undo_affine_coupling
 from ..bijections.bijection import Pair
 from .transformer import Transformer, take_scale
 
-__all__ = ["Affine", "GatedAffine"]
-
 _SIGMOID = ops.ScaleMap.sigmoid()
 
 

@@ -12,8 +12,6 @@ from ..bijections.bijection import Pair
 from ..bijections.root import solve_increasing
 from .transformer import Transformer, take_scale
 
-__all__ = ["MixtureLogistic"]
-
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 
 

@@ -13,8 +13,6 @@ from ..._core.scale_map import ScaleMap, check_scale
 from ..._core.split import Split, moved_channels, put, restrict, take
 from ..bijections.bijection import Pair
 
-__all__ = ["Transformer", "setting", "take_scale"]
-
 
 def setting(name: str) -> Any:
     """A read-only attribute of a layer that its transformer holds."""
