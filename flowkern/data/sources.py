@@ -127,9 +127,8 @@ def load(source: str, *, size: int | None = None, report: Callable[[str], None] 
     ``npy:PATH``     uint8 (N, H, W) or (N, C, H, W) images, or float (N, D) vectors         80/10/10, fixed shuffle
     ================ ======================================================================= ======================
 
-    Everything is held in memory. ``size`` is the side of the images of ``folder:`` (32 by default). ``report`` is
-    called with a line for each unreadable image, which is skipped, and with their number at the end; by default the
-    lines go to stderr.
+    Everything is held in memory. ``size`` is the side of the images of ``folder:`` (32 by default). ``report`` is called with a
+    line for each unreadable image, which is skipped, and with their number at the end; by default the lines go to stderr.
 
     Raises:
         ValueError: an unknown source, or a file that is not what it should be; the message names the file, what came

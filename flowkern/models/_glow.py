@@ -47,14 +47,12 @@ _DEVIATION = ops.ScaleMap.tanh(3.0)
 class Glow(FlowModel):
     """Levels of squeeze, ``steps`` times ``nn.GlowStep``, and half of the channels out under a learned Gaussian.
 
-    The Gaussians are N(mu, sigma) with mu and log sigma from a 3x3 convolution of the channels that stay, zero at first;
-    that of the last level has one mu and sigma for each channel, which the context shifts. They are written as affine
-    maps to standard normal latents, eps = (z - mu) / sigma, so that the base is a standard normal and the temperature
-    multiplies every sigma.
+    The Gaussians are N(mu, sigma) with mu and log sigma from a 3x3 convolution of the channels that stay, zero at first; that of
+    the last level has one mu and sigma for each channel, which the context shifts. They are written as affine maps to standard
+    normal latents, eps = (z - mu) / sigma, so that the base is a standard normal and the temperature multiplies every sigma.
 
-    ``log_prob`` takes images with values in [0, 1], as floats and not dequantized here, and returns (B,) nats. The first
-    forward in training mode, under ``no_grad`` too, sets the ActNorm layers from its batch: all of them or, if it fails,
-    none.
+    ``log_prob`` takes images with values in [0, 1], as floats and not dequantized here, and returns (B,) nats. The first forward
+    in training mode, under ``no_grad`` too, sets the ActNorm layers from its batch: all of them or, if it fails, none.
 
     Args:
         shape: (C, H, W); H and W must divide by 2^levels.

@@ -39,13 +39,13 @@ class _Autoencoder(torch.nn.Module):
     ``sizes`` are those of the maps, the coarsest first; ``residual`` are the number of blocks and the dropout in them.
     """
 
-    def __init__(self, shape: Size, maps: int, quantizer: New, dim: int, *, hidden: int, downsample: int, **residual: Any):
+    def __init__(self, shape: Size, maps: int, new: New, dim: int, *, hidden: int, downsample: int, **residual: Any):
         super().__init__()
         channels, height, width = shape
         self.sizes = [(height >> downsample, width >> downsample)]
         self.encoder = downsampling(channels, (hidden,) * downsample, **residual)
         self.project = torch.nn.Conv2d(hidden, dim, 1)
-        self.quantizer = quantizer()
+        self.quantizer = new()
         self.decoder = upsampling(dim, (hidden,) * downsample, maps, **residual)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:
@@ -66,16 +66,7 @@ class _Autoencoder2(torch.nn.Module):
     """As ``_Autoencoder``, over a top map and a bottom map that is encoded given the top one. Razavi et al. 2019, algorithm 1."""
 
     def __init__(
-        self,
-        shape: Size,
-        maps: int,
-        quantizer: New,
-        dim: int,
-        *,
-        downsample: int,
-        top_downsample: int,
-        hidden: int,
-        **residual: Any,
+        self, shape: Size, maps: int, new: New, dim: int, *, hidden: int, downsample: int, top_downsample: int, **residual: Any
     ):
         super().__init__()
         channels, height, width = shape
@@ -83,10 +74,10 @@ class _Autoencoder2(torch.nn.Module):
         self.bottom_encoder = downsampling(channels, (hidden,) * downsample, **residual)
         self.top_encoder = downsampling(hidden, (hidden,) * top_downsample, **residual)
         self.top_project = torch.nn.Conv2d(hidden, dim, 1)
-        self.top_quantizer = quantizer()
+        self.top_quantizer = new()
         self.top_decoder = upsampling(dim, (hidden,) * top_downsample, hidden, **residual)
         self.bottom_project = torch.nn.Conv2d(2 * hidden, dim, 1)
-        self.bottom_quantizer = quantizer()
+        self.bottom_quantizer = new()
         self.decoder = upsampling(hidden + dim, (hidden,) * downsample, maps, **residual)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Codes, torch.Tensor]:

@@ -15,6 +15,8 @@ from ..data import Batch, Dataset, batch_of
 from ..models import Model
 from ..nn.densities.base import check_sizes
 
+LogProb = Callable[..., torch.Tensor]
+
 
 class Diverged(RuntimeError):
     """The loss of a training run is not finite any more."""
@@ -127,7 +129,7 @@ def sample_nlls(
     batch, fewer than two samples, and for a likelihood that is not a number, with the count.
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for nll in _draws(model, data, part, draws, batch_size, device, model.log_prob, bar):
+    for nll in _draws(model, model.log_prob, data, part, draws, batch_size, device, bar):
         total, count = total + nll, count + 1
     return _checked(total / count)
 
@@ -149,7 +151,7 @@ def importance_nlls(
     ``sample_nlls`` does. Source: Burda et al., "Importance Weighted Autoencoders" (2016), theorem 1.
     """
     total, count = torch.full((), -math.inf, dtype=torch.float64), 0
-    for nll in _draws(model, data, part, draws, batch_size, device, model.log_weight, bar):
+    for nll in _draws(model, model.log_weight, data, part, draws, batch_size, device, bar):
         total, count = torch.logaddexp(total, -nll), count + 1
     return _checked(math.log(count) - total)
 
@@ -163,12 +165,12 @@ def _checked(nll: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _draws(
     model: Model,
+    log_prob: Callable[..., torch.Tensor],
     data: Dataset,
     part: str,
     draws: int,
     batch_size: int,
     device: str,
-    log_prob: Callable[..., torch.Tensor],
     bar: bool,
 ) -> Iterator[torch.Tensor]:
     """The negative log-likelihood of each sample (N,), by one draw of all noise after the other."""

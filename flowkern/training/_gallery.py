@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,27 +62,21 @@ def save_gallery(model: Model, data: Dataset, out: Path, *, seed: int, device: s
         save(images, name, f"samples at temperature {temperature}")
 
     if model.has_latents:
-        _save_latents(model, data, save, device)
+        first, second = _pair_of_images(model, data, None if model.context is None else data.test.labels, device)
+        lines_of_images = model.interpolate(first.x, second.x, _SIDE, context_of(model, first.labels))
+        save(lines_of_images.flatten(0, 1), "interpolations.png", "interpolations between test images")
+        samples = np.arange(_SIDE**2 // 2) * len(data.test) // (_SIDE**2 // 2)
+        real = _test_images(model, data, samples, device)
+        again = reconstruct(model, real.x, context_of(model, real.labels))
+        rows = torch.stack([real.x.unflatten(0, (-1, _SIDE)), again.unflatten(0, (-1, _SIDE))], 1)
+        error = float((again - real.x).abs().max())
+        save(rows.flatten(0, 2), "reconstructions.png", f"test images over their reconstructions (largest error {error:.1e})")
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         one, other = _pair_of_images(model, data, data.test.labels, device)
         for picture in model.pictures(one.x, other.x, context_of(model, one.labels), context):
             save(picture.images, picture.name, picture.what)
     return lines + model.remarks(_test_images(model, data, np.arange(min(_MANY, len(data.test))), device).x)
-
-
-def _save_latents(model: Model, data: Dataset, save: Callable[[torch.Tensor, str, str], None], device: str) -> None:
-    """Interpolations between test images, and test images from their latents."""
-    first, second = _pair_of_images(model, data, None if model.context is None else data.test.labels, device)
-    lines_of_images = model.interpolate(first.x, second.x, _SIDE, context_of(model, first.labels))
-    save(lines_of_images.flatten(0, 1), "interpolations.png", "interpolations between test images")
-
-    samples = np.arange(_SIDE**2 // 2) * len(data.test) // (_SIDE**2 // 2)
-    real = _test_images(model, data, samples, device)
-    again = reconstruct(model, real.x, context_of(model, real.labels))
-    rows = torch.stack([real.x.unflatten(0, (-1, _SIDE)), again.unflatten(0, (-1, _SIDE))], 1)
-    error = float((again - real.x).abs().max())
-    save(rows.flatten(0, 2), "reconstructions.png", f"test images over their reconstructions (largest error {error:.1e})")
 
 
 def _pair_of_images(model: Model, data: Dataset, labels: np.ndarray | None, device: str) -> list[Batch]:

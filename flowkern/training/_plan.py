@@ -33,9 +33,8 @@ class Plan:
         seed: of the weights, the order of the samples and all noise.
         epochs: at most so many; fewer if the validation NLL has not improved for ``patience`` of them (0: never stop).
         batch_size: of a step, over all devices and accumulated parts together.
-        accumulate: the parts that a batch is taken in, one after the other, before its step: 1 / ``accumulate`` of the memory
-            for activations. The gradient is that of the whole batch; layers that start from data (``ActNorm``) take the first
-            part.
+        accumulate: the parts that a batch is taken in, one after the other, before its step: 1 / ``accumulate`` of the memory for
+            activations. The gradient is that of the whole batch; layers that start from data (``ActNorm``) take the first part.
         lr, optimizer, weight_decay: of Adam, AdamW or Adamax.
         warmup: steps over which the learning rate rises linearly to ``lr``.
         clip: the gradient's largest norm; 0 for no limit.

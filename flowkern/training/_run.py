@@ -73,7 +73,10 @@ def run(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(plan.seed)
     # Lightning would convert the model only after it has loaded the weights to resume from, rounded.
-    model = _build(plan, data, before).to(torch.float64 if precision == "64-true" else torch.float32)
+    # Of a checkpoint's configuration none is made that is larger than the weights in there.
+    with contextlib.nullcontext() if before is None else models.Budget(before["state_dict"].values()):
+        model = plan.build(data)
+    model = model.to(torch.float64 if precision == "64-true" else torch.float32)
     data = suited(data, model)
     if before is not None:
         _check_start(out, before, data)
@@ -121,12 +124,6 @@ def _start(out: Path, resume: bool, overwrite: bool) -> Path | None:
     if last.exists() and not resume and not overwrite:
         raise ValueError(f"{out} holds a run already; --resume continues it, --overwrite starts anew")
     return last if resume and last.exists() else None
-
-
-def _build(plan: Plan, data: Dataset, before: Mapping[str, Any] | None) -> models.Model:
-    """The model of a plan; of one from a checkpoint, that was ``before``, none that is larger than the weights in there."""
-    with contextlib.nullcontext() if before is None else models.Budget(before["state_dict"].values()):
-        return plan.build(data)
 
 
 def _check_start(out: Path, before: Mapping[str, Any], data: Dataset) -> None:

@@ -41,9 +41,8 @@ class Autoregressive(Bijection):
         made: the ``MADE``; it gives each feature the parameters that the transformer takes.
         network: the ``ops.AutoregressiveNetwork``, with ``depth`` and ``used_weights``; None for transformers without the op.
 
-    Shapes: x and z (B, D), context (B, C), logabsdet (B,) in nats.
-    Raises TypeError for another transformer, ValueError for an unknown direction, for what ``MADE`` refuses, and for an input of
-    a wrong shape.
+    Shapes: x and z (B, D), context (B, C), logabsdet (B,) in nats. Raises TypeError for another transformer, ValueError for an
+    unknown direction, for what ``MADE`` refuses, and for an input of a wrong shape.
     """
 
     def __init__(

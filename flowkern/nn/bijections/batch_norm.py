@@ -25,9 +25,8 @@ class BatchNormFlow(CheckedState, Bijection):
         momentum: the weight of a batch in the running averages.
         eps: added to the variance.
 
-    Shapes: x and z (B, D) or (B, C, H, W), logabsdet (B,) in nats.
-    Raises ValueError for an input of another shape and, in training mode, for a batch of fewer than two values per feature;
-    NotImplementedError for the inverse in training mode.
+    Shapes: x and z (B, D) or (B, C, H, W), logabsdet (B,) in nats. Raises ValueError for an input of another shape and, in
+    training mode, for a batch of fewer than two values per feature; NotImplementedError for the inverse in training mode.
 
     Source: Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP" (2017), section 3.7 and appendix E;
     Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation" (2017), section 3.

@@ -153,9 +153,8 @@ class InvertibleLinear(Bijection):
         parametrization: one of the names above.
         bias: learn b, zero at first; otherwise there is none.
 
-    Shapes: x and z (B, C), logabsdet (B,).
-    Raises ValueError for an unknown parametrization, fewer than one channel and an input of another shape. A W that has become
-    singular gives a logabsdet that is not finite; ``check`` raises.
+    Shapes: x and z (B, C), logabsdet (B,). Raises ValueError for an unknown parametrization, fewer than one channel and an input
+    of another shape. A W that has become singular gives a logabsdet that is not finite; ``check`` raises.
 
     Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018), eq. 9 to 11; for QR
     Hoogeboom, van den Berg and Welling, "Emerging Convolutions for Generative Normalizing Flows" (2019), section 4.3.

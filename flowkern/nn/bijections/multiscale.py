@@ -33,21 +33,16 @@ class MultiScale(Bijection):
         if not levels:
             raise ValueError("MultiScale: expected at least one level")
         self.levels = nn.ModuleList(levels)
-        self.shape = tuple(shape)
-        self.latent_shapes = self._latent_shapes()
-
-    def _latent_shapes(self) -> list[tuple[int, ...]]:
-        shape, latents = self.shape, []
-        for i, level in enumerate(self.levels, 1):
-            shape = cast(Bijection, level).output_shape(shape)
-            if i < len(self.levels):
-                if shape[0] < 2:
-                    raise ValueError(
-                        f"MultiScale: level {i} gives {shape[0]} channel, but half of them must leave; squeeze first"
-                    )
-                latents.append((shape[0] // 2, *shape[1:]))
-                shape = (shape[0] - shape[0] // 2, *shape[1:])
-        return [*latents, shape]
+        self.shape: tuple[int, ...] = tuple(shape)
+        self.latent_shapes: list[tuple[int, ...]] = []
+        stays = self.shape
+        for i, level in enumerate(levels, 1):
+            channels, *sides = level.output_shape(stays)
+            leave = channels if i == len(levels) else channels // 2
+            if leave < 1:
+                raise ValueError(f"MultiScale: level {i} gives {channels} channel, but half of them must leave; squeeze first")
+            self.latent_shapes.append((leave, *sides))
+            stays = (channels - leave, *sides)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if tuple(shape) != self.shape:

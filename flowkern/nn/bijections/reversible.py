@@ -104,12 +104,6 @@ class Keeper:
             x, total = _Reversible.apply(self, segment, x, total, context, *segment.parameters)
         return x, total
 
-    def bound(self, segment: _Segment, dtype: torch.dtype) -> tuple[float, float]:
-        """The largest drift that passes for a state of that dtype, and the relative error that is rounding alone."""
-        epsilon = segment.epsilon(dtype)
-        bound = epsilon**0.5 if self.drift is None else self.drift
-        return bound, min(bound, ROUNDINGS * epsilon)
-
     def report(self, segment: _Segment, problem: str) -> None:
         """Warn once that the segment's gradients are off, or that ``"auto"`` stores from now on."""
         if self.memory == "auto":
@@ -320,13 +314,7 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        keeper: Keeper,
-        segment: _Segment,
-        x: torch.Tensor,
-        total: torch.Tensor,
-        context: torch.Tensor | None,
-        *_: torch.Tensor,
+        ctx: Any, keeper: Keeper, segment: _Segment, x: torch.Tensor, total: torch.Tensor, context: torch.Tensor | None, *_: Any
     ) -> Pair:
         ctx.set_materialize_grads(False)
         y, total = segment.run(x, total, context)
@@ -375,7 +363,10 @@ def _drift(keeper: Keeper, replay: _Replay, rebuilt: torch.Tensor, exact: torch.
     segment = replay.segment
     if exact.is_meta or not exact.is_floating_point() or not (segment.watched or exact.is_cpu):
         return None
-    bound, kept = keeper.bound(segment, exact.dtype)
+    epsilon = segment.epsilon(exact.dtype)
+    # The largest drift that passes, and the relative error that is rounding alone.
+    bound = epsilon**0.5 if keeper.drift is None else keeper.drift
+    kept = min(bound, ROUNDINGS * epsilon)
     found, where = drift(rebuilt, exact, bound, kept), "the rebuilt input"
     if found is None and replay.spots:
         inner, exact = torch.cat(replay.spots, 1), torch.cat(segment.spots[::-1], 1)

@@ -170,25 +170,18 @@ class VAE(nn.Module):
             raise ValueError(f"decoder: expected (B, {expected}), got {tuple(params.shape)}")
         return params.unflatten(1, (-1, self.likelihood.params))
 
-    def _check_decoded(self, params: torch.Tensor, x: torch.Tensor) -> None:
-        """Raises ValueError for another number of parameters than x (B, ...) needs."""
-        if params.ndim == 4:
-            expected = (self.likelihood.maps(x.shape[1]), *x.shape[2:])
-        else:
-            expected = (math.prod(x.shape[1:]), self.likelihood.params)
-        if params.shape[1:] != expected:
-            got = tuple(params.shape[1:])
-            raise ValueError(f"decoder: expected parameters of shape {expected} for x of {tuple(x.shape[1:])}, got {got}")
-
     def log_likelihood(self, x: torch.Tensor, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """log p(x | z) of x (B, ...) and z (K, B, L): (K, B) in nats. Raises ValueError for a decoder of another width."""
         rows = None if context is None else context.repeat(z.shape[0], 1)
         params = self.decode(z.flatten(0, 1), rows)
-        params = params.to(accumulation_dtype(params))
-        self._check_decoded(params, x)
+        params, image = params.to(accumulation_dtype(params)), params.ndim == 4
+        sample, likelihood = x.shape[1:], self.likelihood
+        expected = (likelihood.maps(sample[0]), *sample[1:]) if image else (sample.numel(), likelihood.params)
+        if params.shape[1:] != expected:
+            got = tuple(params.shape[1:])
+            raise ValueError(f"decoder: expected parameters of shape {expected} for x of {tuple(sample)}, got {got}")
         every = x.to(params.dtype).expand(z.shape[0], *x.shape).flatten(0, 1)
-        image = params.ndim == 4
-        total = self.likelihood.image_log_prob(every, params) if image else self.likelihood.total(every.flatten(1), params)
+        total = likelihood.image_log_prob(every, params) if image else likelihood.total(every.flatten(1), params)
         return total.view(z.shape[:2])
 
     def evidence(self, x: torch.Tensor, context: torch.Tensor | None = None, samples: int = 1) -> Evidence:

@@ -20,10 +20,9 @@ INITS = ("kmeans", "uniform")
 class VectorQuantizer(Quantizer, kind="vector"):
     """The nearest code of every vector: forward(x) -> (quantized, index, loss).
 
-    quantized is in value exactly the code and passes its gradient to x, straight or rotated (``ops.vector_quantize``). The
-    codes learn in one of two ways. With a ``decay`` they are the moving averages of the vectors assigned to them, and
-    loss = commitment mean (x - sg(c))^2. With ``decay=None`` the codebook is a parameter, and loss has the term
-    mean (sg(x) - c)^2 besides.
+    quantized is in value exactly the code and passes its gradient to x, straight or rotated (``ops.vector_quantize``). The codes
+    learn in one of two ways. With a ``decay`` they are the moving averages of the vectors assigned to them, and loss = commitment
+    mean (x - sg(c))^2. With ``decay=None`` the codebook is a parameter, and loss has the term mean (sg(x) - c)^2 besides.
 
     In training mode each forward takes one step of the moving averages, as batch normalization does, under ``no_grad`` too;
     in evaluation mode nothing changes. A code that no vector is assigned to stays exactly where it is: the averages are not
