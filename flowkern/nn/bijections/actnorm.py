@@ -1,7 +1,5 @@
 """ActNorm: a learned scale and shift per channel that starts from the statistics of the first batch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

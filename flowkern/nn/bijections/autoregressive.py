@@ -1,7 +1,5 @@
 """Masked autoregressive layers: one direction is a pass of a MADE, the other follows the order of the features."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast

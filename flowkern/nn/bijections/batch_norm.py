@@ -1,7 +1,5 @@
 """Batch normalization as a layer of a flow."""
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

@@ -1,7 +1,5 @@
 """Bijections one after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 

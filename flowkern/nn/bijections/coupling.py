@@ -1,7 +1,5 @@
 """Coupling layers: a conditioner reads the kept elements, a transformer maps the others by what it returns."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """How far rebuilt states are from the exact ones, element by element."""
 
-from __future__ import annotations
-
 import math
 
 import torch

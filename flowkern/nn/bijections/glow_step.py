@@ -1,7 +1,5 @@
 """The step of Glow: ActNorm, an invertible 1x1 convolution and an affine coupling."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -1,7 +1,5 @@
 """Learned invertible linear maps of the channels: 1x1 convolutions for images, and the same for vectors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The multi-scale architecture: half of the channels leave after each level."""
 
-from __future__ import annotations
-
 import math
 from typing import cast
 

@@ -1,7 +1,5 @@
 """Planar and radial flows: cheap from latent to data, and one scalar equation the other way."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -1,7 +1,5 @@
 """Elementwise bijections: from data to the units a flow trains well in, and a learned diagonal scaling."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Roots of increasing functions, element by element and on the device: for bijections whose inverse has no closed form."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Shape changes with log-determinant zero: space to channels, and images to vectors."""
 
-from __future__ import annotations
-
 import math
 
 import torch

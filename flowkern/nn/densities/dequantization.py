@@ -1,7 +1,5 @@
 """Dequantization: from discrete values v to x = (v + u) / levels, with u drawn uniformly or by a learned flow."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

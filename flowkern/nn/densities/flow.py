@@ -1,7 +1,5 @@
 """A normalizing flow: a bijection and a base distribution."""
 
-from __future__ import annotations
-
 import math
 
 import torch

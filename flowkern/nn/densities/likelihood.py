@@ -1,7 +1,5 @@
 """Likelihoods: the distribution of an element of a sample, given some parameters that a network puts out."""
 
-from __future__ import annotations
-
 import math
 
 import torch

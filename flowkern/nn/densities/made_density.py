@@ -1,7 +1,5 @@
 """MADE as a density model of its own: a distribution for every feature, given the features before it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Approximate posteriors q(z | x): distributions of a latent whose parameters an encoder puts out."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

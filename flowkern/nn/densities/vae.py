@@ -1,7 +1,5 @@
 """The variational autoencoder: a decoder's likelihood under a prior, bounded with an approximate posterior."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Convolutional networks from images to features of fewer pixels, and back."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Networks that turn the kept elements of a coupling into its parameters."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 

@@ -1,7 +1,5 @@
 """MADE: a network whose outputs for a feature see only the features that come before it, and its masked layer."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

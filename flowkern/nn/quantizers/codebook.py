@@ -1,7 +1,5 @@
 """Codebooks that learn by moving averages, alike in all processes: k-means, averages and revival."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import distributed

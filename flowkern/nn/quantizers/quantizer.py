@@ -1,7 +1,5 @@
 """``Quantizer``: vectors to codes and back."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

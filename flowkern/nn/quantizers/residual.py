@@ -1,7 +1,5 @@
 """Residual vector quantizers: codes of what the codes before them left."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The additive transformer: a shift for each value."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Affine transformers: a scale and a shift for each value."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The transformer of Flow++: values pass through the distribution function of a mixture of logistics."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

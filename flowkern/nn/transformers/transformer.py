@@ -1,7 +1,5 @@
 """``Transformer``: an invertible map of single values, whose parameters a network gives."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
