@@ -333,6 +333,8 @@ def _table(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
     import torch
 
     import flowkern
@@ -344,7 +346,10 @@ def _doctor(arguments: argparse.Namespace) -> None:
     print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"torch      {torch.__version__}")
     for name in ("triton", "lightning"):
-        print(f"{name:<11}{_version(name)}")
+        try:
+            print(f"{name:<11}{version(name)}")
+        except PackageNotFoundError:
+            print(f"{name:<11}not installed")
     isa = "none: " + backend._native_reason if backend.native is None else backend.native.isa()
     print(f"CPU        {torch.get_num_threads()} threads of {os.cpu_count()}, kernels for {isa}")
     if torch.cuda.is_available():
@@ -358,15 +363,6 @@ def _doctor(arguments: argparse.Namespace) -> None:
         for device in devices:
             print()
             print(flowkern.explain(op, torch.empty(0, device=device)))
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from .sources import Dataset, Split
 class Batch(NamedTuple):
     """A batch, or a part of it: one rank's slice of one of the parts that a step accumulates.
 
-    x: (B, C, H, W) or (B, D) float32; labels: (B,) int64 or None; total: the number of samples of the whole batch, over all
-    ranks and parts.
+    x: (B, C, H, W) or (B, D) float32; labels: (B,) int64 or None; total: the samples of the batch over all ranks and parts.
     """
 
     x: torch.Tensor

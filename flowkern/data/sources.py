@@ -131,8 +131,7 @@ def load(source: str, *, size: int | None = None, report: Callable[[str], None] 
     line for each unreadable image, which is skipped, and with their number at the end; by default the lines go to stderr.
 
     Raises:
-        ValueError: an unknown source, or a file that is not what it should be; the message names the file, what came
-            and what was expected.
+        ValueError: an unknown source, or a file that is not what it should be; it names the file, what came and was expected.
         FileNotFoundError: PATH or a file in it does not exist.
     """
     kind, colon, path = source.partition(":")

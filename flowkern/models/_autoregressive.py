@@ -83,8 +83,7 @@ class _AutoregressiveFlow(FlowModel):
 class MAF(_AutoregressiveFlow):
     """Masked autoregressive flow: log p(x) in one pass, and sampling for the price of one pass too.
 
-    ``layers`` times ``nn.MaskedAutoregressive``, with a permutation of the features between two of them. An image is taken as
-    a vector, row by row.
+    ``layers`` times ``nn.MaskedAutoregressive``, with permutations of the features between. Images are vectors, row by row.
 
     Args:
         shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
@@ -94,8 +93,7 @@ class MAF(_AutoregressiveFlow):
             ``nn.Affine(scale)``, the scale a ``ScaleMap`` or its fields ``{"kind", "a", "b"}``.
         permutation: ``"reverse"``, ``"random"`` (by ``seed``, ``seed + 1``, ...) or ``"none"``, between two layers.
         batch_norm: an ``nn.BatchNormFlow`` after each layer.
-        components: of a mixture of Gaussians as base (``nn.Mixture``, the paper's MAF MoG has one in its last layer); None
-            for a standard normal.
+        components: of a base ``nn.Mixture`` (the paper's MAF MoG has one in its last layer); None for a standard normal.
         preprocess: before the first layer: None, ``{"rescale": s}``, ``{"rescale": [s, t]}`` or ``{"logit": alpha}``.
         context: K of a context (B, K) for a conditional flow, or None.
 

@@ -11,8 +11,9 @@ import torch
 from .. import nn, ops
 from .._core.checks import check_floating, has_values, host_tensor
 from .._core.split import FeatureMask, kept_channels, moved_channels
-from ..nn.bijections.bijection import Bijection, Pair
+from ..nn.bijections.bijection import Bijection
 from ..nn.densities.base import check_sizes
+from ..nn.densities.flow import context_rows
 from ._model import FlowModel, preprocessing
 from ._registry import model
 
@@ -61,11 +62,10 @@ class Glow(FlowModel):
         hidden: channels of the conditioners, ``nn.ConvNet``.
         parametrization: of the 1x1 convolutions: ``"plu"``, ``"qr"``, ``"householder"`` or ``"full"``.
         scale: the ``ScaleMap`` of the couplings, or its fields ``{"kind", "a", "b"}``; Glow's own is ``ScaleMap.sigmoid()``.
-        transformer: what a coupling does to a value: an ``nn.Transformer``, or its config ``{"kind", ...}``; None for
-            ``nn.Affine(scale)``.
+        transformer: of the couplings, an ``nn.Transformer`` or its config ``{"kind", ...}``; None for ``nn.Affine(scale)``.
         activation, dropout: of the conditioners.
         classes: the number of classes of a class-conditional flow. The context is then either labels, integers (B,) in
-            [0, classes), or a (B, classes) tensor, such as labels one-hot.
+            [0, classes), or a (B, classes) tensor, such as labels one-hot; for samples also (1,), or (1, classes), for all.
         context: K of any other context (B, K), or None. It goes to all conditioners and to the last Gaussian.
         memory: ``"store"``, ``"reversible"`` or ``"auto"``: what a level keeps for its backward, see ``nn.Compose``.
         preprocess: before the first level: None, ``{"rescale": s}``, ``{"rescale": [s, t]}`` or ``{"logit": alpha}``.
@@ -128,17 +128,9 @@ class Glow(FlowModel):
         x, context = self._prepared(x, context)
         return super().log_prob(x, context)
 
-    def sample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
-        """As ``Flow.sample``; the context may be labels (n,) or (1,)."""
-        return super().sample(n, self._as_context(context), temperature)
-
-    def rsample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
-        """As ``Flow.rsample``; the context may be labels (n,) or (1,)."""
-        return super().rsample(n, self._as_context(context), temperature)
-
-    def sample_and_log_prob(self, n: int, context: torch.Tensor | None = None) -> Pair:
-        """As ``Flow.sample_and_log_prob``; the context may be labels (n,) or (1,)."""
-        return super().sample_and_log_prob(n, self._as_context(context))
+    def _rows(self, context: torch.Tensor | None, n: int) -> torch.Tensor | None:
+        """The context of n samples as (n, K): labels (n,) or (1,), (n, K) or (1, K)."""
+        return context_rows(self._as_context(context), n)
 
     def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         x, context = self._prepared(x, context)

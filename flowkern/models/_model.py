@@ -33,8 +33,7 @@ class Picture(NamedTuple):
 class Model(torch.nn.Module):
     """A density over samples of one ``shape`` that can be trained, sampled from, saved and rebuilt.
 
-    ``config`` holds all that the constructor takes, as the decorator ``model`` records it, and is JSON-able; ``context`` is the
-    K of its context, or None.
+    ``config`` holds what the constructor takes, as the decorator ``model`` records it, JSON-able; ``context`` is K, or None.
     """
 
     shape: tuple[int, ...]
@@ -90,8 +89,7 @@ class Model(torch.nn.Module):
     def interpolate(self, x0: torch.Tensor, x1: torch.Tensor, steps: int, context: torch.Tensor | None = None) -> torch.Tensor:
         """What lies on the straight line between the latents of x0 and x1, ends included.
 
-        x0 and x1 (B, *shape), context (B, K) for both -> (B, steps, *shape). Raises ValueError for fewer than two steps and for
-        other shapes.
+        x0 and x1 (B, *shape), context (B, K) for both -> (B, steps, *shape). Raises ValueError for steps < 2 and other shapes.
         """
         if steps < 2:
             raise ValueError(f"steps: expected at least 2, the two ends, got {steps}")
@@ -107,8 +105,7 @@ class Model(torch.nn.Module):
     ) -> Iterator[Picture]:
         """What the model has to show beside samples, and beside reconstructions and interpolations if it has latents.
 
-        x and other (n, *shape) are images, each pair with one label, and context (n, K) is theirs; contexts (n^2, K) go through
-        the classes.
+        x and other (n, *shape) are images, each pair of one label, context (n, K) theirs; contexts (n^2, K) go through classes.
         """
         yield from ()
 
@@ -188,8 +185,7 @@ class FlowModel(nn.Flow, Model):
 
     Args:
         bijection: from samples to latents.
-        config: its "shape", and its "context", the K of a context (B, K) or None; for a class that is no declared ``model`` all
-            that its constructor takes.
+        config: its "shape" and "context", K of a context (B, K) or None; of a class that is no ``model``, all its arguments.
         base: the distribution of the latents; None for a standard normal.
     """
 

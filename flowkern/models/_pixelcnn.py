@@ -134,8 +134,7 @@ class PixelCNN(DiscreteModel):
         for k, layer in enumerate(self.layers):
             if row is not None:
                 windows[k] = windows[k].with_row(row)
-            bias = biases[k]
-            row, part = layer.vertical(windows[k].rows, None if bias is None else _at(bias[0], i))
+            row, part = layer.vertical(windows[k].rows, _at(biases[k], 0, i))
             told.append(part)
         return told
 
@@ -145,8 +144,7 @@ class PixelCNN(DiscreteModel):
         for k, layer in enumerate(self.layers):
             if h is not None:
                 windows[k] = windows[k].with_pixel(h)
-            bias = biases[k]
-            h = layer.horizontal(windows[k].pixels, h, told[k][..., j : j + 1], None if bias is None else _at(bias[1], i, j))
+            h = layer.horizontal(windows[k].pixels, h, told[k][..., j : j + 1], _at(biases[k], 1, i, j))
         return h
 
     def _shown(self, v: torch.Tensor) -> torch.Tensor:
@@ -176,9 +174,10 @@ class PixelCNN(DiscreteModel):
         return self.last[c](h.relu())
 
 
-def _at(bias: torch.Tensor, i: int, j: int | None = None) -> torch.Tensor:
-    """Row i, or element (i, j), of a bias (B, C, H, W) or (B, C, 1, 1)."""
-    if bias.shape[2:] == (1, 1):
+def _at(biases: tuple[torch.Tensor, ...] | None, stack: int, i: int, j: int | None = None) -> torch.Tensor | None:
+    """Row i, or element (i, j), of the bias (B, C, H, W) or (B, C, 1, 1) of a stack, if there is one."""
+    bias = None if biases is None else biases[stack]
+    if bias is None or bias.shape[2:] == (1, 1):
         return bias
     return bias[:, :, i : i + 1] if j is None else bias[:, :, i : i + 1, j : j + 1]
 

@@ -29,8 +29,7 @@ from ._vae import VAE
 class PixelVAE(VAE):
     """``VAE`` with a ``PixelCNN`` as p(x | z), whose context is z (and the class, if there is one).
 
-    A decoder that knows the pixels before needs few latents: without ``free_bits`` or a ``min_rate`` in ``objective`` it may use
-    none of them.
+    A decoder that knows the pixels before needs few latents: without ``free_bits`` or a ``min_rate`` it may use none of them.
 
     Args:
         shape: (C, H, W); levels: how many values an element can have.

@@ -134,8 +134,7 @@ class NICE(CouplingFlow):
         shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
         flatten: treat an image as a vector, row by row, as the paper does; otherwise images get the multi-scale
             architecture of RealNVP with additive couplings.
-        couplings, hidden, depth, activation, dropout, zero_init, levels, permutation, seed, preprocess, context: as for
-            ``RealNVP``.
+        The others are as for ``RealNVP``.
 
     Raises ValueError for settings that do not fit the shape, and unknown names.
     Source: Dinh, Krueger and Bengio, "NICE: Non-linear Independent Components Estimation" (2015).

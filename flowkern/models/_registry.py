@@ -24,8 +24,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {}
 def model(name: str, *, presets: Mapping[str, Mapping[str, Any]] | None = None) -> Callable[[type[M]], type[M]]:
     """Declare a class to be the model ``name``: ``build``, checkpoints and ``flowkern train`` then know it.
 
-    The constructor's arguments are the model's ``config``, as JSON has them: an argument is a setting, and needs to be named
-    nowhere else.
+    The constructor's arguments are the model's ``config``, as JSON has them: a setting needs to be named nowhere else.
 
     Args:
         name: in ``MODELS``, in checkpoints and on the command line.

@@ -48,9 +48,8 @@ class VAE(nn.VAE, DiscreteModel):
         levels: how many values an element can have, for discrete likelihoods; None for continuous data.
         latent: L. With ``upper``, that of the lower of two layers: p(x | z_1) p(z_1 | z_2) p(z_2) with ``upper`` latents z_2.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"logistic"`` (a mixture of ``components`` discretized logistics),
-            ``"gaussian"`` (learned variance) or ``"mixture"`` of so many ``components`` Gaussians; None for gaussian where there
-            are no ``levels``, else categorical, or logistic for more than 64 of them. The continuous ones take images as
-            dequantized.
+            ``"gaussian"`` (learned variance) or ``"mixture"`` of ``components`` Gaussians; None for gaussian without ``levels``,
+            else categorical, or logistic for more than 64. The continuous ones take images as dequantized.
         network: ``"mlp"``, to which images are vectors, or ``"conv"``: ``nn.ConvEncoder`` and ``nn.ConvDecoder`` of images. With
             the latter the channels of a pixel depend on one another under ``"logistic"``.
         hidden, activation, dropout: of the networks; ``hidden`` are the widths of the MLP's layers, or of the convolutions that
@@ -222,8 +221,7 @@ class VAE(nn.VAE, DiscreteModel):
     ) -> Iterator[Picture]:
         """Means of the decoder for latents of the prior, an image with one latent after the other moved, and analogies.
 
-        The latents that differ most between the images come first. Of two layers only the lower one is moved, which alone the
-        decoder sees.
+        The latents that differ most between the images come first. Of two layers the lower one is moved, all the decoder sees.
         """
         n, dtype = len(x), next(self.parameters()).dtype
         means = self.render(self.prior.sample(n**2).to(dtype), contexts)

@@ -281,8 +281,7 @@ class _CodeModel(DiscreteModel):
     def objective(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """-log_prob(x) and, while there is no prior, D times the quantizers' loss, D the number of pixels' channels.
 
-        The loss is that of van den Oord et al. 2017, equation 3, a mean over the latents' elements, as -log_prob / D is one over
-        the image's.
+        The loss is that of van den Oord et al. 2017, equation 3, a mean over the latents, as -log_prob / D is over the image.
         """
         if self.prior is not None:
             return -self.log_prob(x, context)
@@ -358,8 +357,7 @@ class VQVAE(_CodeModel):
         levels: how many values an element can have.
         hidden, blocks, dropout: channels of the encoder and the decoder, their residual blocks, and the dropout in these.
         dim, codes, decay, commitment: of ``nn.VectorQuantizer``.
-        quantizer: another ``nn.Quantizer``, or its config ``{"kind", ...}``, whose own ``dim`` and ``codes`` then count; each map
-            has a copy.
+        quantizer: another ``nn.Quantizer``, or its config ``{"kind", ...}``, of its own ``dim`` and ``codes``: a copy for each map.
         likelihood: of a pixel given the codes: ``"logistic"``, a mixture of ``components`` discretized logistics, in which three
             channels depend on one another, or ``"categorical"``, a logit for each level of each channel.
         prior: settings of the prior, a ``PixelCNN`` over the map of codes (hidden, layers, kernel, dropout), or None.

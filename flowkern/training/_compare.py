@@ -40,8 +40,7 @@ def compare(
     disturbed by other work on the machine, and in brackets the median. The memory is the most that tensors take during
     a step, beyond the weights, the optimizer's state and the batch.
 
-    Raises ValueError for an unknown model or data, for data that does not fit the model, for a batch of no samples and for a
-    device that is not there.
+    Raises ValueError for unknown models, data or devices, for data that does not fit the model, and for an empty batch.
     """
     check_sizes(batch_size=batch_size)
     usable_device(device)

@@ -147,8 +147,7 @@ def make_plan(model: str, data: str, *, preset: str = "default", **given: Any) -
 def make_prior_plan(checkpoint: str | os.PathLike[str], *, preset: str = "default", **given: Any) -> Plan:
     """The plan of a prior over the codes of a trained VQ-VAE: a VQ-VAE again, with that autoencoder and a ``PixelCNN``.
 
-    Fields are given as to ``make_plan``; ``config`` holds settings of the prior, and the data are those that the checkpoint was
-    trained on unless given.
+    Fields are given as to ``make_plan``, by default the data of the checkpoint; ``config`` holds settings of the prior.
 
     Raises ValueError for a checkpoint of another model or one that does not name its data, and as ``make_plan``.
     """

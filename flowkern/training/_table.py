@@ -83,7 +83,8 @@ class Summary:
             values = [result[name] for result in results]
             return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
-        ended = all(_has_ended(result) for result in results)
+        # Results of before this was written down are of runs that had.
+        ended = all(result.get("ended", True) for result in results)
         return cls(row, len(results), ended, moments("validation"), moments("test"), moments("importance"))
 
     @property
@@ -98,8 +99,7 @@ def table(data: str, out: Path, *, seeds: int = 5, rows: Sequence[str] | None = 
     done again, one that was cut off is resumed, and the table is written anew after each. ``max_minutes`` is for a single run:
     what has come by then enters the table with a star, and a call with more time or without a limit goes on from there.
 
-    Raises ValueError for an unknown row, fewer than one seed, a limit that is no time, and for what lies in ``out`` and is
-    damaged or of another plan.
+    Raises ValueError for an unknown row, no seed, a limit that is no time, and for what in ``out`` is damaged or of another plan.
     """
     names = list(ROWS) if rows is None else list(rows)
     for name in names:
@@ -130,8 +130,9 @@ def _result(row: Row, data: str, seed: int, out: Path, max_minutes: float | None
     """
     plan, last = row.plan(data, seed), out / "last.ckpt"
     stored = _stored(out, plan)
-    over = max_minutes is not None and last.exists() and trained_minutes(last) >= max_minutes
-    if stored is not None and (over or _has_ended(stored)):
+    if stored is not None and stored.get("ended", True):
+        return
+    if stored is not None and max_minutes is not None and last.exists() and trained_minutes(last) >= max_minutes:
         return
     if last.exists():
         _check_plan(out, plan, models.read_checkpoint(last).get("plan"))
@@ -186,11 +187,6 @@ def _check_plan(out: Path, plan: Plan, stored: Any) -> None:
     wanted, known = dataclasses.asdict(plan), defaults | (stored if isinstance(stored, dict) else {})
     if changed := differences(*(json.loads(json.dumps(fields)) for fields in (wanted, known))):
         raise ValueError(f"{out} holds a run of another plan: the row has {changed}; move it away, or name another folder")
-
-
-def _has_ended(result: Mapping[str, Any]) -> bool:
-    """Results of before this was written down are of runs that had."""
-    return bool(result.get("ended", True))
 
 
 def summaries(data: str, out: Path, seeds: int) -> list[Summary]:

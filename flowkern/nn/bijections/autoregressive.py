@@ -171,8 +171,7 @@ class MaskedAutoregressive(Autoregressive):
     """Masked autoregressive flow: z_i = s(u_i) x_i + t_i, where u_i and t_i see the features before x_i.
 
     ``Autoregressive`` with ``Affine(scale)``: ``forward`` (density) is one pass of a MADE; ``inverse`` (sampling) computes every
-    unit of it once, in ``network.depth`` steps. The other arguments, attributes, shapes and errors are those of
-    ``Autoregressive``.
+    unit of it once, in ``network.depth`` steps. Other arguments, attributes, shapes and errors are those of ``Autoregressive``.
 
     Source: Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation" (2017), eq. 3 to 5.
     """
@@ -203,8 +202,7 @@ class InverseAutoregressive(Autoregressive):
     (density) computes every unit of it once, in ``network.depth`` steps. logabsdet of ``inverse`` is the sum of log s(u).
 
     Args:
-        gated: x = s z + (1 - s) t with s a sigmoid, which starts near z and keeps states bounded (Kingma et al., eq. 14):
-            ``GatedAffine``.
+        gated: ``GatedAffine``, x = s z + (1 - s) t with s a sigmoid, which starts near z and keeps states bounded (eq. 14).
         scale: None for ``soft_clip(1e-3)``, and with a gate for ``sigmoid()``. The other arguments, attributes, shapes and errors
             are those of ``Autoregressive``.
 

@@ -22,8 +22,7 @@ class Compose(Bijection):
 
             - ``"store"``: autograd keeps the activations of every bijection, so memory grows with their number.
             - ``"reversible"``: the activations are dropped; the backward pass rebuilds each bijection's input from its
-              output and runs its network once more. Memory does not grow with the number of bijections, and a step takes about
-              4/3 of the time.
+              output and runs its network once more. Memory does not grow with their number, and a step takes 4/3 of the time.
             - ``"auto"``: as ``"reversible"``, until that turns out not to serve; then as ``"store"``.
         anchors: keep an exact state every so many bijections. None for four of them in all: fewer take less memory, more stop
             the error of the inverses earlier.

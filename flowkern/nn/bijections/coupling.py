@@ -17,14 +17,6 @@ _SIGMOID = ops.ScaleMap.sigmoid()
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 
 
-def _beside(conditioner: nn.Module, split: Split) -> Split:
-    """The split, its tensors where the conditioner's are: a mask is made on the host, the layer on the default device."""
-    if isinstance(split, str):
-        return split
-    device = next((p.device for p in conditioner.parameters()), split.place.device)
-    return split if device == split.place.device else copy.deepcopy(split).to(device)
-
-
 class Coupling(Bijection):
     """z = transformer(x; conditioner(kept)) on the elements that ``split`` moves, z = x on the kept ones.
 
@@ -49,9 +41,11 @@ class Coupling(Bijection):
             raise TypeError(f"transformer: expected an nn.Transformer, got {type(transformer).__name__}")
         if not isinstance(split, FeatureMask) and split not in SPLITS:
             raise ValueError(f"split: unknown {split!r}; expected a FeatureMask or one of {', '.join(map(repr, SPLITS))}")
-        self.conditioner = conditioner
-        self.split = _beside(conditioner, split)
-        self.transformer = transformer
+        if isinstance(split, FeatureMask):
+            # It goes to where the conditioner is: a mask is made on the host, the layer on the default device.
+            device = next((p.device for p in conditioner.parameters()), split.place.device)
+            split = split if device == split.place.device else copy.deepcopy(split).to(device)
+        self.conditioner, self.split, self.transformer = conditioner, split, transformer
 
     def condition(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """The conditioner's output for the elements that the split keeps; the same for x and for its transform."""
@@ -126,8 +120,7 @@ class AdditiveCoupling(Coupling):
 class MixtureLogisticCoupling(Coupling):
     """``Coupling`` with ``MixtureLogistic`` of so many ``components``, the coupling of Flow++.
 
-    Source: Ho et al., "Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design"
-    (2019), section 3.2.
+    Source: Ho et al., "Flow++" (2019), section 3.2.
     """
 
     components, scale = map(setting, ("components", "scale"))

@@ -2,8 +2,7 @@
 
 The chain is cut into segments, each one autograd Function that saves its input and its output alone. Its backward
 starts at the output and goes back bijection by bijection: ``Bijection.backward_step`` rebuilds the state before it and
-differentiates the one step between the two. The inner states of a segment and the activations of its networks exist for one
-step at a time.
+differentiates the one step between the two. Inner states of a segment and activations of networks exist for one step at a time.
 
 Every segment's end is an exact anchor, and the errors of the inverses do not go beyond it. They are watched in two places.
 The rebuilt input of a segment is compared with the saved one, element by element. An inner state can have lost digits that the
@@ -69,8 +68,7 @@ class Keeper:
     Args:
         memory: ``"reversible"`` or ``"auto"``.
         anchors: an exact state every so many bijections, or None for ``SEGMENTS`` of them.
-        drift: the relative error of a rebuilt state above which to warn, or None for the square root of the epsilon of the
-            coarsest dtype at work.
+        drift: the relative error of a rebuilt state above which to warn; None for sqrt(epsilon) of the coarsest dtype at work.
     """
 
     def __init__(self, memory: str, anchors: int | None, drift: float | None):

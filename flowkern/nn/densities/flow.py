@@ -30,6 +30,15 @@ def bits_per_dim(log_prob: torch.Tensor, dims: int, levels: int) -> torch.Tensor
     return (dims * math.log(levels) - log_prob) / (dims * math.log(2.0))
 
 
+def context_rows(context: torch.Tensor | None, n: int) -> torch.Tensor | None:
+    """The context of n samples, (n, K) or (1, K), as (n, K); None for none. Raises ValueError for other numbers of rows."""
+    if context is None:
+        return None
+    if context.ndim != 2 or context.shape[0] not in (1, n):
+        raise ValueError(f"context: expected shape ({n}, K) or (1, K) for {n} samples, got {tuple(context.shape)}")
+    return context.expand(n, -1)
+
+
 class Flow(nn.Module):
     """The density log p(x) = log p_base(z) + logabsdet with (z, logabsdet) = bijection(x), in nats.
 
@@ -43,6 +52,7 @@ class Flow(nn.Module):
 
     bijection: Bijection
     base: Base
+    _rows = staticmethod(context_rows)
 
     def __init__(self, bijection: Bijection, base: Base | Distribution):
         super().__init__()
@@ -64,7 +74,7 @@ class Flow(nn.Module):
         ``context`` (n, K) gives sample i its row i; (1, K) serves all samples. ``temperature`` multiplies the base's standard
         deviation: below 1 the samples are more typical and less diverse. Raises ValueError for other numbers of rows.
         """
-        context = context_rows(context, n)
+        context = self._rows(context, n)
         return self.bijection.inverse(self.base.sample(n, temperature, context), context)[0]
 
     def rsample(self, n: int, context: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
@@ -72,12 +82,12 @@ class Flow(nn.Module):
 
         Raises NotImplementedError for a base that has no ``rsample``.
         """
-        context = context_rows(context, n)
+        context = self._rows(context, n)
         return self.bijection.inverse(self.base.rsample(n, temperature, context), context)[0]
 
     def sample_and_log_prob(self, n: int, context: torch.Tensor | None = None) -> Pair:
         """(x, log p(x)): n samples (n, ...) and (n,) nats from one inverse pass, differentiable as ``rsample`` is."""
-        context = context_rows(context, n)
+        context = self._rows(context, n)
         z = self.base.rsample(n, context=context)
         x, logabsdet = self.bijection.inverse(z, context)
         return x, self.base.log_prob(z, context) - logabsdet
@@ -91,12 +101,3 @@ class Flow(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"bits_per_dim: x is empty, shape {tuple(x.shape)}")
         return bits_per_dim(self.log_prob(x, context), x[0].numel(), levels).mean()
-
-
-def context_rows(context: torch.Tensor | None, n: int) -> torch.Tensor | None:
-    """The context of n samples, (n, K) or (1, K), as (n, K); None for none. Raises ValueError for other numbers of rows."""
-    if context is None:
-        return None
-    if context.ndim != 2 or context.shape[0] not in (1, n):
-        raise ValueError(f"context: expected shape ({n}, K) or (1, K) for {n} samples, got {tuple(context.shape)}")
-    return context.expand(n, -1)

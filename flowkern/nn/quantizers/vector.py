@@ -51,8 +51,7 @@ class VectorQuantizer(Quantizer, kind="vector"):
     (B, ..., heads); loss 0-d. State: codebook (heads, K, D / heads), counts (heads, K), sums as the codebook, float32 or
     float64 whatever the module is cast to.
 
-    Raises ValueError for arguments out of range, heads that do not divide D, an input of another shape; TypeError for one that
-    is not floating.
+    Raises ValueError for arguments out of range, heads that do not divide D, inputs of other shapes; TypeError for other dtypes.
 
     Sources: van den Oord et al., "Neural Discrete Representation Learning" (2017), eq. 3 and appendix A.1; Fifty et al.,
     "Restructuring Vector Quantization with the Rotation Trick" (2024).

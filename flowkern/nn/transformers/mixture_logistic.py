@@ -26,8 +26,7 @@ class MixtureLogistic(Transformer, kind="mixture_logistic"):
         scale: gives s: a ``ScaleMap``, or its fields ``{"kind", "a", "b"}``. The s_k are between 1e-3 and 1e3.
 
     Raises ValueError for fewer than one component, TypeError for another scale.
-    Source: Ho et al., "Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design"
-    (2019), section 3.2.
+    Source: Ho et al., "Flow++" (2019), section 3.2.
     """
 
     components: int
