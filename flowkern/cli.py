@@ -3,8 +3,6 @@
 ``bench``, ``doctor`` and ``--help`` need torch alone; the other commands need the extra ``flowkern[train]``.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import dataclasses

@@ -1,7 +1,5 @@
 """Batches of a data set, which depend on seed, epoch and sample alone, whatever the number of workers and ranks."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from typing import NamedTuple

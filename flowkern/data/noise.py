@@ -1,7 +1,5 @@
 """The order of the samples in an epoch and the noise on them, each keyed by what it belongs to."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The data sets: each is one function here, declared by ``source``."""
 
-from __future__ import annotations
-
 import functools
 import gzip
 import hashlib

@@ -357,7 +357,7 @@ class VQVAE(_CodeModel):
         levels: how many values an element can have.
         hidden, blocks, dropout: channels of the encoder and the decoder, their residual blocks, and the dropout in these.
         dim, codes, decay, commitment: of ``nn.VectorQuantizer``.
-        quantizer: another ``nn.Quantizer``, or its config ``{"kind", ...}``, of its own ``dim`` and ``codes``: a copy for each map.
+        quantizer: an ``nn.Quantizer`` or its config ``{"kind", ...}``, of its own ``dim`` and ``codes``, copied for each map.
         likelihood: of a pixel given the codes: ``"logistic"``, a mixture of ``components`` discretized logistics, in which three
             channels depend on one another, or ``"categorical"``, a logit for each level of each channel.
         prior: settings of the prior, a ``PixelCNN`` over the map of codes (hidden, layers, kernel, dropout), or None.

@@ -3,8 +3,6 @@
 Needs the extra: ``pip install "flowkern[train]"``. Lightning itself is only imported by ``train``.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

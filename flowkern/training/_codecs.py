@@ -1,7 +1,5 @@
 """What PNG and lossless WebP need for the images that a flow was evaluated on."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """What the fused kernels buy: a training step on the default backend against the one in plain torch."""
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

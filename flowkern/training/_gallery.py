@@ -1,7 +1,5 @@
 """What a trained model has learned, as pictures: samples, reconstructions, and what lies between and around real images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Grids of images and the learning curve."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import functools

@@ -1,7 +1,5 @@
 """The processes of a run: no more than there are cores, none that outlives its launcher, and one run in a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """``train``: one run, from a plan to pictures and a test score."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

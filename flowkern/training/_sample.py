@@ -1,7 +1,5 @@
 """Samples of a checkpoint, as a picture or as values."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

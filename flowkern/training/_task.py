@@ -1,7 +1,5 @@
 """The Lightning side of training: the task, its data, and its callbacks."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
