@@ -24,8 +24,7 @@ class MADE(DiscreteModel):
         shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
         levels: how many values an element can have.
         hidden, activation, residual: of the network, ``nn.MADE``.
-        masks: sets of masks, each with an order and degrees of its own, drawn with ``seed``: training takes one after the
-            other, evaluation averages the probabilities.
+        masks, seed: sets of masks, drawn with orders and degrees of their own: training takes the next, evaluation the mean.
         context: K of a context (B, K), or None.
 
     Raises ValueError for settings that do not fit, and unknown names.

@@ -132,8 +132,7 @@ class NICE(CouplingFlow):
 
     Args:
         shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
-        flatten: treat an image as a vector, row by row, as the paper does; otherwise images get the multi-scale
-            architecture of RealNVP with additive couplings.
+        flatten: treat an image as a vector, row by row, as the paper does; otherwise images get RealNVP's architecture.
         The others are as for ``RealNVP``.
 
     Raises ValueError for settings that do not fit the shape, and unknown names.

@@ -158,8 +158,7 @@ class VAE(nn.VAE, DiscreteModel):
         start(vectors.layers[-1], likelihood.bias())  # type: ignore[arg-type]
         return vectors
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        return self.log_prob(x, context)
+    forward = DiscreteModel.forward
 
     @classmethod
     def config_for(cls, levels: int | None) -> dict[str, Any]:

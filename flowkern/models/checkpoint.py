@@ -27,8 +27,7 @@ StrPath = str | os.PathLike[str]
 def write_atomically(content: Any, path: StrPath) -> None:
     """``torch.save`` to a file beside ``path``, synced to the disk, then renamed.
 
-    Whatever happens, ``path`` holds the old file or the whole new one. Raises OSError (a full disk, a missing folder);
-    the old file is then untouched.
+    Whatever happens, ``path`` holds the old file or the whole new one. Raises OSError, as for a full disk or a missing folder.
     """
     path = Path(path)
     # Serialized in memory first: torch.save into a file turns a full disk into other errors.

@@ -17,14 +17,14 @@ from .bijections.invertible_linear import PARAMETRIZATIONS as PARAMETRIZATIONS
 from .bijections.invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
 from .bijections.invertible_linear import InvertibleLinear as InvertibleLinear
 from .bijections.multiscale import MultiScale as MultiScale
+from .bijections.permutation import Flatten as Flatten
 from .bijections.permutation import Permutation as Permutation
+from .bijections.permutation import Squeeze as Squeeze
 from .bijections.planar import Planar as Planar
 from .bijections.planar import Radial as Radial
 from .bijections.preprocess import Logit as Logit
 from .bijections.preprocess import Rescale as Rescale
 from .bijections.preprocess import Scaling as Scaling
-from .bijections.squeeze import Flatten as Flatten
-from .bijections.squeeze import Squeeze as Squeeze
 from .densities.base import Base as Base
 from .densities.base import DiagonalNormal as DiagonalNormal
 from .densities.base import Mixture as Mixture
@@ -62,7 +62,7 @@ from .quantizers.quantizer import CodeUsage as CodeUsage
 from .quantizers.quantizer import Quantizer as Quantizer
 from .quantizers.residual import ResidualVectorQuantizer as ResidualVectorQuantizer
 from .quantizers.vector import VectorQuantizer as VectorQuantizer
-from .transformers.additive import Additive as Additive
+from .transformers.affine import Additive as Additive
 from .transformers.affine import Affine as Affine
 from .transformers.affine import GatedAffine as GatedAffine
 from .transformers.mixture_logistic import MixtureLogistic as MixtureLogistic

@@ -18,6 +18,7 @@ from ._evaluate import needed_draws as needed_draws
 from ._evaluate import negative_log_likelihood as negative_log_likelihood
 from ._evaluate import sample_nlls as sample_nlls
 from ._evaluate import usable_device as usable_device
+from ._gallery import save_samples as save_samples
 from ._pictures import atomic as atomic
 from ._pictures import read_log as read_log
 from ._pictures import save_grid as save_grid
@@ -29,7 +30,6 @@ from ._plan import make_plan as make_plan
 from ._plan import make_prior_plan as make_prior_plan
 from ._plan import resumed_plan as resumed_plan
 from ._plan import trained_on as trained_on
-from ._sample import save_samples as save_samples
 
 
 def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | None:

@@ -1,23 +1,22 @@
 """What a trained model has learned, as pictures: samples, reconstructions, and what lies between and around real images."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..data import Batch, Dataset, batch_of
-from ..models import Model
-from ._evaluate import EVALUATION_SEED, context_of, on_device
-from ._pictures import is_image, save_grid, to_pixels
+from ..models import Model, load, read_checkpoint
+from ._evaluate import EVALUATION_SEED, context_of, on_device, usable_device
+from ._pictures import atomic, is_image, save_grid, to_pixels
 
 #: Of the sample grids: lower ones give smoother and less diverse images. The last one is the model's own distribution.
 TEMPERATURES = (0.6, 0.8, 1.0)
 
-#: Rows and columns of the pictures.
-_SIDE = 8
-
-#: Test images that a model makes its remarks on, at most.
-_MANY = 1024
+#: Rows and columns of the pictures; test images that a model makes its remarks on, at most.
+_SIDE, _MANY = 8, 1024
 
 
 @torch.no_grad()
@@ -85,3 +84,56 @@ def _pair_of_images(model: Model, data: Dataset, labels: np.ndarray | None, devi
 
 def _test_images(model: Model, data: Dataset, samples: np.ndarray, device: str) -> Batch:
     return on_device(batch_of(data, "test", samples, seed=EVALUATION_SEED, epoch=0), model, device)
+
+
+def save_samples(
+    checkpoint: Path,
+    out: Path,
+    n: int = 64,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    label: str | None = None,
+    device: str = "cpu",
+) -> None:
+    """Draw ``n`` samples and write them: to a ``.npy`` file as float32 (n, ...), to any other as a grid of images.
+
+    ``label`` is the class, by name or number, that a conditional model draws; by default it goes through all of them.
+
+    Raises ValueError for a checkpoint that is not whole, fewer than one sample, a temperature below 0, an unknown label, a
+    label for a model that takes none, a suffix that names no image format, and a picture of samples that are no images.
+    """
+    if n < 1:
+        raise ValueError(f"n: expected at least 1 sample, got {n}")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature:g}")
+    usable_device(device)
+    content = read_checkpoint(checkpoint)
+    described = content.get("data", {"levels": 256, "classes": []})
+    model = load(checkpoint).to(device)
+    picture = out.suffix != ".npy"
+    if picture and (not is_image(model.shape) or described["levels"] is None):
+        raise ValueError(f"{checkpoint}: samples of shape {model.shape} make no picture; expected a name that ends in .npy")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        context = context_of(model, _labels(model, described["classes"], label, n))
+        x = model.sample(n, None if context is None else context.to(device), temperature)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if picture:
+        save_grid(to_pixels(x, described["levels"]), out)
+        return
+    with atomic(out) as temporary, open(temporary, "wb") as file:
+        np.save(file, x.float().cpu().numpy())
+
+
+def _labels(model: Model, classes: list[Any], label: str | None, n: int) -> torch.Tensor:
+    if label is None:
+        return torch.arange(n) % (model.context or 1)
+    if model.context is None:
+        raise ValueError(f"label: the model takes none, got {label!r}")
+    names = classes or [str(i) for i in range(model.context)]
+    if label in names:
+        return torch.full((n,), names.index(label))
+    if label.isdecimal() and int(label) < model.context:
+        return torch.full((n,), int(label))
+    raise ValueError(f"label: unknown class {label!r}; expected one of {', '.join(names)}")

@@ -130,10 +130,10 @@ def _result(row: Row, data: str, seed: int, out: Path, max_minutes: float | None
     """
     plan, last = row.plan(data, seed), out / "last.ckpt"
     stored = _stored(out, plan)
-    if stored is not None and stored.get("ended", True):
-        return
-    if stored is not None and max_minutes is not None and last.exists() and trained_minutes(last) >= max_minutes:
-        return
+    if stored is not None:
+        over = stored.get("ended", True)
+        if over or (max_minutes is not None and last.exists() and trained_minutes(last) >= max_minutes):
+            return
     if last.exists():
         _check_plan(out, plan, models.read_checkpoint(last).get("plan"))
     try:

@@ -203,10 +203,9 @@ class InverseAutoregressive(Autoregressive):
 
     Args:
         gated: ``GatedAffine``, x = s z + (1 - s) t with s a sigmoid, which starts near z and keeps states bounded (eq. 14).
-        scale: None for ``soft_clip(1e-3)``, and with a gate for ``sigmoid()``. The other arguments, attributes, shapes and errors
-            are those of ``Autoregressive``.
+        scale: None for ``soft_clip(1e-3)``, and with a gate for ``sigmoid()``. The others are those of ``Autoregressive``.
 
-    Raises ValueError for a gate whose scale is not a sigmoid.
+    Attributes, shapes and errors are those of ``Autoregressive``; ValueError too for a gate whose scale is not a sigmoid.
 
     Source: Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow" (2016), eq. 10 and 14.
     """

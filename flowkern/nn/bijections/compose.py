@@ -24,8 +24,7 @@ class Compose(Bijection):
             - ``"reversible"``: the activations are dropped; the backward pass rebuilds each bijection's input from its
               output and runs its network once more. Memory does not grow with their number, and a step takes 4/3 of the time.
             - ``"auto"``: as ``"reversible"``, until that turns out not to serve; then as ``"store"``.
-        anchors: keep an exact state every so many bijections. None for four of them in all: fewer take less memory, more stop
-            the error of the inverses earlier.
+        anchors: keep an exact state every so many bijections; None for four. Fewer take less memory, more stop errors earlier.
         drift: the error of a rebuilt element, relative to its distance from the middle of its feature (an index of dimension 1)
             or to the feature's spread over the batch, whichever is larger, above which a RuntimeWarning says which bijections
             it comes from and how large it is, once; ``"auto"`` then computes these gradients from the exact state and stores

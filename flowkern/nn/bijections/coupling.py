@@ -7,8 +7,7 @@ from torch import nn
 
 from ... import ops
 from ..._core.split import SPLITS, FeatureMask, Split, conditioner_input
-from ..transformers.additive import Additive
-from ..transformers.affine import Affine
+from ..transformers.affine import Additive, Affine
 from ..transformers.mixture_logistic import MixtureLogistic
 from ..transformers.transformer import Transformer, setting
 from .bijection import Bijection, Pair, Replay

@@ -47,8 +47,7 @@ class GlowStep(Compose):
     """``ActNorm``, ``InvertibleConv1x1`` and ``AffineCoupling`` in two passes over the data.
 
     The first two are folded into one linear map, W' = W diag(s) and b' = W t. The step equals the three layers written
-    out, in values, log-determinants and gradients of both directions, to rounding. ``actnorm``, ``linear`` and
-    ``coupling`` are the layers.
+    out, in values, log-determinants and gradients of both directions, to rounding: ``actnorm``, ``linear``, ``coupling``.
 
     Args:
         channels: C.

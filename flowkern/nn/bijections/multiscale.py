@@ -13,8 +13,7 @@ from .bijection import Bijection, Pair, Run, run
 class MultiScale(Bijection):
     """Levels of bijections on images; after each level but the last, the last C // 2 channels leave as latents.
 
-    (h_i, z_i) = f_i(h_{i-1}), h_0 = x, z_L = f_L(h_{L-1}); z is the concatenation of z_1, ..., z_L, each flattened, and
-    logabsdet the sum of the levels'.
+    (h_i, z_i) = f_i(h_{i-1}), h_0 = x, z_L = f_L(h_{L-1}); z is z_1, ..., z_L, flattened; logabsdet the sum of the levels'.
 
     Args:
         levels: the bijections f_1, ..., f_L.

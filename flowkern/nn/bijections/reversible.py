@@ -65,10 +65,7 @@ def walk(
 class Keeper:
     """How one ``Compose`` keeps memory: runs its chain in segments, watches the drift and, for ``"auto"``, gives up.
 
-    Args:
-        memory: ``"reversible"`` or ``"auto"``.
-        anchors: an exact state every so many bijections, or None for ``SEGMENTS`` of them.
-        drift: the relative error of a rebuilt state above which to warn; None for sqrt(epsilon) of the coarsest dtype at work.
+    The arguments are those of ``Compose``, with a memory that is not ``"store"``.
     """
 
     def __init__(self, memory: str, anchors: int | None, drift: float | None):

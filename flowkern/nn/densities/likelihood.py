@@ -196,8 +196,7 @@ class DiscretizedLogisticMixture(_OfLevels):
     up to the rounding to levels: that of a logistic held in [-1, 1] is -1 + s (softplus((m + 1) / s) - softplus((m - 1) / s)).
     That of a channel which depends on others is taken at their means.
 
-    Source: Salimans et al., "PixelCNN++" (2017), section 2.1; the layout of the maps is that of
-    ``ops.discretized_logistic_mixture``.
+    The maps are as in ``ops.discretized_logistic_mixture``. Source: Salimans et al., "PixelCNN++" (2017), section 2.1.
     """
 
     def __init__(self, components: int, levels: int):

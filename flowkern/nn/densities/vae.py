@@ -265,8 +265,7 @@ class VAE(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log p(x), its standard error), each (B,): log mean_k w_k over so many samples, ``chunk`` of them at a time.
 
-        The error is that of the logarithm of a mean, std(w) / (mean(w) sqrt(samples)), to first order. The estimate is too low
-        on average (Burda et al. 2016, theorem 1).
+        The error is std(w) / (mean(w) sqrt(samples)), to first order. On average the estimate is low (Burda et al. 2016, th. 1).
         """
         if samples < 2 or chunk < 1:
             raise ValueError(f"samples, chunk: expected at least 2 and 1, got {samples} and {chunk}")

@@ -89,8 +89,7 @@ class ConvEncoder(nn.Module):
         context: K of a context (B, K), which the last, linear layer sees too; None for a network without.
         activation, dropout: as for ``MLP``.
 
-    Raises ValueError for a height or width that cannot be halved so often, an unknown activation, and a context that is
-    missing, not expected or of a wrong shape.
+    Raises ValueError as ``MLP`` does, and for a height or width that cannot be halved so often.
     Source: van den Oord et al., "Neural Discrete Representation Learning" (2017), section 4.1, for the convolutions.
     """
 

@@ -119,8 +119,7 @@ class MaskedLinear(nn.Module):
         bias: whether there is a b.
         strict: > instead of >=, for the last layer of a MADE.
 
-    Raises TypeError for degrees that are not integer tensors and ValueError for those that are not 1-D or hold no values, and
-    for an input of a wrong shape.
+    Raises TypeError for degrees that are not integer tensors, ValueError for other shapes of degrees or x, and without values.
     Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (2015), section 3.
     """
 

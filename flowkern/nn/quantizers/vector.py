@@ -38,8 +38,7 @@ class VectorQuantizer(Quantizer, kind="vector"):
         heads: x is split into so many parts, each with a codebook of its own.
         decay: the weight of the past in the moving averages, or None.
         commitment: beta, the weight of the commitment term.
-        init: "kmeans": the first forward in training mode sets the codes by Lloyd's iterations on its vectors, which may be
-            fewer than the codes; "uniform": values in +-1/K.
+        init: "kmeans": the first forward in training mode sets the codes by Lloyd's iterations on its vectors; "uniform": +-1/K.
         revive_below: a code is dead when its moving count falls under this share of the mean number of vectors per code, N / K
             (0.1, say). It moves onto a vector of the batch drawn at random, and its averages start anew there; at most 256
             codes a step, the least used first. None: codes may die. Needs a decay.

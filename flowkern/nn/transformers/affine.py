@@ -1,4 +1,4 @@
-"""Affine transformers: a scale and a shift for each value."""
+"""Affine and additive transformers: a scale and a shift, or a shift alone, for each value."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -92,3 +92,17 @@ class GatedAffine(Transformer, kind="gated_affine"):
 
     def network_options(self) -> dict[str, Any] | None:
         return {"scale": self.scale, "layout": "pair_scale_shift", "gated": True}
+
+
+@dataclass(frozen=True)
+class Additive(Transformer, kind="additive"):
+    """y = x + t for each value, by the one parameter t; log|dy / dx| = 0."""
+
+    params_per_feature = 1
+
+    def forward(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
+        (t,) = params.unbind(-1)
+        return x - t if inverse else x + t, torch.zeros_like(x)
+
+    def couple(self, x: torch.Tensor, params: torch.Tensor, split: Split, inverse: bool) -> Pair:
+        return ops.additive_coupling(x, params, split=split, inverse=inverse)
