@@ -84,10 +84,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs wherever there are kernels also runs in Triton's interpreter, which chooses by this mark."""
+    """What runs wherever there are kernels also runs in Triton's interpreter, which chooses by this mark.
+
+    Slow tests come first, so that no core waits for another's last one.
+    """
     for item in items:
         if {"where", "anywhere"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker("everywhere")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 class Canaries:
