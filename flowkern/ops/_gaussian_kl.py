@@ -110,6 +110,8 @@ _backward = define(
 
 
 def _draw(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int) -> Pair:
+    if mean.ndim == 2:  # a view takes longer than the kernel of a few numbers
+        return _forward(mean, log_scale, seed, offset)
     z, kl = _forward(mean.flatten(1), log_scale.flatten(1), seed, offset)
     return z.view(mean.shape), kl
 
@@ -129,6 +131,8 @@ class _GaussianKL(torch.autograd.Function):
         mean, log_scale, seed = ctx.saved_tensors
         if reference_differentiates(grad, grad_kl):
             return *_differentiate(mean, log_scale, seed, ctx.offset, grad, grad_kl), None, None
+        if mean.ndim == 2:
+            return *_backward(mean, log_scale, seed, ctx.offset, grad, grad_kl), None, None
         flat = None if grad is None else grad.flatten(1)
         dmean, dlog_scale = _backward(mean.flatten(1), log_scale.flatten(1), seed, ctx.offset, flat, grad_kl)
         return dmean.view(mean.shape), dlog_scale.view(mean.shape), None, None
