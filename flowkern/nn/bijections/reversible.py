@@ -124,8 +124,13 @@ class _Step:
         """Whether a forward in training mode would set parameters from its data."""
         if any(is_lazy(p) for p in self.parameters):
             return True
-        known = ((getattr(type(m), "is_initialized", None), m) for m in self.modules if m.training)
-        return any(is_initialized is not None and not is_initialized(m) for is_initialized, m in known)
+        return any(map(_waits_for_data, self.modules))
+
+
+def _waits_for_data(module: nn.Module) -> bool:
+    """Whether the module says that its next forward in training mode sets its parameters."""
+    is_initialized = getattr(type(module), "is_initialized", None)
+    return module.training and is_initialized is not None and not is_initialized(module)
 
 
 def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -220,6 +225,15 @@ class _Segment:
         """As it was, and nothing changes by running a second time."""
         modules = (m for step in self.steps for m in step.modules)
         with self.as_it_was(), _frozen_statistics(modules):
+            yield
+
+    @contextlib.contextmanager
+    def as_given(self) -> Iterator[None]:
+        """What waits for data goes on waiting: an inverse took it as it was, and is undone by a forward."""
+        with contextlib.ExitStack() as stack:
+            for step in self.steps:
+                for module in filter(_waits_for_data, step.modules):
+                    stack.enter_context(changed(module, "training", False))
             yield
 
     def check_parameters(self) -> None:
@@ -330,7 +344,7 @@ class _Reversible(torch.autograd.Function):
             context = context.detach().requires_grad_(ctx.needs_input_grad[4])
         replay = _Replay(segment, context, grad, grad_total)
         kept = _kept_random_state(x.device) if segment.random else contextlib.nullcontext()
-        with segment.again(), kept:
+        with segment.again(), segment.as_given(), kept:
             _undo(ctx.keeper, replay, x, y.detach())
         gradients = [replay.collected.get(id(p)) for p in segment.parameters]
         return None, None, replay.grad, grad_total, replay.collected.get(id(context)), *gradients
