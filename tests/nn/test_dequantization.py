@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from layers import assert_refused, redrawn
 
 from flowkern import models, nn
 
@@ -15,11 +16,7 @@ SHAPE = (1, 1, 2)
 
 def variational(scale: float = 0.5) -> nn.VariationalDequantization:
     layer = nn.VariationalDequantization(SHAPE, 3, couplings=2, hidden=4).double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return layer
+    return redrawn(layer, scale, seed=0)
 
 
 def test_uniform_noise() -> None:
@@ -120,12 +117,11 @@ def test_trains_samples_and_is_rebuilt(tmp_path) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="shape, levels: expected"):
-        nn.VariationalDequantization((4,), 2)
-    with pytest.raises(ValueError, match="flow: unknown name 'maf'"):
-        models.DequantizedFlow((1, 2, 2), flow="maf")
-    with pytest.raises(ValueError, match="context: expected None, got 3"):
-        models.DequantizedFlow((1, 2, 2), context=3)
+    assert_refused(
+        (lambda: nn.VariationalDequantization((4,), 2), "shape, levels: expected"),
+        (lambda: models.DequantizedFlow((1, 2, 2), flow="maf"), "flow: unknown name 'maf'"),
+        (lambda: models.DequantizedFlow((1, 2, 2), context=3), "context: expected None, got 3"),
+    )
 
 
 def test_errors_of_models() -> None:

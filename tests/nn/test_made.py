@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import assert_refused
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern
@@ -107,18 +108,13 @@ def test_degrees_are_spread_and_sorted() -> None:
 
 def test_depth_counts_the_distinct_sets_that_outputs_see() -> None:
     for name, features in itertools.product(("sorted", "cyclic", "random", "residual-random", "linear"), (1, 2, 5, 40)):
-        if "order" not in SHAPES[name] or not isinstance(SHAPES[name]["order"], torch.Tensor):
-            network = made(name, features)
-            visible = {tuple(row.tolist()) for row in network.masks()[-1].dense()}
-            assert network.depth == len(visible)
-            assert f"depth={network.depth}" in repr(network)
-            assert torch.equal(torch.cat(network.levels()).sort()[0], torch.arange(features))
+        network = made(name, features)
+        visible = {tuple(row.tolist()) for row in network.masks()[-1].dense()}
+        assert network.depth == len(visible)
+        assert f"depth={network.depth}" in repr(network)
+        assert torch.equal(torch.cat(network.levels()).sort()[0], torch.arange(features))
     assert nn.MADE(784, (512,)).depth == 513
     assert nn.MADE(20, (512,)).depth == 20
-
-
-def network_weights(network: nn.MADE) -> int:
-    return sum(layer.weight.numel() for layer in network.layers)
 
 
 def test_one_feature_sees_nothing() -> None:
@@ -129,7 +125,8 @@ def test_one_feature_sees_nothing() -> None:
         first, second = (network(torch.randn(3, 1), context) for _ in range(2))
         assert torch.equal(first, second)
         assert not torch.equal(first, network(torch.randn(3, 1), context + 1))
-        assert network.share == pytest.approx((4 * 4 * len(network.layers[1:-1]) + 2 * 4) / network_weights(network))
+        weights = sum(layer.weight.numel() for layer in network.layers)
+        assert network.share == pytest.approx((4 * 4 * len(network.layers[1:-1]) + 2 * 4) / weights)
 
 
 def test_layers_are_named_in_order_of_use() -> None:
@@ -215,10 +212,10 @@ def test_bad_input_is_named() -> None:
     # A unit that sees something and feeds nothing, and one that sees nothing and feeds something, will do.
     nn.MADE(4, (3, 3), degrees=[torch.tensor([3, 2, 3]), torch.tensor([2, 1, 1])])
     network = nn.MADE(4, (3,), context=2)
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, 4\), got \(2, 3\)"):
-        network(torch.randn(2, 3), torch.randn(2, 2))
-    with pytest.raises(ValueError, match=r"context: expected shape \(2, 2\), got none"):
-        network(torch.randn(2, 4))
+    assert_refused(
+        (lambda: network(torch.randn(2, 3), torch.randn(2, 2)), r"x: expected shape \(B, 4\), got \(2, 3\)"),
+        (lambda: network(torch.randn(2, 4)), r"context: expected shape \(2, 2\), got none"),
+    )
     for keywords, match in (
         ({"output": "poisson"}, "output: unknown name 'poisson'"),
         ({"components": 0}, "components, levels: expected at least 1 and 2, got 0 and 256"),
@@ -374,10 +371,7 @@ def test_samples_of_other_dtypes_and_none_at_all() -> None:
         assert ((x >= 0) & (x <= 2) & (x == x.round())).all()
     for output in ("gaussian", "mixture", "bernoulli", "categorical"):
         assert nn.MADEDensity(3, (4,), output=output, masks=2).sample(0).shape == (0, 3)
-    with pytest.raises(ValueError, match="context: "):
-        density.sample(4)
-    with pytest.raises(ValueError, match="context: "):
-        density.sample(4, torch.randn(3, 2))
+    assert_refused((lambda: density.sample(4), "context: "), (lambda: density.sample(4, torch.randn(3, 2)), "context: "))
 
 
 def test_training_takes_one_set_of_masks_after_the_other() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import quantizers_ddp
 import torch
+from layers import assert_refused
+from torch.nn.parallel import DistributedDataParallel
 
 from flowkern import nn, ops
 
@@ -47,10 +46,10 @@ def test_a_users_own_quantizer() -> None:
     usage = fsq.usage(index)
     torch.testing.assert_close(usage.perplexity, (-torch.special.xlogy(counts, counts).sum()).exp())
     torch.testing.assert_close(usage.used, (counts > 0).float().mean())
-    with pytest.raises(ValueError, match="index: expected codes from 0 to under 125, got 125 to 125"):
-        fsq.decode(torch.tensor([125]))
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, 3, ...\), channels first, got \(2, 4\)"):
-        fsq(torch.randn(2, 4))
+    assert_refused(
+        (lambda: fsq.decode(torch.tensor([125])), "index: expected codes from 0 to under 125, got 125 to 125"),
+        (lambda: fsq(torch.randn(2, 4)), r"x: expected shape \(B, 3, ...\), channels first, got \(2, 4\)"),
+    )
     for call in (nn.Quantizer().forward, nn.Quantizer().decode):
         with pytest.raises(NotImplementedError, match=r"Quantizer has no (forward|decode)"):
             call(x)
@@ -338,7 +337,7 @@ def test_half_precision_and_autocast() -> None:
         assert_equal(state(plain), state(cast))
 
 
-@pytest.mark.parametrize("how", [{"heads": 2, "revive_below": 0.9}, {"decay": None}])
+@pytest.mark.parametrize("how", [pytest.param({"heads": 2, "revive_below": 0.9}, marks=pytest.mark.slow), {"decay": None}])
 def test_compiles_whole_with_initialization_and_revival(how: dict[str, Any]) -> None:
     torch._dynamo.reset()
     made = nn.VectorQuantizer(4, 6, **how)
@@ -396,13 +395,60 @@ def test_residual_channels_first_rotated_and_compiled() -> None:
 # --- processes ---
 
 
-def test_two_processes_have_the_codebooks_of_one(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("quantizers_ddp.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(quantizers_ddp.WORLD)]
-    for kind in quantizers_ddp.KINDS:
-        joined = quantizers_ddp.train(kind)
+#: What is trained in two processes and in one, and for how many steps; ``few``: with more codes than there are rows.
+KINDS = {"ddp": 50, "heads": 10, "cosine": 10, "few": 10, "residual": 10}
+BATCH, DIM, CODES = 24, 6, 16
+
+
+class Scaled(torch.nn.Sequential):
+    """A quantizer behind a parameter, without which DDP has nothing to do."""
+
+    def __init__(self, quantizer: torch.nn.Module) -> None:
+        super().__init__(quantizer)
+        self.scale = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.scale * x)
+
+
+def quantizer(kind: str) -> torch.nn.Module:
+    """Of codes that die and are revived."""
+    torch.manual_seed(0)
+    how = {"decay": 0.7, "revive_below": 0.6}
+    if kind == "residual":
+        return nn.ResidualVectorQuantizer(DIM, CODES, 2, **how)
+    heads, codes = 1 + (kind == "heads"), 4 * BATCH if kind == "few" else CODES
+    return nn.VectorQuantizer(DIM, codes, heads=heads, cosine=kind == "cosine", **how)
+
+
+def states_of(kind: str, rank: int | None = None) -> list[dict[str, torch.Tensor]]:
+    """The states over the steps, of the process with its shares of the batches (None: with all of them).
+
+    Shares are unequal, and now and then a process has nothing, also at the first step.
+    """
+    made = Scaled(quantizer(kind)) if kind == "ddp" else quantizer(kind)
+    run = made if kind != "ddp" or rank is None else DistributedDataParallel(made)
+    states = []
+    for step in range(KINDS[kind]):
+        x = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(step)) * 0.9**step + step / 10
+        cut = (0, 7, BATCH, 12)[step % 4]
+        loss = run(x if rank is None else x[:cut] if rank == 0 else x[cut:])[2]
+        if kind == "ddp":
+            loss.backward()
+        if step % 7 == 0 or step == KINDS[kind] - 1:
+            states.append(state(made))
+    return states
+
+
+def of_rank(rank: int) -> dict[str, list[dict[str, torch.Tensor]]]:
+    return {kind: states_of(kind, rank) for kind in KINDS}
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_codebooks_of_one(in_two_processes: Callable[..., list[Any]]) -> None:
+    ranks = in_two_processes(of_rank)
+    for kind in KINDS:
+        joined = states_of(kind)
         assert len(joined) > 1
         for one, other, together in zip(ranks[0][kind], ranks[1][kind], joined, strict=True):
             assert_equal(one, other)
@@ -415,33 +461,27 @@ def test_two_processes_have_the_codebooks_of_one(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    for how, message in (
-        ({"dim": 0}, "dim, codes and heads must be at least 1, got 0, 8 and 1"),
-        ({"codes": 0}, "dim, codes and heads must be at least 1, got 4, 0 and 1"),
-        ({"heads": 3}, "heads must divide dim, got 3 heads of dim 4"),
-        ({"decay": 1.0}, "expected a decay from 0 to under 1, or None, got 1.0"),
-        ({"init": "zeros"}, "unknown init 'zeros'; expected one of 'kmeans', 'uniform'"),
-        ({"revive_below": 1.5}, "expected revive_below between 0 and 1, or None, got 1.5"),
-        ({"revive_below": 0.1, "decay": None}, "revive_below needs the counts of moving averages"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            nn.VectorQuantizer(**{"dim": 4, "codes": 8, **how})
-    with pytest.raises(ValueError, match="levels must be at least 1, got 0"):
-        nn.ResidualVectorQuantizer(4, 8, 0)
+    assert_refused(
+        (lambda: nn.VectorQuantizer(0, 8), "dim, codes and heads must be at least 1, got 0, 8 and 1"),
+        (lambda: nn.VectorQuantizer(4, 0), "dim, codes and heads must be at least 1, got 4, 0 and 1"),
+        (lambda: nn.VectorQuantizer(4, 8, heads=3), "heads must divide dim, got 3 heads of dim 4"),
+        (lambda: nn.VectorQuantizer(4, 8, decay=1.0), "expected a decay from 0 to under 1, or None, got 1.0"),
+        (lambda: nn.VectorQuantizer(4, 8, init="zeros"), "unknown init 'zeros'; expected one of 'kmeans', 'uniform'"),
+        (lambda: nn.VectorQuantizer(4, 8, revive_below=1.5), "expected revive_below between 0 and 1, or None, got 1.5"),
+        (lambda: nn.VectorQuantizer(4, 8, revive_below=0.1, decay=None), "revive_below needs the counts of moving averages"),
+        (lambda: nn.ResidualVectorQuantizer(4, 8, 0), "levels must be at least 1, got 0"),
+    )
 
 
 def test_bad_input_is_named() -> None:
     made, first = nn.VectorQuantizer(4, 8, heads=2), nn.VectorQuantizer(4, 8, channels_first=True)
-    with pytest.raises(TypeError, match=r"x: expected a floating dtype .* got torch.int64"):
-        made(torch.ones(3, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, ..., 4\), got \(3, 5\)"):
-        made(torch.randn(3, 5))
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, 4, ...\), channels first, got \(3, 5, 4\)"):
-        first(torch.randn(3, 5, 4))
-    with pytest.raises(TypeError, match=r"index: expected an int64 tensor, got torch.float32"):
-        made.decode(torch.ones(3, 2))
-    with pytest.raises(ValueError, match=r"index: expected shape \(..., 2\), got \(3,\)"):
-        made.decode(torch.ones(3, dtype=torch.int64))
+    assert_refused(
+        (lambda: made(torch.ones(3, 4, dtype=torch.int64)), r"x: expected a floating dtype .* got torch.int64", TypeError),
+        (lambda: made(torch.randn(3, 5)), r"x: expected shape \(B, ..., 4\), got \(3, 5\)"),
+        (lambda: first(torch.randn(3, 5, 4)), r"x: expected shape \(B, 4, ...\), channels first, got \(3, 5, 4\)"),
+        (lambda: made.decode(torch.ones(3, 2)), r"index: expected an int64 tensor, got torch.float32", TypeError),
+        (lambda: made.decode(torch.ones(3, dtype=torch.int64)), r"index: expected shape \(..., 2\), got \(3,\)"),
+    )
     with pytest.raises(ValueError, match=r"index: expected shape \(..., 2\) or fewer levels, got \(3, 5\)"):
         nn.ResidualVectorQuantizer(4, 8, 2).decode(torch.ones(3, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"x: expected device cpu \(that of the codebook\), got meta"):

@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import reversible_ddp
 import torch
+import torch.distributed as dist
+from comparison import needs_native
+from layers import (
+    WORLD,
+    Results,
+    assert_refused,
+    assert_same,
+    assert_trains_alike,
+    gradients_of,
+    loss_of,
+    redrawn,
+    remade,
+    trained,
+)
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flowkern import models, nn, ops
 from flowkern._core import backend as _backend
-from flowkern.nn.bijections import drift as _drift
-from flowkern.nn.bijections import reversible as _reversible
+from flowkern.nn.bijections import drift as _drift, reversible as _reversible
 
 BOUNDED = ops.ScaleMap.tanh(0.5)
-
-Results = dict[str, torch.Tensor | None]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+TURNS = ("channel", "channel_swap")
 
 
 def network(inputs: int, outputs: int, *more: torch.nn.Module, width: int = 8) -> torch.nn.Module:
@@ -45,93 +45,27 @@ def network(inputs: int, outputs: int, *more: torch.nn.Module, width: int = 8) -
     )
 
 
-def coupling(channels: int, split: str = "channel", *more: torch.nn.Module) -> nn.AffineCoupling:
-    half = channels // 2
-    return nn.AffineCoupling(network(half, channels, *more), split=split, scale=BOUNDED)
+def coupling(channels: int = 4, split: str = "channel") -> nn.AffineCoupling:
+    return nn.AffineCoupling(network(channels // 2, channels), split=split, scale=BOUNDED)
 
 
-def stack(steps: int, channels: int = 4, *more: Callable[[], torch.nn.Module], **options: Any) -> nn.Compose:
+def turns(steps: int, conditioner: Callable[[], torch.nn.Module], **options: Any) -> nn.Compose:
     """Couplings on halves that take turns."""
-    return nn.Compose(
-        *(coupling(channels, ("channel", "channel_swap")[i % 2], *(m() for m in more)) for i in range(steps)), **options
-    )
+    couplings = (nn.AffineCoupling(conditioner(), split=TURNS[i % 2], scale=BOUNDED) for i in range(steps))
+    return nn.Compose(*couplings, **options)
+
+
+def stack(steps: int, *more: Callable[[], torch.nn.Module], width: int = 8, **options: Any) -> nn.Compose:
+    """Couplings of four channels."""
+    return turns(steps, lambda: network(2, 4, *(module() for module in more), width=width), **options)
 
 
 def vectors(steps: int, context: int | None = None, dropout: float = 0.0, **options: Any) -> nn.Compose:
-    return nn.Compose(
-        *(
-            nn.AffineCoupling(
-                nn.MLP(3, 6, (16,), context=context, dropout=dropout, zero_init=False),
-                split=("channel", "channel_swap")[i % 2],
-                scale=BOUNDED,
-            )
-            for i in range(steps)
-        ),
-        **options,
-    )
+    """Couplings of six features."""
+    return turns(steps, lambda: nn.MLP(3, 6, (16,), context=context, dropout=dropout, zero_init=False), **options)
 
 
-def remade(bijection: nn.Compose, **options: Any) -> nn.Compose:
-    """A copy with other options."""
-    return nn.Compose(*copy.deepcopy(bijection).bijections, **options)
-
-
-def loss_of(z: torch.Tensor, logabsdet: torch.Tensor) -> torch.Tensor:
-    return (0.5 * z.square().flatten(1).sum(1) - logabsdet).mean() + z.flatten(1)[:, 0].sin().sum()
-
-
-def trained(
-    bijection: nn.Bijection, x: torch.Tensor, context: torch.Tensor | None = None, *, inverse: bool = False, seed: int = 3
-) -> Results:
-    """Outputs and gradients of one step, by name."""
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    context = None if context is None else context.detach().clone().requires_grad_()
-    bijection.zero_grad()
-    torch.manual_seed(seed)
-    z, logabsdet = bijection.inverse(x, context) if inverse else bijection(x, context)
-    loss_of(z, logabsdet).backward()
-    results: Results = {"z": z.detach(), "logabsdet": logabsdet.detach(), "x": x.grad}
-    if context is not None:
-        results["context"] = context.grad
-    return results | {name.replace("_orig_mod.", ""): p.grad for name, p in bijection.named_parameters()}
-
-
-def assert_same(actual: Results, expected: Results, tolerance: float = 1e-4) -> None:
-    """Outputs bit for bit, gradients to ``tolerance`` of each tensor's size.
-
-    A gradient that is zero in exact arithmetic, as of a bias before a batch normalization, is measured by the largest.
-    """
-    assert actual.keys() == expected.keys()
-    floor = 1e-2 * max([float(g.norm()) for n, g in expected.items() if g is not None and n not in ("z", "logabsdet")], default=0)
-    for name, value in expected.items():
-        got = actual[name]
-        if value is None:
-            assert got is None, name
-            continue
-        assert got is not None, name
-        if name in ("z", "logabsdet"):
-            assert torch.equal(got, value), name
-            continue
-        assert got.dtype == value.dtype
-        error, size = float((got - value).norm()), max(float(value.norm()), floor)
-        assert error <= tolerance * size, f"{name}: {error / size:.1e}"
-
-
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 64])
-def test_gradients_are_those_of_storing(steps: int, inverse: bool) -> None:
-    stored, x = stack(steps), torch.randn(3, 4, 6, 5)
-    assert_same(
-        trained(remade(stored, memory="reversible"), x, inverse=inverse), trained(stored, x, inverse=inverse), tolerance=1e-4
-    )
-
-
-def test_gradients_in_float64_are_those_of_storing_to_rounding() -> None:
-    stored, x = stack(16).double(), torch.randn(3, 4, 6, 5, dtype=torch.float64)
-    assert_same(trained(remade(stored, memory="reversible", anchors=5), x), trained(stored, x), tolerance=1e-11)
-
-
-def every_kind() -> tuple[nn.Compose, torch.Tensor]:
+def every_kind() -> nn.Compose:
     """Each layer of the library that takes images, among them containers."""
     inner = nn.Compose(nn.AdditiveCoupling(network(8, 8)), nn.Compose(coupling(16, "channel_swap")), nn.Permutation.reverse(16))
     levels = nn.MultiScale(
@@ -145,34 +79,131 @@ def every_kind() -> tuple[nn.Compose, torch.Tensor]:
         nn.AffineCoupling(network(4, 8), split=split, scale=BOUNDED, shift_first=True)
         for split in ("checkerboard", "checkerboard_swap")
     ]
-    layers = [nn.Logit(0.05), nn.Rescale(0.5, -0.1), *checkerboards, nn.Permutation.random(4, seed=1), levels, flat]
-    return nn.Compose(*layers), torch.rand(3, 4, 4, 4)
+    return nn.Compose(nn.Logit(0.05), nn.Rescale(0.5, -0.1), *checkerboards, nn.Permutation.random(4, seed=1), levels, flat)
+
+
+class Own(nn.Bijection):
+    """z = x exp(a tanh(c)), evaluated with dropout: written without a thought of reversible memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(0.3))
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        log_scale = self.a * self.dropout(torch.ones_like(x)).tanh()
+        return x * log_scale.exp(), log_scale.sum(1)
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        log_scale = self.a * self.dropout(torch.ones_like(z)).tanh()
+        return z * (-log_scale).exp(), -log_scale.sum(1)
+
+
+class FirstBatch(nn.Bijection):
+    """z = x - the first batch's mean: it initializes from data as ActNorm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.zeros(()))
+        self.done = False
+        self.initialized_with_graph = False
+
+    def is_initialized(self) -> bool:
+        return self.done
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.training and not self.done:
+            with torch.no_grad():
+                self.mean.copy_(x.mean())
+            self.done = True
+        return x - self.mean, x.new_zeros(len(x))
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return z + self.mean, z.new_zeros(len(z))
+
+
+def first_batches() -> nn.Compose:
+    dropped = nn.AffineCoupling(torch.nn.Sequential(network(2, 4), torch.nn.BatchNorm2d(4), torch.nn.Dropout(0.5)), scale=BOUNDED)
+    return nn.Compose(dropped, FirstBatch(), coupling(4, "channel_swap"), FirstBatch())
+
+
+def shared() -> nn.Compose:
+    """One layer three times: its gradients add up."""
+    layer = coupling()
+    return nn.Compose(layer, nn.Permutation.reverse(4), layer, nn.Permutation.reverse(4), layer)
+
+
+def frozen(every: int) -> nn.Compose:
+    """One parameter of so many does not ask for a gradient."""
+    chain = stack(6)
+    for p in [*chain.parameters()][::every]:
+        p.requires_grad_(False)
+    return chain
+
+
+def weight_normalized() -> nn.Compose:
+    chain = vectors(4)
+    for bijection in chain.bijections:
+        torch.nn.utils.parametrizations.weight_norm(bijection.conditioner.layers[0])
+    return chain
+
+
+def with_sizes(constant: bool) -> tuple[nn.Compose, torch.Tensor]:
+    """Features of different sizes, and an input in which one of them may be constant: it has no digits of its own to lose."""
+    sizes = torch.tensor([1e-6, 1.0, 1e6, 1e-2])
+    chain = nn.Compose(nn.Scaling((4,)), *turns(4, lambda: nn.MLP(2, 4, (8,), zero_init=False)).bijections)
+    with torch.no_grad():
+        chain.bijections[0].log_scale.copy_(-sizes.log())
+    x = torch.randn(32, 4)
+    if constant:
+        x[:, 1] = 0.0
+    return chain, x * sizes
+
+
+def images(batch: int = 3) -> torch.Tensor:
+    return torch.randn(batch, 4, 6, 5)
+
+
+BATCH_NORMS = (lambda: torch.nn.BatchNorm2d(8), lambda: torch.nn.InstanceNorm2d(8, track_running_stats=True))
+
+#: (a chain, its input, and a context if it takes one), and the options of the copy.
+CASES: dict[str, tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
+    **{f"{steps}-steps": (lambda steps=steps: (stack(steps), images()), {}) for steps in (1, 2, 7, 32)},
+    "float64": (lambda: (stack(16).double(), images().double()), {"anchors": 5}),
+    **{f"every-kind-{n}": (lambda: (every_kind(), torch.rand(3, 4, 4, 4)), {"anchors": n}) for n in (None, 1, 3)},
+    "own": (lambda: (nn.Compose(Own(), Own(), Own()), torch.randn(4, 6)), {"anchors": 3}),
+    "dropout": (lambda: (vectors(6, dropout=0.5), torch.randn(8, 6)), {}),
+    "batch-norm": (lambda: (stack(6, *BATCH_NORMS), images(5)), {}),
+    "first-batches": (lambda: (first_batches(), 2 + images(4)), {"anchors": 4}),
+    "context": (lambda: (vectors(9, context=3), torch.randn(5, 6), torch.randn(5, 3)), {}),
+    **{f"frozen-{every}": (lambda every=every: (frozen(every), images()), {}) for every in (1, 3)},
+    "channels-last": (lambda: (stack(6), images().to(memory_format=torch.channels_last)), {}),
+    **{f"shared-{n}": (lambda: (shared(), images(2)), {"anchors": n}) for n in (None, 1, 5)},
+    "weight-norm": (lambda: (weight_normalized(), torch.randn(5, 6)), {}),
+    **{f"sizes-{constant}": (lambda constant=constant: with_sizes(constant), {"anchors": 5}) for constant in (False, True)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-@pytest.mark.parametrize("anchors", [None, 1, 3])
-def test_every_layer_of_the_library(anchors: int | None, inverse: bool) -> None:
-    stored, x = every_kind()
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_storing(case: str, inverse: bool) -> None:
+    build, options = CASES[case]
+    stored, x, *context = build()
     if inverse:
-        x = 0.3 * torch.randn(3, 64)
-    reversible = remade(stored, memory="reversible", anchors=anchors)
-    assert_same(trained(reversible, x, inverse=inverse), trained(stored, x, inverse=inverse))
+        with torch.no_grad():
+            x = stored(x, *context)[0]  # which also initializes what waits for data
+    assert_trains_alike(stored, x, *context, inverse=inverse, **options)
 
 
-def test_a_multiscale_inside_keeps_nothing_of_its_networks() -> None:
-    stored, x = every_kind()
-    reversible = remade(stored, memory="reversible")
-    assert saved_bytes(reversible, x) < saved_bytes(stored, x) / 2
+def test_the_backward_of_an_inverse_initializes_nothing() -> None:
+    """It runs forwards, in training mode, what the inverse took as it was."""
+    waiting = nn.Compose(nn.ActNorm(4), coupling(), FirstBatch(), nn.GlowStep(4, network(2, 4)))
+    assert_trains_alike(waiting, 2 + images(4), inverse=True)
 
 
 def glow(**options: Any) -> models.Glow:
     """With weights that are not zero, so that every part counts."""
-    model = models.Glow((3, 8, 8), levels=2, steps=3, hidden=12, **options)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.05 * torch.randn(p.shape, generator=generator)
-    return model
+    return redrawn(models.Glow((3, 8, 8), levels=2, steps=3, hidden=12, **options), 0.05, seed=2, around=1.0)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +221,7 @@ def test_glow(parametrization: str, memory: str) -> None:
             model.zero_grad()
             log_prob = model(x, labels)
             log_prob.mean().backward()
-            found.append({"log_prob": log_prob.detach()} | {name: p.grad for name, p in model.named_parameters()})
+            found.append({"log_prob": log_prob.detach()} | gradients_of(model))
         assert_same(*found)
     assert torch.equal(reversible.sample(2, labels[:2], 0.5).isfinite(), torch.ones(2, 3, 8, 8, dtype=torch.bool))
 
@@ -206,6 +237,7 @@ def test_glow_evaluates_each_conditioner_once_in_the_backward() -> None:
     assert calls == [False] * 6 + [True] * 6
 
 
+@needs_native
 @pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
 def test_a_step_of_glow_runs_each_kernel_once_in_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its inverse and its gradient: what it computed in the forward is at hand."""
@@ -222,27 +254,6 @@ def test_a_step_of_glow_runs_each_kernel_once_in_the_backward(monkeypatch: pytes
     (z.sum() + logabsdet.sum()).backward()
     once = [f"{op}{part}" for op in ("affine_coupling", "invertible_linear", "plu_weight") for part in ("", "_backward")]
     assert sorted(called) == once
-
-
-def test_layers_without_a_step_of_their_own_use_the_default() -> None:
-    class Own(nn.Bijection):
-        """z = x exp(a tanh(c)), evaluated with dropout: written without a thought of reversible memory."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = torch.nn.Parameter(torch.tensor(0.3))
-            self.dropout = torch.nn.Dropout(0.5)
-
-        def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-            log_scale = self.a * self.dropout(torch.ones_like(x)).tanh()
-            return x * log_scale.exp(), log_scale.sum(1)
-
-        def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-            log_scale = self.a * self.dropout(torch.ones_like(z)).tanh()
-            return z * (-log_scale).exp(), -log_scale.sum(1)
-
-    stored, x = nn.Compose(Own(), Own(), Own()), torch.randn(4, 6)
-    assert_same(trained(remade(stored, memory="reversible", anchors=3), x), trained(stored, x))
 
 
 # --- what a step costs
@@ -295,19 +306,13 @@ def saved_bytes(bijection: nn.Bijection, x: torch.Tensor) -> int:
     return saved
 
 
-def wide(steps: int, **options: Any) -> nn.Compose:
-    """Networks twelve times as wide as the state, as in a small Glow, and few parameters: activations are what counts."""
-    splits = ("channel", "channel_swap")
-    return nn.Compose(
-        *(nn.AffineCoupling(network(2, 4, width=48), split=splits[i % 2], scale=BOUNDED) for i in range(steps)), **options
-    )
-
-
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_depth() -> None:
+    """Networks are twelve times as wide as the state, as in a small Glow, with few parameters: activations are what counts."""
     x = torch.randn(8, 4, 24, 24)
-    few, many = (peak_bytes(wide(n, memory="reversible"), x) for n in (4, 64))
+    few, many = (peak_bytes(stack(n, width=48, memory="reversible"), x) for n in (4, 64))
     assert many <= 1.1 * few
-    assert peak_bytes(wide(64), x) > 5 * many
+    assert peak_bytes(stack(64, width=48), x) > 5 * many
 
 
 def test_only_the_states_at_the_anchors_are_saved() -> None:
@@ -319,26 +324,9 @@ def test_only_the_states_at_the_anchors_are_saved() -> None:
     assert saved_bytes(stack(32), x) > 60 * state
 
 
-class Counted(torch.nn.Module):
-    """A network that counts its evaluations, with and without gradients."""
-
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.calls: list[bool] = []
-
-    def forward(self, *args: torch.Tensor) -> torch.Tensor:
-        self.calls.append(torch.is_grad_enabled())
-        return self.inner(*args)
-
-
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-def test_one_evaluation_of_each_network_in_the_backward(inverse: bool) -> None:
-    affine = nn.AffineCoupling(Counted(network(2, 4)), scale=BOUNDED)
-    additive = nn.AdditiveCoupling(Counted(network(2, 2)), split="channel_swap")
-    trained(nn.Compose(affine, additive, memory="reversible"), torch.randn(2, 4, 3, 3), inverse=inverse)
-    assert affine.conditioner.calls == [False, True]
-    assert additive.conditioner.calls == [False, True]
+def test_a_multiscale_inside_keeps_nothing_of_its_networks() -> None:
+    stored, x = every_kind(), torch.rand(3, 4, 4, 4)
+    assert saved_bytes(remade(stored, memory="reversible"), x) < saved_bytes(stored, x) / 2
 
 
 def test_no_gradient_asked_for_means_no_second_pass() -> None:
@@ -350,59 +338,6 @@ def test_no_gradient_asked_for_means_no_second_pass() -> None:
 
 
 # --- running twice changes nothing
-
-
-@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
-def test_dropout_draws_the_same_mask_and_the_random_state_goes_on(inverse: bool) -> None:
-    stored, x = vectors(6, dropout=0.5), torch.randn(8, 6)
-    expected = trained(stored, x, inverse=inverse)
-    after = torch.rand(3)
-    assert_same(trained(remade(stored, memory="reversible"), x, inverse=inverse), expected)
-    assert torch.equal(torch.rand(3), after)
-
-
-def test_batch_normalization_updates_once() -> None:
-    stored = stack(6, 4, lambda: torch.nn.BatchNorm2d(8), lambda: torch.nn.InstanceNorm2d(8, track_running_stats=True))
-    reversible, x = remade(stored, memory="reversible"), torch.randn(5, 4, 6, 6)
-    assert_same(trained(reversible, x), trained(stored, x))
-    for (name, ours), theirs in zip(reversible.named_buffers(), stored.buffers(), strict=True):
-        assert torch.equal(ours, theirs), name
-    assert all(m.track_running_stats for m in reversible.modules() if isinstance(m, torch.nn.BatchNorm2d))
-    reversible.eval()
-    stored.eval()
-    assert_same(trained(reversible, x), trained(stored, x))
-
-
-class FirstBatch(nn.Bijection):
-    """z = x - the first batch's mean: it initializes from data as ActNorm does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean = torch.nn.Parameter(torch.zeros(()))
-        self.done = False
-        self.initialized_with_graph = False
-
-    def is_initialized(self) -> bool:
-        return self.done
-
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.training and not self.done:
-            with torch.no_grad():
-                self.mean.copy_(x.mean())
-            self.done = True
-        return x - self.mean, x.new_zeros(len(x))
-
-    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return z + self.mean, z.new_zeros(len(z))
-
-
-def test_initialization_from_data_comes_first() -> None:
-    dropped = nn.AffineCoupling(torch.nn.Sequential(network(2, 4), torch.nn.BatchNorm2d(4), torch.nn.Dropout(0.5)), scale=BOUNDED)
-    stored = nn.Compose(dropped, FirstBatch(), coupling(4, "channel_swap"), FirstBatch())
-    reversible, x = remade(stored, memory="reversible", anchors=4), 2 + torch.randn(4, 4, 5, 5)
-    assert_same(trained(reversible, x), trained(stored, x))
-    for ours, theirs in zip(reversible.state_dict().values(), stored.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def test_lazy_networks_are_made_first() -> None:
@@ -446,7 +381,7 @@ def test_autocast_as_it_was_and_a_float32_state() -> None:
 def test_rounding_of_bfloat16_networks_is_no_drift() -> None:
     # Rebuilt inputs differ by 1e-7, which now and then rounds an activation to the neighbour 2^-8 away. What that does to
     # the gradient is less than what bfloat16 itself does.
-    stored, x = stack(32, 4, lambda: torch.nn.Conv2d(8, 8, 1)), torch.randn(16, 4, 16, 16)
+    stored, x = stack(32, lambda: torch.nn.Conv2d(8, 8, 1)), torch.randn(16, 4, 16, 16)
     reversible = remade(stored, memory="reversible", anchors=32)
 
     def gradient(bijection: nn.Compose, enabled: bool) -> torch.Tensor:
@@ -464,84 +399,37 @@ def test_rounding_of_bfloat16_networks_is_no_drift() -> None:
         trained(leaky(0.2, memory="reversible"), x)
 
 
-# --- inputs of all kinds
-
-
-def test_context_gets_its_gradient() -> None:
-    stored, x, context = vectors(9, context=3), torch.randn(5, 6), torch.randn(5, 3)
-    reversible = remade(stored, memory="reversible")
-    assert_same(trained(reversible, x, context), trained(stored, x, context))
-    z, logabsdet = reversible(x, context)  # neither input asks for a gradient
-    loss_of(z, logabsdet).backward()
-
-
-def test_frozen_parameters_and_inputs_without_gradient() -> None:
-    stored, x = stack(6), torch.randn(3, 4, 5, 5)
-    for i, p in enumerate(stored.parameters()):
-        p.requires_grad_(i % 3 != 0)
-    reversible = remade(stored, memory="reversible")
-    for bijection in (stored, reversible):
-        loss_of(*bijection(x)).backward()
-    for (name, ours), theirs in zip(reversible.named_parameters(), stored.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None) == (not theirs.requires_grad), name
-        if theirs.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
-    stored.requires_grad_(False)
-    reversible.requires_grad_(False)
-    assert_same(trained(reversible, x), trained(stored, x))
+# --- inputs and gradients of all kinds
 
 
 def test_only_some_parameters_asked_for() -> None:
     stored, x = stack(6), torch.randn(3, 4, 5, 5)
     reversible = remade(stored, memory="reversible")
     some = [torch.autograd.grad(loss_of(*b(x)), [*b.bijections[4].parameters()]) for b in (reversible, stored)]
-    for ours, theirs in zip(*some, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*some, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("which", ["z", "logabsdet"])
-def test_a_missing_gradient(which: str) -> None:
+#: What hands a chain gradients of other forms: none of one output, or strided ones.
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "z": lambda z, _: z.square().sum(),
+    "logabsdet": lambda _, logabsdet: logabsdet.sum(),
+    "strided": lambda z, logabsdet: (z * torch.linspace(-1, 1, 360).view(5, 6, 4, 3).permute(3, 2, 1, 0)).sum() + logabsdet.sum(),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_absent_and_strided_gradients(loss: str, layout: torch.memory_format) -> None:
     # The additive coupling in between has no log-determinant: nothing reaches the last network from there.
-    stored = nn.Compose(coupling(4), coupling(4, "channel_swap"), nn.AdditiveCoupling(network(2, 2)))
-    x = torch.randn(3, 4, 5, 5, requires_grad=True)
-    for bijection in (stored, reversible := remade(stored, memory="reversible", anchors=2)):
-        z, logabsdet = bijection(x)
-        (z.square().sum() if which == "z" else logabsdet.sum()).backward()
-    for (name, ours), theirs in zip(reversible.named_parameters(), stored.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None), name
-        if theirs.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_channels_last_and_strided_gradients() -> None:
-    stored, x = stack(6), torch.randn(3, 4, 6, 5).to(memory_format=torch.channels_last)
-    reversible = remade(stored, memory="reversible").to(memory_format=torch.channels_last)
-    stored = stored.to(memory_format=torch.channels_last)
-    assert_same(trained(reversible, x), trained(stored, x))
-    assert reversible(x)[0].is_contiguous(memory_format=torch.channels_last)
-    weights = torch.randn(5, 6, 4, 3).permute(3, 2, 1, 0)
-    found = []
-    for bijection in (reversible, stored):
-        leaf = x.clone().requires_grad_()
-        z, logabsdet = bijection(leaf)
-        torch.autograd.backward((z, logabsdet), (weights, torch.ones(1).expand(3)))
-        found.append(leaf.grad)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    stored = nn.Compose(coupling(), coupling(4, "channel_swap"), nn.AdditiveCoupling(network(2, 2))).to(memory_format=layout)
+    x = images().to(memory_format=layout)
+    reversible = assert_trains_alike(stored, x, anchors=2, loss=LOSSES[loss])
+    assert reversible(x)[0].is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
 def test_batches_of_none_and_one(batch: int) -> None:
-    stored, x = stack(3), torch.randn(batch, 4, 5, 5)
-    z, logabsdet = remade(stored, memory="reversible")(x.requires_grad_())
-    (z.sum() + logabsdet.sum()).backward()
-    assert x.grad.shape == x.shape
-
-
-def test_shared_layers_get_the_sum_of_their_gradients() -> None:
-    shared = coupling(4)
-    stored, x = nn.Compose(shared, nn.Permutation.reverse(4), shared, nn.Permutation.reverse(4), shared), torch.randn(2, 4, 5, 5)
-    for anchors in (None, 1, 5):
-        assert_same(trained(remade(stored, memory="reversible", anchors=anchors), x), trained(stored, x))
+    assert_trains_alike(stack(3), images(batch), loss=lambda z, logabsdet: z.sum() + logabsdet.sum())
 
 
 def test_nothing_and_views() -> None:
@@ -555,78 +443,52 @@ def test_nothing_and_views() -> None:
 
 
 def test_two_backwards_through_one_graph_and_accumulation() -> None:
-    stored, x = stack(5, 4, lambda: torch.nn.BatchNorm2d(8)), torch.randn(3, 4, 5, 5)
+    stored, x = stack(5, BATCH_NORMS[0]), torch.randn(3, 4, 5, 5)
     reversible = remade(stored, memory="reversible")
     for bijection in (stored, reversible):
         loss = loss_of(*bijection(x))
         loss.backward(retain_graph=True)
         loss.backward()
         loss_of(*bijection(x + 1)).backward()
-    ours, theirs = ({name: p.grad for name, p in b.named_parameters()} for b in (reversible, stored))
-    assert_same(ours, theirs)
+    assert_same(gradients_of(reversible), gradients_of(stored))
     for ours, theirs in zip(reversible.buffers(), stored.buffers(), strict=True):
         assert torch.equal(ours, theirs)
-
-
-def test_weight_normalization_trains_its_own_parameters() -> None:
-    stored, x = vectors(4), torch.randn(5, 6)
-    for bijection in stored.bijections:
-        torch.nn.utils.parametrizations.weight_norm(bijection.conditioner.layers[0])
-    assert_same(trained(remade(stored, memory="reversible"), x), trained(stored, x))
-
-
-def test_training_goes_the_same_way() -> None:
-    stored, x = vectors(6), torch.randn(64, 6) * torch.linspace(0.5, 2, 6)
-    reversible = remade(stored, memory="reversible")
-    losses = []
-    for bijection in (stored, reversible):
-        optimizer = torch.optim.Adam(bijection.parameters(), 1e-2)
-        flow, curve = nn.Flow(bijection, nn.StandardNormal(6)), []
-        for _ in range(15):
-            optimizer.zero_grad()
-            loss = -flow(x).mean()
-            loss.backward()
-            optimizer.step()
-            curve.append(loss.item())
-        losses.append(curve)
-    assert losses[0][-1] < losses[0][0] - 0.5
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_reverse_kl_through_the_inverse() -> None:
-    stored = vectors(8)
-    flows = [nn.Flow(b, nn.StandardNormal(6)) for b in (stored, remade(stored, memory="reversible"))]
-    found = []
-    for flow in flows:
-        torch.manual_seed(1)
-        x, log_prob = flow.sample_and_log_prob(16)
-        (log_prob + x.square().sum(1)).mean().backward()
-        found.append([p.grad for p in flow.bijection.parameters()])
-    for theirs, ours in zip(*found, strict=True):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
 # --- when the inverse is not exact
 
 
-class Leaky(nn.Bijection):
-    """z = x exp(a) whose inverse is off by a factor: what an exploding inverse looks like at the anchor."""
+class OneWay(nn.Bijection):
+    """z = x exp(a), which has no inverse."""
 
-    def __init__(self, error: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.a = torch.nn.Parameter(torch.tensor(0.1))
-        self.error = error
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return x * self.a.exp(), (x[0].numel() * self.a).expand(len(x))
+
+
+class Sometimes(OneWay):
+    """A layer that finds out late that it cannot be inverted."""
+
+    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("Sometimes: not for this z")
+
+
+class Leaky(OneWay):
+    """Its inverse is off by a factor: what an exploding inverse looks like at the anchor."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.error = error
 
     def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return z * (-self.a).exp() * (1 + self.error), (-z[0].numel() * self.a).expand(len(z))
 
 
 def leaky(error: float, **options: Any) -> nn.Compose:
-    layers = [coupling(4), coupling(4, "channel_swap"), Leaky(error), coupling(4), coupling(4, "channel_swap")]
-    return nn.Compose(*layers, **options)
+    return nn.Compose(*stack(2).bijections, Leaky(error), *stack(2).bijections, **options)
 
 
 def test_drift_is_reported_once_with_the_step_and_the_figure() -> None:
@@ -651,42 +513,31 @@ class Offset(torch.nn.Module):
         return 0.3 * self.inner(x.movedim(1, -1)).movedim(-1, 1) + self.offset
 
 
-def offsets(*values: float, splits: Sequence[str] = ("channel_swap", "channel", "channel"), **options: Any) -> nn.Compose:
+def offsets(*values: float, memory: str) -> nn.Compose:
     """Additive couplings of four features that lose digits where an offset is large."""
-    layers = [nn.AdditiveCoupling(Offset(2, 2, v), split=s) for v, s in zip(values, splits, strict=True)]
-    return nn.Compose(*layers, **options)
-
-
-def one_large(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Ordinary features, but the first, which is near 1e4."""
-    x = torch.randn(*shape, dtype=dtype)
-    x[:, 0] += 1e4
-    return x
-
-
-def lost(layout: str, memory: str) -> tuple[nn.Compose, torch.Tensor, str, contextlib.AbstractContextManager[Any]]:
-    """A chain that loses digits, its input, what is said of the drift, and how to run it."""
-    large, said, how = 1e7, r"more than 3\.5e-04", contextlib.nullcontext()
-    x = one_large(16, 4) if layout in ("vectors", "double", "autocast") else one_large(4, 4, 6, 5)
-    if layout == "channels_last":
-        x = x.to(memory_format=torch.channels_last)
-    if layout == "double":
-        x, large, said = one_large(16, 4, dtype=torch.float64), 1e16, r"more than 1\.5e-08"
-    if layout == "autocast":
-        said, how = r"more than 8\.8e-02", torch.autocast("cpu", dtype=torch.bfloat16)
-    return offsets(0.0, large, -large, memory=memory, anchors=3).to(x.dtype), x, said, how
+    splits = ("channel_swap", "channel", "channel")
+    layers = (nn.AdditiveCoupling(Offset(2, 2, v), split=s) for v, s in zip(values, splits, strict=True))
+    return nn.Compose(*layers, memory=memory, anchors=3)
 
 
 @pytest.mark.parametrize("layout", ["vectors", "images", "channels_last", "double", "autocast"])
 def test_digits_lost_beside_a_large_feature_are_seen(layout: str) -> None:
-    bijection, x, said, how = lost(layout, "reversible")
+    x, large, said, how = torch.randn(16, 4), 1e7, r"more than 3\.5e-04", contextlib.nullcontext()
+    if layout in ("images", "channels_last"):
+        x = images(4).to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    if layout == "double":
+        x, large, said = x.double(), 1e16, r"more than 1\.5e-08"
+    if layout == "autocast":
+        said, how = r"more than 8\.8e-02", torch.autocast("cpu", dtype=torch.bfloat16)
+    x[:, 0] += 1e4
+    bijection = offsets(0.0, large, -large, memory="reversible").to(x.dtype)
     with pytest.warns(RuntimeWarning, match=said), how:
         trained(bijection, x)
     automatic = remade(bijection, memory="auto", anchors=3)
     with how:
         expected = trained(remade(bijection), x)
     with pytest.warns(RuntimeWarning, match="stored from now on"), how:
-        assert_same(trained(automatic, x), expected, tolerance=1e-4)
+        assert_same(trained(automatic, x), expected)
 
 
 def test_digits_that_only_an_inner_state_has_lost_are_seen() -> None:
@@ -700,24 +551,6 @@ def test_digits_that_only_an_inner_state_has_lost_are_seen() -> None:
     automatic, expected = remade(ranges, memory="auto", anchors=5), trained(ranges, x)
     with pytest.warns(RuntimeWarning, match="stored from now on"):
         assert_same(trained(automatic, x), expected, tolerance=1e-4)
-
-
-def test_features_of_different_sizes_are_no_drift() -> None:
-    turns = ("channel", "channel_swap") * 2
-    sizes = torch.tensor([1e-6, 1.0, 1e6, 1e-2])
-    for constant in (False, True):
-        scaled, bare = (
-            nn.Compose(
-                nn.Scaling((4,)), *(nn.AffineCoupling(nn.MLP(2, 4, (8,), zero_init=False), split=s, scale=BOUNDED) for s in turns)
-            ),
-            torch.randn(32, 4),
-        )
-        with torch.no_grad():
-            scaled.bijections[0].log_scale.copy_(-sizes.log())
-        if constant:  # no digits of its own to lose
-            bare[:, 1] = 0.0
-        x = bare * sizes
-        assert_same(trained(remade(scaled, memory="reversible", anchors=5), x), trained(scaled, x))
 
 
 def random_chain(wild: bool) -> nn.Compose:
@@ -745,10 +578,10 @@ def differs(actual: Results, expected: Results, tolerance: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("wild", [True, False])
+@pytest.mark.parametrize("wild", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_no_wrong_gradient_of_a_random_chain_goes_unseen(wild: bool) -> None:
     wrong, warned = 0, 0
-    for seed in range(100):
+    for seed in range(50):
         torch.manual_seed(seed)
         stored = random_chain(wild)
         x = torch.randn((1, 2, 5, 16, 64)[seed % 5], 4)
@@ -761,7 +594,7 @@ def test_no_wrong_gradient_of_a_random_chain_goes_unseen(wild: bool) -> None:
         wrong += (off := differs(found, expected, 1e-3))
         warned += bool(seen)
         assert seen or not off, f"seed {seed}"
-    assert wrong >= 10 if wild else warned == wrong == 0, (wrong, warned)
+    assert wrong >= 5 if wild else warned == wrong == 0, (wrong, warned)
 
 
 def test_a_loss_in_any_sample_is_seen_when_its_turn_comes() -> None:
@@ -803,41 +636,24 @@ def test_auto_computes_from_the_exact_state_and_stores_from_then_on(anchors: int
 
 
 def test_auto_is_reversible_as_long_as_that_serves() -> None:
-    stored, x = stack(8, 4, lambda: torch.nn.Dropout(0.5)), torch.randn(3, 4, 5, 5)
-    automatic = remade(stored, memory="auto")
-    assert_same(trained(automatic, x), trained(stored, x))
+    stored, x = stack(8, lambda: torch.nn.Dropout(0.5)), torch.randn(3, 4, 5, 5)
+    automatic = assert_trains_alike(stored, x, memory="auto")
+    stored.train()
     assert saved_bytes(automatic, x) == saved_bytes(remade(stored, memory="reversible"), x) < saved_bytes(stored, x)
-
-
-class OneWay(nn.Bijection):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = torch.nn.Parameter(torch.tensor(0.1))
-
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return x * self.a.exp(), (x[0].numel() * self.a).expand(len(x))
-
-
-class Sometimes(OneWay):
-    """A layer that finds out late that it cannot be inverted."""
-
-    def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError("Sometimes: not for this z")
 
 
 def test_bijections_without_inverse() -> None:
     x = torch.randn(3, 4, 5, 5)
-    stored = nn.Compose(coupling(4), OneWay(), coupling(4))
+    stored = nn.Compose(coupling(), OneWay(), coupling())
     assert_same(trained(remade(stored, memory="auto"), x), trained(stored, x), tolerance=0.0)
     with pytest.raises(RuntimeError, match=r"bijection 1 \(OneWay\) has no inverse.*memory='store'"):
         remade(stored, memory="reversible")(x)
-    late = nn.Compose(coupling(4), Sometimes(), nn.Permutation.reverse(4))
-    automatic = nn.Compose(*late.bijections, memory="auto")
-    expected = trained(late, x)
+    late = nn.Compose(coupling(), Sometimes(), nn.Permutation.reverse(4))
+    automatic = remade(late, memory="auto")
     with pytest.warns(RuntimeWarning, match="Sometimes: not for this z"):
-        assert_same(trained(automatic, x), expected)
+        assert_same(trained(automatic, x), trained(late, x))
     with pytest.raises(NotImplementedError, match="not for this z"):
-        trained(nn.Compose(*late.bijections, memory="reversible"), x)
+        trained(remade(late, memory="reversible"), x)
 
 
 # --- what it refuses
@@ -870,20 +686,12 @@ def test_transforms_store_under_auto_and_are_refused_otherwise() -> None:
 
 def test_hooks_on_parameters_run_once() -> None:
     stored, x = vectors(3), torch.randn(4, 6)
-    automatic = remade(stored, memory="auto")
-    for bijection in (stored, automatic):
+    automatic, reversible = (remade(stored, memory=memory) for memory in ("auto", "reversible"))
+    for bijection in (stored, automatic, reversible):
         next(bijection.parameters()).register_hook(lambda g: 2 * g)
     assert_same(trained(automatic, x), trained(stored, x))
-    hooked = _hooked(stored)
     with pytest.raises(RuntimeError, match=r"hook.*memory='store'"):
-        hooked(x)
-
-
-def _hooked(stored: nn.Compose) -> nn.Compose:
-    """A reversible copy with a hook: copies do not carry them over."""
-    reversible = remade(stored, memory="reversible")
-    next(reversible.parameters()).register_hook(lambda g: g)
-    return reversible
+        reversible(x)
 
 
 def test_hooks_after_accumulation_are_served() -> None:
@@ -911,22 +719,14 @@ def test_parameters_that_changed_before_the_backward_are_noticed() -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(ValueError, match="memory: expected one of 'store', 'reversible', 'auto', got 'low'"):
-        nn.Compose(memory="low")
-    with pytest.raises(ValueError, match="anchors: expected at least 1, or None, got 0"):
-        nn.Compose(memory="auto", anchors=0)
-    with pytest.raises(ValueError, match="drift: expected a positive number, or None, got nan"):
-        nn.Compose(memory="auto", drift=float("nan"))
+    assert_refused(
+        (lambda: nn.Compose(memory="low"), "memory: expected one of 'store', 'reversible', 'auto', got 'low'"),
+        (lambda: nn.Compose(memory="auto", anchors=0), "anchors: expected at least 1, or None, got 0"),
+        (lambda: nn.Compose(memory="auto", drift=float("nan")), "drift: expected a positive number, or None, got nan"),
+    )
     with pytest.raises(TypeError, match="needs every layer to be a Bijection, got Linear"):
         nn.Compose(torch.nn.Linear(2, 2), memory="reversible")  # type: ignore[arg-type]
     assert "memory='auto', anchors=3" in repr(nn.Compose(memory="auto", anchors=3))
-
-
-def test_copies_and_state_dicts() -> None:
-    stored, x = vectors(4), torch.randn(4, 6)
-    twin = copy.deepcopy(remade(stored, memory="reversible"))
-    assert_same(trained(twin, x), trained(stored, x))
-    assert twin.state_dict().keys() == stored.state_dict().keys()
 
 
 # --- compilers and processes
@@ -936,17 +736,10 @@ hidden = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that
 
 
 @hidden
-def test_compiled_networks() -> None:
-    stored, x = vectors(4, dropout=0.3), torch.randn(8, 6)
-    reversible = remade(stored, memory="reversible")
-    for bijection in reversible.bijections:
-        bijection.conditioner = torch.compile(bijection.conditioner, backend="aot_eager", fullgraph=True)
-    assert_same(trained(reversible, x), trained(stored, x))
-
-
-@hidden
-def test_compiled_networks_with_batch_normalization() -> None:
-    stored, x = stack(3, 4, lambda: torch.nn.BatchNorm2d(8)), torch.randn(5, 4, 6, 6)
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [False, True], ids=["dropout", "batch-norm"])
+def test_compiled_networks(norm: bool) -> None:
+    stored, x = (stack(2, BATCH_NORMS[0]), images(5)) if norm else (vectors(2, dropout=0.3), torch.randn(8, 6))
     reversible = remade(stored, memory="reversible")
     for bijection in reversible.bijections:
         bijection.conditioner = torch.compile(bijection.conditioner, backend="aot_eager", fullgraph=True)
@@ -958,29 +751,63 @@ def test_compiled_networks_with_batch_normalization() -> None:
 
 @hidden
 def test_a_compiled_stack_breaks_its_graph_and_is_right() -> None:
-    stored, x = vectors(4, dropout=0.3), torch.randn(8, 6)
-    reversible = remade(stored, memory="reversible")
-    expected = trained(stored, x)
-    compiled = torch.compile(nn.Flow(reversible, nn.StandardNormal(6)), backend="aot_eager")
-    flow = nn.Flow(stored, nn.StandardNormal(6))
-    for f in (compiled, flow):
+    stored, x = vectors(2, dropout=0.3), torch.randn(8, 6)
+    reversible, base = remade(stored, memory="reversible"), nn.StandardNormal(6)
+    for flow in (torch.compile(nn.Flow(reversible, base), backend="aot_eager"), nn.Flow(stored, base)):
         torch.manual_seed(5)
-        f.zero_grad()
-        f(x).sum().backward()
+        flow(x).sum().backward()
     for ours, theirs in zip(reversible.parameters(), stored.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
-    assert expected.keys() == trained(reversible, x).keys()
+    assert_same(trained(reversible, x), trained(stored, x))
     with torch.no_grad():
-        reversible.eval()
-        whole = torch.compile(reversible, backend="aot_eager", fullgraph=True)
+        whole = torch.compile(reversible.eval(), backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(whole(x)[0], stored.eval()(x)[0])
 
 
-def test_two_processes_under_ddp(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("reversible_ddp.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(reversible_ddp.WORLD)]
+def flow_of(memory: str) -> nn.Flow:
+    torch.manual_seed(0)
+    return nn.Flow(vectors(12, memory=memory), nn.DiagonalNormal(6))
+
+
+def batches() -> torch.Tensor:
+    return torch.randn(2, WORLD * 8, 6, generator=torch.Generator().manual_seed(1))
+
+
+def accumulated(flow: torch.nn.Module, first: torch.Tensor, second: torch.Tensor) -> Results:
+    """The gradients of two batches, the first of them without synchronization."""
+    with flow.no_sync() if isinstance(flow, DistributedDataParallel) else contextlib.nullcontext():
+        (-flow(first).mean()).backward()
+    (-flow(second).mean()).backward()
+    return {name.removeprefix("module."): g for name, g in gradients_of(flow).items()}
+
+
+def of_rank(rank: int) -> dict[str, Any]:
+    """The gradients of a reversible and of a storing flow under DDP, and (gradients at hand, size) of each bucket at its turn."""
+    share, found = batches()[:, rank * 8 : rank * 8 + 8], {}
+    for memory in ("store", "reversible"):
+        # Buckets of 1 kB: several, so that the first is reduced while later segments still compute.
+        flow = DistributedDataParallel(flow_of(memory), bucket_cap_mb=0.001)
+        ready, seen = [], []
+        for p in flow.parameters():
+            p.register_post_accumulate_grad_hook(lambda p, ready=ready: ready.append(p.shape))
+
+        def reduced(state, bucket, ready=ready, seen=seen):  # DDP reads annotations, which are postponed here
+            seen.append((len(ready), len(bucket.parameters())))
+            return allreduce_hook(dist.group.WORLD, bucket)
+
+        flow.register_comm_hook(None, reduced)
+        (-flow(share[0]).mean()).backward()  # DDP forms its buckets after its first backward
+        flow.zero_grad()
+        ready.clear()
+        seen.clear()
+        found[memory] = accumulated(flow, *share)
+        found[f"{memory}-buckets"] = seen
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_under_ddp(in_two_processes: Callable[..., list[Any]]) -> None:
+    ranks = in_two_processes(of_rank)
     for found in ranks:
         assert_same(found["reversible"], found["store"])
         counts, sizes = zip(*found["reversible-buckets"], strict=True)
@@ -990,7 +817,7 @@ def test_two_processes_under_ddp(tmp_path: Path) -> None:
     for name, gradient in ranks[0]["reversible"].items():
         assert torch.equal(gradient, ranks[1]["reversible"][name]), name
     # One process with the batches of both.
-    assert_same(ranks[0]["reversible"], reversible_ddp.gradients(reversible_ddp.stack("store")))
+    assert_same(ranks[0]["reversible"], accumulated(flow_of("store"), *batches()))
 
 
 def test_checkpoints_offloading_and_export() -> None:
