@@ -86,19 +86,11 @@ def test_targets(name: str) -> None:
 
 
 def example_row(**values: Any) -> Row:
-    figures: dict[str, Any] = {
-        "median_us": 2.0,
-        "q1": 1.0,
-        "q3": 3.0,
-        "percent_of_copy": 99.0,
-        "ratio": 3.6,
-        "against": "eager",
-        "vs_compile": None,
-        "peak_extra_bytes": 0,
-    }
     where = {"subject": "affine_coupling", "case": "32x96x64x64", "direction": BOTH, "pages": "retained", "variant": "flowkern"}
+    figures = {"median_us": 2.0, "q1": 1.0, "q3": 3.0, "percent_of_copy": 99.0, "peak_extra_bytes": 0, "threads": 1}
+    ratios = {"ratio": 3.6, "against": "eager", "vs_compile": None, "failure": ""}
     versions = {"device": "A CPU(R)", "torch": "1", "triton": "2", "flowkern": "3", "commit": "4"}
-    return Row(**{**where, **figures, "failure": "", "threads": 1, **versions, **values})
+    return Row(**where | figures | ratios | versions | values)
 
 
 def test_a_missed_target_is_named() -> None:
@@ -125,8 +117,8 @@ class WrongGradient(torch.autograd.Function):
         return grad * (1 + 1e-5)
 
 
-def slightly_off(function: Callable[..., Any], x: torch.Tensor, *rest: torch.Tensor, **kwargs: Any) -> Any:
-    y, logabsdet = function(x, *rest, **kwargs)
+def slightly_off(function: Callable[..., Any], *args: torch.Tensor, **kwargs: Any) -> Any:
+    y, logabsdet = function(*args, **kwargs)
     return y * (1 + 1e-5), logabsdet
 
 
@@ -134,16 +126,16 @@ def wrong_gradient(function: Callable[..., Any], x: torch.Tensor, *rest: torch.T
     return function(WrongGradient.apply(x) if x.requires_grad else x, *rest, **kwargs)
 
 
-def one_value_unwritten(function: Callable[..., Any], x: torch.Tensor, *rest: torch.Tensor, **kwargs: Any) -> Any:
-    y, logabsdet = function(x, *rest, **kwargs)
+def one_value_unwritten(function: Callable[..., Any], *args: torch.Tensor, **kwargs: Any) -> Any:
+    y, logabsdet = function(*args, **kwargs)
     whole = torch.empty_like(y)
     whole[:-1] = y[:-1]
     whole[-1, 1:] = y[-1, 1:]
     return whole, logabsdet
 
 
-def other_shape(function: Callable[..., Any], x: torch.Tensor, *rest: torch.Tensor, **kwargs: Any) -> Any:
-    y, logabsdet = function(x, *rest, **kwargs)
+def other_shape(function: Callable[..., Any], *args: torch.Tensor, **kwargs: Any) -> Any:
+    y, logabsdet = function(*args, **kwargs)
     return y, logabsdet[:, None]
 
 
@@ -247,6 +239,7 @@ def test_peak_extra_bytes_counts_what_is_held_beside_the_results() -> None:
     assert peak_extra_bytes(lambda: (x[:10],), CPU) == 0
 
 
+@pytest.mark.slow
 def test_compile_is_measured_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     arguments = ["additive_coupling", *HERE[:-2], "--compile", "all", "--csv", str(tmp_path)]
@@ -260,6 +253,7 @@ def test_compile_is_measured_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert float(fused["ratio"]) == pytest.approx(float(eager["median_us"]) / float(fused["median_us"]), rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the variables are those of the GNU C library")
 def test_both_states_of_pages_are_measured_and_recorded(capsys: Any, tmp_path: Path) -> None:
     arguments = ["affine_coupling", "--quick", "--device", "cpu", "--only", "4x8", "--compile", "none", "--threads", "1"]
@@ -280,6 +274,7 @@ def test_both_states_of_pages_are_measured_and_recorded(capsys: Any, tmp_path: P
         assert row["commit"]
 
 
+@pytest.mark.slow
 def test_pages_other_than_asked_for_are_refused(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(worker, "environment", lambda options: dict(os.environ))
     for name in worker._MALLOC:
@@ -334,6 +329,7 @@ def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: Any
 # gpu-check
 
 
+@pytest.mark.slow
 def test_gpu_check_dry_run() -> None:
     results = ROOT / "bench" / "results"
     before = sorted(results.glob("*")) if results.exists() else None
@@ -370,38 +366,30 @@ class Fragile(gpu_check.Check):
 
 
 def test_a_stage_that_fails_does_not_lose_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor does one for which no time is left run."""
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
     fragile = Fragile(dry=True)
     gpu_check.perform(fragile)
     document = gpu_check.document(fragile)
-    assert {name: stage["status"] for name, stage in document["stages"].items()} == {
-        "raises": "failed",
-        "sleeps": "timed out",
-        "fine": "passed",
-    }
+    found = {name: stage["status"] for name, stage in document["stages"].items()}
+    assert found == {"raises": "failed", "sleeps": "timed out", "fine": "passed"}
     assert document["stages"]["sleeps"]["log"] == "before\n"
     assert document["rows"] == [{"subject": "x"}]
-
-
-def test_stages_without_time_do_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
     fragile = Fragile(dry=True)
     gpu_check.perform(fragile, total=1.0)
     assert {o.status for o in fragile.outcomes.values()} == {"did not run"}
 
 
+ENDED = f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n"
+
+
 @pytest.mark.parametrize(
     ("code", "output", "status"),
     [
-        (0, f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n========= ERROR SUMMARY: 0 errors\n", "passed"),
-        (
-            0,
-            f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n"
-            "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n",
-            "passed",
-        ),
-        (1, f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n========= ERROR SUMMARY: 2 errors\n", "failed"),
-        (0, f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n", "failed"),
+        (0, f"{ENDED}========= ERROR SUMMARY: 0 errors\n", "passed"),
+        (0, f"{ENDED}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", "passed"),
+        (1, f"{ENDED}========= ERROR SUMMARY: 2 errors\n", "failed"),
+        (0, ENDED, "failed"),
         (1, f"{gpu_check.STARTED}\nTraceback\n========= ERROR SUMMARY: 0 errors\n", "failed"),
         (1, "========= Error: Device not supported\n========= ERROR SUMMARY: 1 error\n", "did not run"),
         (0, "========= ERROR SUMMARY: 0 errors\n", "did not run"),
@@ -427,6 +415,7 @@ def test_counts_of_the_tests(tmp_path: Path) -> None:
     assert gpu_check._tests(tmp_path / "none.xml") == {}
 
 
+@pytest.mark.slow
 def test_small_cases_under_pytest_benchmark(tmp_path: Path) -> None:
     quickly = ["--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "--benchmark-warmup=off", "-k", "4x8 and coupling"]
     storage = f"--benchmark-storage=file://{tmp_path}"

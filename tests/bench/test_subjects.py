@@ -52,6 +52,7 @@ def measured(subject: str, folder: Path) -> list[dict[str, str]]:
     return [*csv.DictReader(path.read_text().splitlines())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", EXPECTED)
 def test_a_subject_compares_and_times(subject: str, tmp_path: Path) -> None:
     variants, packages = EXPECTED[subject]

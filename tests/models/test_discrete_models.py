@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from built import assert_refused
 
 from flowkern import data, models, training
 
@@ -67,17 +67,6 @@ def test_temperature_sharpens() -> None:
     torch.manual_seed(0)
     cold, warm = (-model.log_mass(model.draw(200, temperature=t)).mean() for t in (0.1, 1.0))
     assert cold < warm
-    with pytest.raises(ValueError, match="temperature: expected more than 0"):
-        model.sample(2, temperature=0.0)
-
-
-def test_saved_and_loaded(tmp_path) -> None:
-    model = small(masks=2, context=3)
-    models.save(model, tmp_path / "made.ckpt")
-    again = models.load(tmp_path / "made.ckpt")
-    assert again.config == json.loads(json.dumps(model.config))
-    x, context = torch.rand(6, 1, 2, 2), torch.randn(6, 3)
-    assert torch.equal(again.log_prob(x, context), model.eval().log_prob(x, context))
 
 
 def test_trained_by_the_trainer(tmp_path) -> None:
@@ -93,19 +82,17 @@ def test_trained_by_the_trainer(tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["curve.png", "samples-0.6.png", "samples-0.8.png", "samples.png"]
 
 
-def test_values_out_of_range_are_counted() -> None:
+def test_errors(tmp_path) -> None:
     x = torch.full((2, 1, 2, 2), 0.5)
     x[0, 0, 0], x[1, 0, 1, 1] = torch.tensor([-0.1, 1.0]), math.nan
-    with pytest.raises(ValueError, match=r"x: expected values in \[0, 1\), got 3 of 8 outside, or NaN"):
-        small().log_prob(x)
-    with pytest.raises(ValueError, match="labels: expected 0 to 2, got 1 to 3"):
-        training.context_of(small(context=3), torch.tensor([1, 3]))
-
-
-def test_errors(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, 1, 2, 2\), got \(3, 4\)"):
-        small().log_prob(torch.rand(3, 4))
     np.save(tmp_path / "continuous.npy", np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32))
     source = f"npy:{tmp_path / 'continuous.npy'}"
-    with pytest.raises(ValueError, match="MADE is for discrete values"):
-        training.make_plan("made", source).build(data.load(source))
+    assert_refused(
+        [
+            (lambda: small().log_prob(x), r"x: expected values in \[0, 1\), got 3 of 8 outside, or NaN"),
+            (lambda: training.context_of(small(context=3), torch.tensor([1, 3])), "labels: expected 0 to 2, got 1 to 3"),
+            (lambda: small().log_prob(torch.rand(3, 4)), r"x: expected shape \(B, 1, 2, 2\), got \(3, 4\)"),
+            (lambda: small().sample(2, temperature=0.0), "temperature: expected more than 0"),
+            (lambda: training.make_plan("made", source).build(data.load(source)), "MADE is for discrete values"),
+        ]
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
+from typing import Any
 
 import pytest
 import torch
+from built import VAES, assert_all_graded, assert_refused, built, fit, seeded
 
 from flowkern import data, diagnostics, models, nn, training
 
@@ -135,10 +136,8 @@ def test_estimators_agree_on_average(kind: str, other: str, samples: int, x: tor
 @pytest.mark.parametrize("kind", ["elbo", "iwae", "dreg", "likelihood_ratio"])
 def test_values_of_the_objectives(kind: str, x: torch.Tensor) -> None:
     vae = linear(POSTERIORS["planar"]())
-    torch.manual_seed(3)
-    value = vae.loss(x, nn.Objective(kind, samples=3))
-    torch.manual_seed(3)
-    log_weight = vae.evidence(x, samples=3).log_weight
+    value = seeded(vae.loss, x, nn.Objective(kind, samples=3))
+    log_weight = seeded(vae.evidence, x, samples=3).log_weight
     expected = -log_weight.mean(0) if kind in ("elbo", "likelihood_ratio") else math.log(3.0) - log_weight.logsumexp(0)
     torch.testing.assert_close(value, expected)
 
@@ -146,16 +145,19 @@ def test_values_of_the_objectives(kind: str, x: torch.Tensor) -> None:
 def test_penalties() -> None:
     rate = torch.tensor([[0.1, 2.0], [0.3, 4.0]])
     totals = torch.tensor([2.1, 4.3])
-    torch.testing.assert_close(nn.Objective().penalty(rate, 0, 2), totals)
-    torch.testing.assert_close(nn.Objective(beta=4.0).penalty(rate, 0, 2), 4.0 * totals)
-    torch.testing.assert_close(nn.Objective(beta=2.0, capacity=3.0).penalty(rate, 0, 2), torch.tensor([1.8, 2.6]))
-    torch.testing.assert_close(nn.Objective(free_bits=0.5).penalty(rate, 0, 2), torch.tensor([3.5, 3.5]))
-    torch.testing.assert_close(nn.Objective(min_rate=5.0).penalty(rate, 0, 2), torch.tensor([5.0, 5.0]))
-    torch.testing.assert_close(nn.Objective(warmup=10).penalty(rate, 5, 2), 0.5 * totals)
-    torch.testing.assert_close(nn.Objective(warmup=10).penalty(rate, None, 2), totals)
-    # Without parts, all dimensions together have what each of them would have.
-    torch.testing.assert_close(nn.Objective(free_bits=2.0).penalty(totals, 0, 2), torch.tensor([4.0, 4.0]))
-    torch.testing.assert_close(nn.Objective(free_bits=1.0).penalty(totals, 0, 2), totals.mean().expand(2))
+    for objective, parts, step, expected in (
+        (nn.Objective(), rate, 0, totals),
+        (nn.Objective(beta=4.0), rate, 0, 4.0 * totals),
+        (nn.Objective(beta=2.0, capacity=3.0), rate, 0, torch.tensor([1.8, 2.6])),
+        (nn.Objective(free_bits=0.5), rate, 0, torch.tensor([3.5, 3.5])),
+        (nn.Objective(min_rate=5.0), rate, 0, torch.tensor([5.0, 5.0])),
+        (nn.Objective(warmup=10), rate, 5, 0.5 * totals),
+        (nn.Objective(warmup=10), rate, None, totals),
+        # Without parts, all dimensions together have what each of them would have.
+        (nn.Objective(free_bits=2.0), totals, 0, torch.tensor([4.0, 4.0])),
+        (nn.Objective(free_bits=1.0), totals, 0, totals.mean().expand(2)),
+    ):
+        torch.testing.assert_close(objective.penalty(parts, step, 2), expected)
 
 
 def test_warm_up_counts_what_trains_says() -> None:
@@ -165,18 +167,12 @@ def test_warm_up_counts_what_trains_says() -> None:
 
     def loss(at: int) -> torch.Tensor:
         model.steps = at
-        torch.manual_seed(1)
-        return model.objective(x)
+        return seeded(model.objective, x)
 
     torch.testing.assert_close(loss(5), (loss(0) + loss(10)) / 2)
-    torch.testing.assert_close(loss(10), -model_log_prob(model, x))
+    torch.testing.assert_close(loss(10), -seeded(model.log_prob, x))
     assert model.steps == 11  # counted where nobody says it
     assert not [name for name in model.state_dict() if "steps" in name]
-
-
-def model_log_prob(model: models.VAE, x: torch.Tensor) -> torch.Tensor:
-    torch.manual_seed(1)
-    return model.log_prob(x)
 
 
 def test_flow_seen_as_a_vae_has_its_log_likelihood_as_elbo(x: torch.Tensor) -> None:
@@ -229,7 +225,7 @@ def test_priors_are_densities_and_train(name: str, x: torch.Tensor) -> None:
     mean = (grid * vae.prior.log_prob(grid).exp()[:, None]).sum(0).detach() * (axis[1] - axis[0]) ** 2
     assert ((drawn.mean(0) - mean).abs() <= 5 * drawn.std(0) / math.sqrt(len(drawn))).all()
     vae.loss(x, nn.Objective()).mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
+    assert_all_graded(vae)
     assert vae.sample(7).shape == (7, DATA)
     assert vae.reconstruct(x).shape == (5, DATA)
 
@@ -249,26 +245,39 @@ def test_values_that_x_cannot_have(likelihood: str) -> None:
             model.elbo(torch.full((3, 4), 0.5))
 
 
+def small(
+    inputs: int, encoded: int, latent: int, outputs: int, likelihood: nn.Likelihood, prior: torch.nn.Module | None = None
+) -> nn.VAE:
+    """Two linear layers, whatever fits or does not."""
+    networks = torch.nn.Linear(inputs, encoded), torch.nn.Linear(latent, outputs)
+    return nn.VAE(*networks, likelihood, prior or nn.StandardNormal(latent), nn.GaussianPosterior(latent))
+
+
 def test_networks_of_other_widths() -> None:
-    with pytest.raises(ValueError, match=r"GaussianPosterior: expected \(B, 6\) from the encoder, got \(2, 8\)"):
-        nn.VAE(torch.nn.Linear(4, 8), torch.nn.Linear(3, 4), nn.Bernoulli(), nn.StandardNormal(3), nn.GaussianPosterior(3)).elbo(
-            torch.zeros(2, 4)
-        )
     planar = nn.FlowPosterior(3, nn.Planar(3))
-    with pytest.raises(ValueError, match=r"FlowPosterior: expected \(B, 6\) from the encoder, got \(2, 9\)"):
-        planar.sample_and_log_prob(torch.zeros(2, 9))
     two_layers = nn.HierarchicalPosterior(2, 3, torch.nn.Linear(2, 8))
-    with pytest.raises(ValueError, match=r"expected \(B, 6\) from the encoder, got \(2, 8\)"):
-        two_layers.sample_and_log_prob(torch.zeros(2, 4))
-    for outputs, expected in ((27, 9), (9, 3)):
-        decoder = torch.nn.Linear(3, outputs)
-        vae = nn.VAE(torch.nn.Linear(4, 6), decoder, nn.Categorical(3), nn.StandardNormal(3), nn.GaussianPosterior(3))
-        message = rf"decoder: expected parameters of shape \(4, 3\) for x of \(4,\), got \({expected}, 3\)"
-        with pytest.raises(ValueError, match=message):
-            vae.elbo(torch.zeros(2, 4))
     flow = nn.Flow(nn.Permutation.reverse(4), nn.StandardNormal(4))
-    with pytest.raises(ValueError, match=r"prior: expected latents of shape \(3,\), as the posterior has, got \(4,\)"):
-        nn.VAE(torch.nn.Linear(4, 6), torch.nn.Linear(3, 4), nn.Bernoulli(), flow, nn.GaussianPosterior(3))
+    x, decoder = torch.zeros(2, 4), r"decoder: expected parameters of shape \(4, 3\) for x of \(4,\), got "
+    assert_refused(
+        [
+            (
+                lambda: small(4, 8, 3, 4, nn.Bernoulli()).elbo(x),
+                r"GaussianPosterior: expected \(B, 6\) from the encoder, got \(2, 8\)",
+            ),
+            (
+                lambda: planar.sample_and_log_prob(torch.zeros(2, 9)),
+                r"FlowPosterior: expected \(B, 6\) from the encoder, got \(2, 9\)",
+            ),
+            (lambda: two_layers.sample_and_log_prob(x), r"expected \(B, 6\) from the encoder, got \(2, 8\)"),
+            (lambda: small(4, 6, 3, 27, nn.Categorical(3)).elbo(x), decoder + r"\(9, 3\)"),
+            (lambda: small(4, 6, 3, 9, nn.Categorical(3)).elbo(x), decoder + r"\(3, 3\)"),
+            (lambda: small(4, 4, 2, 3, nn.Gaussian()).elbo(x), r"decoder: expected \(B, a multiple of 2, .*\), got \(2, 3\)"),
+            (
+                lambda: small(4, 6, 3, 4, nn.Bernoulli(), flow),
+                r"prior: expected latents of shape \(3,\), as the posterior has, got \(4,\)",
+            ),
+        ]
+    )
 
 
 def test_what_is_no_bijection_and_no_vae() -> None:
@@ -276,22 +285,13 @@ def test_what_is_no_bijection_and_no_vae() -> None:
         nn.FlowPosterior(3, models.IAF(3, hidden=(8,)))
     with pytest.raises(TypeError, match=r"vae: expected a flowkern\.nn\.VAE, got RealNVP"):
         diagnostics.elbo_surgery(models.RealNVP(3), torch.zeros(2, 3))
-    decoder = torch.nn.Linear(2, 3)
-    vae = nn.VAE(torch.nn.Linear(4, 4), decoder, nn.Gaussian(), nn.StandardNormal(2), nn.GaussianPosterior(2))
-    with pytest.raises(ValueError, match=r"decoder: expected \(B, a multiple of 2, .*\), got \(5, 3\)"):
-        vae.elbo(torch.zeros(5, 4))
 
 
 def test_called_as_a_module() -> None:
     x = torch.randint(3, (5, 4))
-    vae = nn.VAE(torch.nn.Linear(4, 4), torch.nn.Linear(2, 12), nn.Categorical(3), nn.StandardNormal(2), nn.GaussianPosterior(2))
-    model = models.VAE(4, levels=3, latent=2, hidden=[8])
-    values = []
-    for call in (lambda: vae(x), lambda: vae.elbo(x), lambda: model((x + 0.5) / 3), lambda: model.log_prob((x + 0.5) / 3)):
-        torch.manual_seed(0)
-        values.append(call())
-    assert torch.equal(values[0], values[1])
-    assert torch.equal(values[2], values[3])
+    vae, model = small(4, 4, 2, 12, nn.Categorical(3)), models.VAE(4, levels=3, latent=2, hidden=[8])
+    assert torch.equal(seeded(vae, x), seeded(vae.elbo, x))
+    assert torch.equal(seeded(model, (x + 0.5) / 3), seeded(model.log_prob, (x + 0.5) / 3))
 
 
 def test_no_samples_and_networks_without_parameters() -> None:
@@ -299,13 +299,12 @@ def test_no_samples_and_networks_without_parameters() -> None:
         model = models.VAE(4, levels=3, latent=2, hidden=[8], flow_hidden=[8], prior=prior)
         assert model.sample(0).shape == (0, 4)
         assert model.elbo(torch.zeros(0, 4)).shape == (0,)
-    vae = nn.VAE(torch.nn.Identity(), torch.nn.Identity(), nn.Bernoulli(), nn.StandardNormal(2), nn.GaussianPosterior(2))
 
     class Padded(torch.nn.Module):
         def forward(self, z):
             return torch.cat([z, z], 1)
 
-    vae.decoder = Padded()
+    vae = nn.VAE(torch.nn.Identity(), Padded(), nn.Bernoulli(), nn.StandardNormal(2), nn.GaussianPosterior(2))
     assert vae.elbo(torch.ones(3, 4, dtype=torch.int64)).isfinite().all()
     for prior in ("realnvp", "maf", "mixture"):
         half = models.VAE(4, levels=3, latent=2, hidden=[8], flow_hidden=[8], prior=prior).bfloat16()
@@ -313,65 +312,31 @@ def test_no_samples_and_networks_without_parameters() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="samples: expected at least 1, got 0"):
-        linear().elbo(torch.zeros(1, DATA), samples=0)
-    with pytest.raises(ValueError, match="capacity: expected at least 0, got nan"):
-        nn.Objective(capacity=math.nan)
-    with pytest.raises(ValueError, match=r"samples: expected a whole number, got 2\.5"):
-        nn.Objective(samples=2.5)
-    with pytest.raises(ValueError, match="temperature: expected at least 0, got -1"):
-        linear().sample(2, temperature=-1.0)
-    with pytest.raises(ValueError, match="prior: expected latents of shape"):
-        linear(prior=nn.StandardNormal(LATENT + 1))
-    with pytest.raises(ValueError, match="kind: unknown objective 'vi'"):
-        nn.Objective("vi")
-    with pytest.raises(ValueError, match="beta: expected at least 0, got -1"):
-        nn.Objective(beta=-1)
-    with pytest.raises(ValueError, match="they change the rate of 'elbo', not 'iwae'"):
-        nn.Objective("iwae", beta=2.0)
-    with pytest.raises(ValueError, match="samples, chunk"):
-        linear().importance_log_prob(torch.zeros(1, DATA), samples=1)
+    assert_refused(
+        [
+            (lambda: linear().elbo(torch.zeros(1, DATA), samples=0), "samples: expected at least 1, got 0"),
+            (lambda: nn.Objective(capacity=math.nan), "capacity: expected at least 0, got nan"),
+            (lambda: nn.Objective(samples=2.5), r"samples: expected a whole number, got 2\.5"),
+            (lambda: linear().sample(2, temperature=-1.0), "temperature: expected at least 0, got -1"),
+            (lambda: linear(prior=nn.StandardNormal(LATENT + 1)), "prior: expected latents of shape"),
+            (lambda: nn.Objective("vi"), "kind: unknown objective 'vi'"),
+            (lambda: nn.Objective(beta=-1), "beta: expected at least 0, got -1"),
+            (lambda: nn.Objective("iwae", beta=2.0), "they change the rate of 'elbo', not 'iwae'"),
+            (lambda: linear().importance_log_prob(torch.zeros(1, DATA), samples=1), "samples, chunk"),
+            (lambda: models.VAE(3, latent=2).render(torch.zeros(1, 5)), r"z: expected shape \(B, 2\), got \(1, 5\)"),
+        ]
+    )
 
 
-CONFIGS = {
-    "categorical": {"levels": 3},
-    "bernoulli": {"levels": 2, "likelihood": "bernoulli", "prior": "mixture", "components": 3},
-    "logistic": {"levels": 100, "components": 2},
-    "gaussian": {"prior": "vamp", "components": 3},
-    "mixture": {"likelihood": "mixture", "components": 2, "prior": "realnvp", "posterior": "planar", "flow_layers": 2},
-    "conditional": {"levels": 3, "context": 2, "prior": "maf", "posterior": "iaf", "flow_hidden": [8], "dropout": 0.1},
-    "radial": {"levels": 3, "posterior": "radial", "flow_layers": 1},
-    "flows": {"levels": 3, "prior": "iaf", "posterior": "realnvp", "flow_layers": 2, "flow_hidden": [8]},
-    "additive": {"levels": 3, "prior": "nice", "posterior": "maf", "flow_layers": 2, "flow_hidden": [8]},
-    "hierarchical": {"levels": 3, "upper": 2},
-    "warm-up": {"levels": 3, "objective": {"warmup": 10, "free_bits": 0.1}},
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_models_of_images(name: str, tmp_path) -> None:
+@pytest.mark.parametrize("name", VAES)
+def test_models_of_images(name: str) -> None:
     torch.manual_seed(0)
-    model = models.VAE((1, 2, 3), latent=3, hidden=[16], **CONFIGS[name])
+    model = models.VAE((1, 2, 3), latent=3, hidden=[16], **VAES[name])
     x = torch.rand(30, 1, 2, 3)
     context = None if model.context is None else torch.randn(30, model.context)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    losses = []
-    for _ in range(60):
-        loss = model.objective(x, context).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = fit(model, lambda: model.objective(x, context), 60)
     assert sum(losses[-10:]) < sum(losses[:10])
-    models.save(model, tmp_path / "vae.ckpt")
-    again = models.load(tmp_path / "vae.ckpt")
-    assert again.config == json.loads(json.dumps(model.config))
-    values = []
-    for m in (model.eval(), again):
-        torch.manual_seed(1)
-        values.append(m.log_prob(x, context))
-    assert torch.equal(*values)
-    samples = model.sample(4, None if context is None else context[:1], temperature=0.7)
+    samples = model.eval().sample(4, None if context is None else context[:1], temperature=0.7)
     assert samples.shape == (4, 1, 2, 3)
     assert samples.isfinite().all()
     bound, _ = model.importance_log_prob(model.values(x) if model.discrete else x, context, samples=200)
@@ -381,26 +346,15 @@ def test_models_of_images(name: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "logistic", "gaussian"])
-def test_convolutional_models(likelihood: str, tmp_path) -> None:
-    torch.manual_seed(0)
-    settings = {"likelihood": likelihood, "components": 2, "prior": "vamp", "network": "conv", "hidden": [4, 6], "context": None}
-    model = models.VAE((3, 8, 4), levels=5, latent=3, **settings)
-    x = torch.rand(6, 3, 8, 4)
+def test_convolutional_models(likelihood: str) -> None:
+    model, x, _ = built(f"vae-conv-{likelihood}", batch=6)
     model.objective(x).mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    models.save(model, tmp_path / "vae.ckpt")
-    again = models.load(tmp_path / "vae.ckpt")
-    values = []
-    for m in (model.eval(), again):
-        torch.manual_seed(1)
-        values.append(m.log_prob(x))
-    assert torch.equal(*values)
-    values_of = model.values(x) if model.discrete else x
-    assert model.sample(2).shape == model.reconstruct(values_of)[:2].shape == (2, 3, 8, 4)
+    assert_all_graded(model)
+    v = model.values(x) if model.discrete else x
+    assert model.sample(2).shape == model.reconstruct(v)[:2].shape == (2, 3, 8, 4)
     assert model.render(model.embed(x)).shape == x.shape
     # A sample's terms are its own, for each of several draws.
-    z = torch.randn(4, 6, 3)
-    v = model.values(x) if model.discrete else x
+    z = torch.randn(4, 6, 3, dtype=torch.float64)
     every = model.log_likelihood(v, z)
     assert every.shape == (4, 6)
     torch.testing.assert_close(every[2:3, 1:2], model.log_likelihood(v[1:2], z[2:3, 1:2]))
@@ -429,37 +383,31 @@ def test_discrete_bound_is_below_the_probability_of_all_values() -> None:
     assert abs(probability.exp().sum() - 1.0) < 5 * (error * probability.exp()).square().sum().sqrt()
 
 
-def test_errors_of_models() -> None:
-    with pytest.raises(ValueError, match="likelihood: 'categorical' is for discrete values"):
-        models.VAE(3, likelihood="categorical")
-    with pytest.raises(ValueError, match="prior: unknown name 'flat'"):
-        models.VAE(3, prior="flat")
-    with pytest.raises(ValueError, match="posterior: unknown name 'flat'"):
-        models.VAE(3, posterior="flat")
-    with pytest.raises(ValueError, match="likelihood: 'bernoulli' is for 2 levels, got 17"):
-        models.VAE(3, levels=17, likelihood="bernoulli")
-    with pytest.raises(ValueError, match=r"objective: expected the fields of nn\.Objective, got 'iwae'"):
-        models.VAE(3, objective="iwae")
-    with pytest.raises(ValueError, match="latent: expected at least 1, got -1"):
-        models.VAE(3, latent=-1)
-    with pytest.raises(ValueError, match="levels: expected at least 2, got 0"):
-        models.VAE(3, levels=0)
-    with pytest.raises(ValueError, match="flow_hidden: 'realnvp' needs at least one width"):
-        models.VAE(3, prior="realnvp", flow_hidden=[])
-    with pytest.raises(ValueError, match="latent: 'realnvp' couples one part"):
-        models.VAE(3, prior="realnvp", latent=1)
-    with pytest.raises(ValueError, match=r"z: expected shape \(B, 2\), got \(1, 5\)"):
-        models.VAE(3, latent=2).render(torch.zeros(1, 5))
-    with pytest.raises(ValueError, match="network: unknown name 'transformer'"):
-        models.VAE((1, 4, 4), network="transformer")
-    with pytest.raises(ValueError, match="network: 'conv' is for images"):
-        models.VAE(3, network="conv")
-    with pytest.raises(ValueError, match="hidden: expected widths, for each of which 4 x 6 pixels can be halved once, got 2"):
-        models.VAE((1, 4, 6), network="conv", hidden=[4, 4])
-    with pytest.raises(ValueError, match="upper: two layers have a standard prior"):
-        models.VAE(3, upper=2, prior="mixture")
-    with pytest.raises(ValueError, match="'vamp' has no context"):
-        models.VAE(3, context=2, prior="vamp")
+@pytest.mark.parametrize(
+    ("shape", "settings", "message"),
+    [
+        (3, {"likelihood": "categorical"}, "likelihood: 'categorical' is for discrete values"),
+        (3, {"prior": "flat"}, "prior: unknown name 'flat'"),
+        (3, {"posterior": "flat"}, "posterior: unknown name 'flat'"),
+        (3, {"levels": 17, "likelihood": "bernoulli"}, "likelihood: 'bernoulli' is for 2 levels, got 17"),
+        (3, {"objective": "iwae"}, r"objective: expected the fields of nn\.Objective, got 'iwae'"),
+        (3, {"levels": 0}, "levels: expected at least 2, got 0"),
+        (3, {"prior": "realnvp", "flow_hidden": []}, "flow_hidden: 'realnvp' needs at least one width"),
+        (3, {"prior": "realnvp", "latent": 1}, "latent: 'realnvp' couples one part"),
+        ((1, 4, 4), {"network": "transformer"}, "network: unknown name 'transformer'"),
+        (3, {"network": "conv"}, "network: 'conv' is for images"),
+        (
+            (1, 4, 6),
+            {"network": "conv", "hidden": [4, 4]},
+            "hidden: expected widths, for each of which 4 x 6 pixels can be halved once, got 2",
+        ),
+        (3, {"upper": 2, "prior": "mixture"}, "upper: two layers have a standard prior"),
+        (3, {"context": 2, "prior": "vamp"}, "'vamp' has no context"),
+    ],
+)
+def test_errors_of_models(shape: int | tuple[int, ...], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.VAE(shape, **settings)
 
 
 def test_trained_by_the_trainer(tmp_path) -> None:
@@ -471,15 +419,6 @@ def test_trained_by_the_trainer(tmp_path) -> None:
     assert score.nats < 64 * math.log(17.0)
     again = training.evaluate(models.load(tmp_path / "best.ckpt"), data.load("digits"), draws=3, batch_size=plan.evaluation_batch)
     assert again == score
-    pictures = {
-        "curve",
-        "samples-0.6",
-        "samples-0.8",
-        "samples",
-        "interpolations",
-        "reconstructions",
-        "means",
-        "traversals",
-        "analogies",
-    }
-    assert {p.stem for p in tmp_path.glob("*.png")} == pictures
+    samples = {"samples-0.6", "samples-0.8", "samples"}
+    others = {"curve", "interpolations", "reconstructions", "means", "traversals", "analogies"}
+    assert {p.stem for p in tmp_path.glob("*.png")} == samples | others

@@ -37,26 +37,26 @@ def test_digits_are_split_in_file_order():
 
 
 def test_photos_have_disjoint_regions(monkeypatch):
-    class Bunch:
-        filenames = ("china.jpg", "flower.jpg")
-        # A pixel's value is the number of its group of four columns; both photographs are 427 x 640.
-        images = tuple(np.broadcast_to((np.arange(640) // 4).astype(np.uint8)[None, :, None], (427, 640, 3)) for _ in range(2))
+    from sklearn.datasets import load_sample_images
 
     real = data.load("photos")
     assert (real.levels, real.shape, real.classes) == (256, (3, 32, 32), ("china", "flower"))
-    assert (real.train.values[0] == _photograph(0)[:, :32, :32]).all(), "the crop is not a piece of the picture"
-    monkeypatch.setattr("sklearn.datasets.load_sample_images", Bunch)
-    photos = data.load("photos")
-    columns = [set(np.unique(split.values)) for split in (photos.train, photos.val, photos.test)]
+    china = load_sample_images().images[0].transpose(2, 0, 1)
+    assert (real.train.values[0] == china[:, :32, :32]).all(), "the crop is not a piece of the picture"
+    photos = _numbered_photos(monkeypatch)
+    columns = [set(np.unique(split.values[:, 2])) for split in (photos.train, photos.val, photos.test)]
     assert len(set.union(*columns)) == sum(map(len, columns)) == 160, "a column is in two splits, or in none"
     for split in (photos.train, photos.val, photos.test):
         assert np.bincount(split.labels).tolist() == [len(split) // 2] * 2
 
 
-def _photograph(i: int):
-    from sklearn.datasets import load_sample_images
-
-    return load_sample_images().images[i].transpose(2, 0, 1)
+def _numbered_photos(monkeypatch) -> data.Dataset:
+    """Of photographs of 427 x 640 of which a pixel tells its row and, last, its group of four columns."""
+    rows, columns = np.indices((427, 640))
+    image = np.stack([rows % 256, rows // 256, columns // 4], -1).astype(np.uint8)
+    bunch = type("Bunch", (), {"filenames": ("china.jpg", "flower.jpg"), "images": (image, image)})
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", bunch)
+    return data.load("photos")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,6 +67,11 @@ def _write_images(root: Path, names: list[str], mode: str = "RGB") -> None:
     for i, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new(mode, (20 + i, 30), i if mode == "L" else (i, 100, 200)).save(root / name)
+
+
+def _refused(source: str, message: str, **options: object) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.load(source, **options)
 
 
 def test_folder_reads_what_it_can_and_reports_the_rest(tmp_path):
@@ -153,12 +158,9 @@ def test_folder_of_gray_images_has_one_channel(tmp_path):
 
 def test_folder_without_readable_images(tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"holds 0 readable images \(of 1\)"):
-        data.load(f"folder:{tmp_path}", report=lambda line: None)
-    with pytest.raises(ValueError, match="is not a folder"):
-        data.load(f"folder:{tmp_path / 'a.png'}")
-    with pytest.raises(ValueError, match="size must be at least 1"):
-        data.load(f"folder:{tmp_path}", size=0)
+    _refused(f"folder:{tmp_path}", r"holds 0 readable images \(of 1\)", report=lambda line: None)
+    _refused(f"folder:{tmp_path / 'a.png'}", "is not a folder")
+    _refused(f"folder:{tmp_path}", "size must be at least 1", size=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,30 +176,20 @@ def _write_cifar10(root: Path, records: int) -> None:
 
 
 def test_cifar10(tmp_path, monkeypatch):
+    root = tmp_path / "cifar-10-batches-bin"
+    _write_cifar10(root, 20)
+    _refused(f"cifar10:{root}", "data_batch_1.bin has 61460 bytes; expected 10000 records of 3073 bytes")
     monkeypatch.setattr(sources, "_CIFAR10_RECORDS", 20)
-    _write_cifar10(tmp_path / "cifar-10-batches-bin", 20)
-    for root in (tmp_path, tmp_path / "cifar-10-batches-bin"):
-        cifar = data.load(f"cifar10:{root}")
+    for folder in (tmp_path, root):
+        cifar = data.load(f"cifar10:{folder}")
         assert (cifar.shape, cifar.levels) == ((3, 32, 32), 256)
         assert [len(s) for s in (cifar.train, cifar.val, cifar.test)] == [90, 10, 20]
         assert cifar.train.labels[[0, 20, 40, 60, 80]].tolist() == [0, 1, 2, 3, 4]
         assert cifar.test.values[3, :, 5, 6].tolist() == [30, 5, 5], "the first plane is red"
-
-
-def test_cifar10_refuses_what_is_not_whole(tmp_path):
-    _write_cifar10(tmp_path / "a", 20)
-    with pytest.raises(ValueError, match=r"data_batch_1.bin has 61460 bytes; expected 10000 records of 3073 bytes"):
-        data.load(f"cifar10:{tmp_path / 'a'}")
-    with pytest.raises(FileNotFoundError, match=r"data_batch_1.bin does not exist"):
-        data.load(f"cifar10:{tmp_path}")
-
-
-def test_cifar10_refuses_unknown_labels(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CIFAR10_RECORDS", 20)
-    _write_cifar10(tmp_path / "a", 20)
-    (tmp_path / "a" / "data_batch_3.bin").write_bytes(b"\x0b" * 20 * 3073)
-    with pytest.raises(ValueError, match=r"data_batch_3.bin has label 11; expected 0 to 9"):
-        data.load(f"cifar10:{tmp_path / 'a'}")
+    (root / "data_batch_3.bin").write_bytes(b"\x0b" * 20 * 3073)
+    _refused(f"cifar10:{root}", "data_batch_3.bin has label 11; expected 0 to 9")
+    (tmp_path / "empty").mkdir()
+    _refused(f"cifar10:{tmp_path / 'empty'}", "data_batch_1.bin does not exist")
 
 
 def _idx(values) -> bytes:
@@ -226,26 +218,20 @@ def test_mnist(tmp_path, packed):
 def test_mnist_refuses_what_is_not_whole(tmp_path):
     root = tmp_path / "m"
     _write_mnist(root, packed=False)
-    source, images, labels = f"mnist:{root}", root / "train-images-idx3-ubyte", root / "train-labels-idx1-ubyte"
+    images, labels = root / "train-images-idx3-ubyte", root / "train-labels-idx1-ubyte"
     whole = images.read_bytes()
-    images.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"images-idx3-ubyte has 31375 bytes; expected 31376 for sizes \(40, 28, 28\)"):
-        data.load(source)
-    images.write_bytes(labels.read_bytes())
-    with pytest.raises(ValueError, match=r"starts with 0x00000801 .* expected the magic number 0x00000803"):
-        data.load(source)
-    images.write_bytes(b"\0")
-    with pytest.raises(ValueError, match=r"\(1 bytes\)"):
-        data.load(source)
-    images.write_bytes(_idx(np.zeros((39, 28, 28), np.uint8)))
-    with pytest.raises(ValueError, match=r"images \(39, 28, 28\) and 40 labels"):
-        data.load(source)
+    for raw, message in (
+        (whole[:-1], r"images-idx3-ubyte has 31375 bytes; expected 31376 for sizes \(40, 28, 28\)"),
+        (labels.read_bytes(), "starts with 0x00000801 .* expected the magic number 0x00000803"),
+        (b"\0", r"\(1 bytes\)"),
+        (_idx(np.zeros((39, 28, 28), np.uint8)), r"images \(39, 28, 28\) and 40 labels"),
+    ):
+        images.write_bytes(raw)
+        _refused(f"mnist:{root}", message)
     images.unlink()
-    with pytest.raises(FileNotFoundError, match="holds none of train-images-idx3-ubyte"):
-        data.load(source)
+    _refused(f"mnist:{root}", "holds none of train-images-idx3-ubyte")
     (root / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(whole)[:-20])
-    with pytest.raises(ValueError, match="is not a whole gzip file"):
-        data.load(source)
+    _refused(f"mnist:{root}", "is not a whole gzip file")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,25 +262,19 @@ def test_npy_refuses_bad_rows_and_foreign_files(tmp_path):
     path = tmp_path / "x.npy"
     values = np.zeros((30, 4))
     values[7, 1], values[29, 0] = np.nan, 1e300
-    np.save(path, values)
-    with pytest.raises(ValueError, match=r"2 rows are not finite in float32: 7, 29"):
-        data.load(f"npy:{path}")
-    np.save(path, np.zeros((5, 4), np.int32))
-    with pytest.raises(ValueError, match=r"holds int32 of shape \(5, 4\); expected uint8"):
-        data.load(f"npy:{path}")
-    np.save(path, np.zeros((2, 4)))
-    with pytest.raises(ValueError, match="at least 3 samples"):
-        data.load(f"npy:{path}")
+    for array, message in (
+        (values, "2 rows are not finite in float32: 7, 29"),
+        (np.zeros((5, 4), np.int32), r"holds int32 of shape \(5, 4\); expected uint8"),
+        (np.zeros((2, 4)), "at least 3 samples"),
+        (np.array([{}]), "holds object of shape"),
+    ):
+        np.save(path, array, allow_pickle=True)
+        _refused(f"npy:{path}", message)
     np.save(path, np.zeros((30, 4)))
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"is not a whole .npy file"):
-        data.load(f"npy:{path}")
-    np.save(path, np.array([{}]), allow_pickle=True)
-    with pytest.raises(ValueError, match="holds object of shape"):
-        data.load(f"npy:{path}")
+    _refused(f"npy:{path}", "is not a whole .npy file")
     np.savez(tmp_path / "x.npz", a=values)
-    with pytest.raises(ValueError, match="it is an archive"):
-        data.load(f"npy:{tmp_path / 'x.npz'}")
+    _refused(f"npy:{tmp_path / 'x.npz'}", "it is an archive")
 
 
 def _write_header(path: Path, shape: str, descr: str = "'<f4'", behind: int = 4000) -> None:
@@ -325,8 +305,7 @@ def _write_header(path: Path, shape: str, descr: str = "'<f4'", behind: int = 40
 def test_npy_headers_are_not_believed(tmp_path, monkeypatch, header, message):
     _write_header(tmp_path / "x.npy", **header)
     monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("it was read before its header was checked"))
-    with pytest.raises(ValueError, match=message):
-        data.load(f"npy:{tmp_path / 'x.npy'}")
+    _refused(f"npy:{tmp_path / 'x.npy'}", message)
 
 
 def test_npy_in_any_order_of_memory(tmp_path):
@@ -348,14 +327,14 @@ def test_npy_is_a_file(tmp_path):
     (tmp_path / "folder.npy").mkdir()
     os.mkfifo(tmp_path / "pipe.npy")
     for name in ("folder", "pipe"):
-        with pytest.raises(ValueError, match=rf"{name}\.npy is not a file"):
-            data.load(f"npy:{tmp_path / name}.npy")
+        _refused(f"npy:{tmp_path / name}.npy", rf"{name}\.npy is not a file")
 
 
-@pytest.mark.parametrize("source", ["", "nope", "digits:x", "folder", "folder:", "mnist"])
-def test_unknown_sources(source):
-    with pytest.raises(ValueError, match="unknown source"):
-        data.load(source)
+def test_unknown_sources(tmp_path):
+    for source in ("", "nope", "digits:x", "folder", "folder:", "mnist"):
+        _refused(source, "unknown source")
+    _refused(f"folder:{tmp_path / 'no'}", "does not exist")
+    _refused("digits", "only folder:PATH is resized", size=16)
 
 
 def test_a_source_is_one_declared_function(tmp_path, monkeypatch):
@@ -368,16 +347,8 @@ def test_a_source_is_one_declared_function(tmp_path, monkeypatch):
 
     (tmp_path / "x").write_text("1.5 2.5")
     assert data.load(f"lines:{tmp_path / 'x'}").test.values.tolist() == [[1.5], [2.5]]
-    with pytest.raises(ValueError, match=r"unknown source 'lines'; expected one of digits, .*, npy:PATH, lines:PATH"):
-        data.load("lines")
+    _refused("lines", r"unknown source 'lines'; expected one of digits, .*, npy:PATH, lines:PATH")
     assert f"{', '.join(data.SOURCES[:-1])} or {data.SOURCES[-1]}" == cli._SOURCES, "what the command line says"
-
-
-def test_sources_that_are_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        data.load(f"folder:{tmp_path / 'no'}")
-    with pytest.raises(ValueError, match="only folder:PATH is resized"):
-        data.load("digits", size=16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,9 +367,8 @@ def test_dequantized_values_stay_in_their_bins(levels):
         assert (torch.floor(x.double() * levels + 1e-5).numpy() == v).all()
 
 
-def test_discrete_nll_of_a_histogram_density():
+def test_discrete_nll_of_a_histogram_density(digits):
     """With p(x) = levels^D P(v) on the bin of v, the bound is -log P(v) itself, whatever the noise."""
-    digits = data.load("digits")
     counts = np.bincount(digits.train.values.ravel(), minlength=17) + 1.0
     log_p = torch.from_numpy(np.log(counts / counts.sum()))
     batch = data.batch_of(digits, "val", np.arange(50), seed=3, epoch=1)
@@ -409,8 +379,7 @@ def test_discrete_nll_of_a_histogram_density():
     torch.testing.assert_close(negative_log_likelihood(log_density, 64, None), -log_density, rtol=0.0, atol=0.0)
 
 
-def test_noise_is_uniform_and_independent():
-    digits = data.load("digits")
+def test_noise_is_uniform_and_independent(digits):
     samples = np.arange(1000)
     noise = {
         (seed, epoch): data.batch_of(digits, "train", samples, seed=seed, epoch=epoch).x.double().numpy().reshape(1000, -1) * 17
@@ -439,12 +408,16 @@ def test_keyed_streams_are_fixed():
 # Loaders
 
 
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return data.load("digits")
+
+
 def _stack(batches) -> torch.Tensor:
     return torch.cat([b.x for b in batches])
 
 
-def test_batches_do_not_depend_on_workers():
-    digits = data.load("digits")
+def test_batches_do_not_depend_on_workers(digits):
     alone, helped = (list(data.loader(digits, "train", 64, seed=1, epoch=2, workers=n)) for n in (0, 2))
     assert [b.total for b in alone] == [64] * 15 + [40]
     assert torch.equal(_stack(alone), _stack(helped))
@@ -452,8 +425,7 @@ def test_batches_do_not_depend_on_workers():
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_global_batches(world):
-    digits = data.load("digits")
+def test_ranks_share_the_global_batches(digits, world):
     whole = list(data.loader(digits, "train", 63, seed=1, epoch=2))
     slices = zip(*(data.loader(digits, "train", 63, seed=1, epoch=2, rank=r, world=world) for r in range(world)), strict=True)
     for batch, parts in zip(whole, slices, strict=True):
@@ -463,33 +435,28 @@ def test_ranks_share_the_global_batches(world):
             assert torch.equal(part.labels, batch.labels[rank::world])
 
 
-def test_a_rank_may_get_nothing():
-    digits = data.load("digits")
+def test_a_rank_may_get_nothing(digits):
     *_, last = data.loader(digits, "train", 999, seed=0, rank=1, world=2)
     assert last.x.shape == (0, 1, 8, 8)
     assert last.total == 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loader_resumes_in_mid_epoch(workers):
-    digits = data.load("digits")
-    whole = list(data.loader(digits, "train", 100, seed=4, epoch=1))
-    loader = data.loader(digits, "train", 100, seed=4, epoch=1, workers=workers)
+@pytest.mark.parametrize(("workers", "parts"), [(0, 1), (2, 1), (0, 2)])
+def test_loader_resumes_in_mid_epoch(digits, workers, parts):
+    loader, resumed = (data.loader(digits, "train", 100, seed=4, epoch=1, workers=workers, parts=parts) for _ in range(2))
     batches = iter(loader)
-    for _ in range(3):
-        next(batches)
-    state = loader.state_dict()
-    resumed = data.loader(digits, "train", 100, seed=4, epoch=1, workers=workers)
-    resumed.load_state_dict(state)
-    assert torch.equal(_stack(resumed), _stack(whole[3:]))
+    whole = [next(batches) for _ in range(3 * parts)]
+    resumed.load_state_dict(loader.state_dict())
+    whole += list(batches)
+    assert torch.equal(_stack(whole), _stack(data.loader(digits, "train", 100, seed=4, epoch=1, parts=parts)))
+    assert torch.equal(_stack(resumed), _stack(whole[3 * parts :]))
     resumed.sampler.set_epoch(2)
-    assert len(list(resumed)) == 10, "the next epoch is whole again"
+    assert len(list(resumed)) == 10 * parts, "the next epoch is whole again"
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_parts_make_up_the_batches(world):
+def test_parts_make_up_the_batches(digits, world):
     """Sample i of a batch comes in part i % parts, on rank (i // parts) % world; small last batches have as many parts."""
-    digits = data.load("digits")
     whole = list(data.loader(digits, "train", 333, seed=1, epoch=2))
     assert [len(b.x) for b in whole] == [333, 333, 333, 1]
     ranks = [list(data.loader(digits, "train", 333, seed=1, epoch=2, rank=r, world=world, parts=3)) for r in range(world)]
@@ -501,14 +468,6 @@ def test_parts_make_up_the_batches(world):
                 x[part::3][rank::world] = piece.x
                 assert piece.total == len(batch.x)
         assert torch.equal(x, batch.x)
-
-
-def test_loader_with_parts_resumes_in_mid_epoch():
-    digits = data.load("digits")
-    loader, resumed = (data.loader(digits, "train", 100, seed=4, epoch=1, parts=2) for _ in range(2))
-    batches = list(loader)
-    resumed.load_state_dict({"batches": 6})
-    assert torch.equal(_stack(resumed), _stack(batches[6:]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -541,12 +500,7 @@ def test_loader_names_the_file_of_a_bad_image(tmp_path, monkeypatch):
 
 
 def test_distinct_crops_share_no_pixel(monkeypatch):
-    # A pixel tells its row and its group of four columns.
-    rows, groups = np.indices((427, 640))[0], np.indices((427, 640))[1] // 4
-    image = np.stack([rows % 256, rows // 256, groups], -1).astype(np.uint8)
-    bunch = type("Bunch", (), {"filenames": ("china.jpg", "flower.jpg"), "images": (image, image)})
-    monkeypatch.setattr("sklearn.datasets.load_sample_images", bunch)
-    photos = data.load("photos")
+    photos = _numbered_photos(monkeypatch)
     for split, columns in ((photos.train, 3), (photos.val, 1), (photos.test, 1)):
         crops = split.values[split.distinct]
         assert len(crops) == 2 * 4 * columns * 13, "as many as fit"
@@ -555,8 +509,7 @@ def test_distinct_crops_share_no_pixel(monkeypatch):
             assert len(np.unique(pixels, axis=0)) == len(pixels) / 4
 
 
-def test_epochs_differ_and_validation_does_not():
-    digits = data.load("digits")
+def test_epochs_differ_and_validation_does_not(digits):
     first, second = (_stack(data.loader(digits, "train", 100, seed=0, epoch=e)) for e in (0, 1))
     assert not torch.equal(first, second)
     assert sorted(noise.order(0, 1, 1000).tolist()) == list(range(1000))

@@ -6,7 +6,6 @@ see the samples, in the order and with the noise, of one rank with batches of B.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -21,40 +20,30 @@ import pytest
 import torch
 
 np = pytest.importorskip("numpy")
-pytest.importorskip("PIL")
-pytest.importorskip("sklearn")
-if importlib.util.find_spec("lightning") is None:
-    pytest.skip("lightning is not installed", allow_module_level=True)
 
-from flowkern import models, training  # noqa: E402
+from runs import assert_near, assert_same_weights, last, train  # noqa: E402
+
+from flowkern import training  # noqa: E402
 from flowkern.training._task import FlowTask  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("training_ddp.py")
-CLI = ["-m", "flowkern.cli"]
 TWO = {"devices": 2, "strategy": "ddp", "accelerator": "cpu"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 #: 331 of 1000 samples a batch: ranks and parts of unequal size, 7 in the last one.
 FIELDS = {"data": "digits", "epochs": 2, "batch_size": 331, "lr": 1e-2, "warmup": 3, "ema": 0.9}
 #: Without dropout, which draws other masks on each rank and for each part.
 GLOW = {"model": "glow", "config": {"levels": 2, "steps": 2, "hidden": 8, "dropout": 0.0}, **FIELDS}
-
-
 #: ActNorm starts from the first part.
 PARTS = {**GLOW, "accumulate": 2}
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python -W ignore command`` to its end."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -W ignore command`` to its end, on one thread."""
+    whole = [sys.executable, "-W", "ignore", *command]
+    return subprocess.run(whole, env=ONE_THREAD, capture_output=True, text=True, timeout=300, check=False)
 
 
 def trained(folder: Path, plan: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
@@ -71,14 +60,9 @@ def curve(ranks: list[dict[str, Any]], parts: int = 1) -> list[float]:
     return (sums / [total for _, _, total in ranks[0]["train"]][::parts]).tolist()
 
 
-def last(folder: Path) -> dict[str, Any]:
-    return models.read_checkpoint(folder / "last.ckpt")
-
-
-def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+def assert_ranks_agree(ranks: list[dict[str, Any]], state: str = "state") -> None:
+    for name, value in ranks[0][state].items():
+        assert torch.equal(ranks[1][state][name], value), f"{name} differs between the ranks"
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +90,7 @@ def test_two_ranks_train_the_glow_of_one(two, one):
     assert len(curve(two, 2)) == 8
     assert curve(two, 2) == pytest.approx(curve(one, 2), rel=1e-8)
     assert curve(one, 2)[-2] < curve(one, 2)[0] - 10.0, "there is no curve to compare"
-    for name, value in two[0]["state"].items():
-        assert torch.equal(two[1]["state"][name], value), f"{name} differs between the ranks"
+    assert_ranks_agree(two)
     assert_same_weights(one[0]["state"], two[0]["state"], 1e-6)
     assert one[0]["score"] == pytest.approx(two[0]["score"], rel=1e-6), "the averages of the weights differ"
 
@@ -119,8 +102,7 @@ def test_ranks_initialize_alike(two, one):
     assert one[0]["first"][initialized[0].replace("initialized", "log_scale")].abs().min() > 0.1, "there is nothing to compare"
     for name in initialized:
         assert all(bool(rank["first"][name]) for rank in two)
-    for name, value in two[0]["first"].items():
-        assert torch.equal(two[1]["first"][name], value), f"{name} differs between the ranks"
+    assert_ranks_agree(two, "first")
     assert_same_weights(one[0]["first"], two[0]["first"], 1e-6)
 
 
@@ -134,8 +116,7 @@ def test_one_rank_speaks_and_writes_and_validation_counts_each_image_once(tmp_pa
     assert {Path(path).suffix for path in ranks[0]["written"]} >= {".tmp", ".csv", ".png", ".json"}
     assert ranks[1]["written"] == []
     assert ranks[1]["score"] is None
-    for name, value in ranks[0]["state"].items():
-        assert torch.equal(ranks[1]["state"][name], value), f"{name} differs between the ranks"
+    assert_ranks_agree(ranks)
     val = [entry for rank in ranks for entry in rank["val"]]
     assert sum(count for _, count, _ in val) == 350
     assert len(ranks[0]["val"]) == len(ranks[1]["val"]) == 1
@@ -181,12 +162,11 @@ def test_two_ranks_train_a_vqvae_and_its_prior(tmp_path, monkeypatch):
     start = FlowTask.on_train_batch_start
     monkeypatch.setattr(FlowTask, "on_train_batch_start", lambda *given: (start(*given), ranks_in_turn(*given))[0])
     for name, one, plan in (("", "one", autoencoder), ("prior", "one-prior", following(tmp_path / "one"))):
-        training.train(training.make_plan(**plan), tmp_path / one, draws=1, precision="64-true")
-        first, second = (torch.load(tmp_path / f"{name}rank{rank}.pt")["state"] for rank in range(2))
-        assert first["autoencoder.quantizer.steps"] == 8, "the prior leaves the codes as they are"
-        for key, value in first.items():
-            assert torch.equal(second[key], value), f"{key} differs between the ranks"
-        assert_same_weights(last(tmp_path / one)["state_dict"], last(tmp_path / (name or "out"))["state_dict"], 1e-9)
+        train(training.make_plan(**plan), tmp_path / one, precision="64-true")
+        ranks = [torch.load(tmp_path / f"{name}rank{rank}.pt") for rank in range(2)]
+        assert ranks[0]["state"]["autoencoder.quantizer.steps"] == 8, "the prior leaves the codes as they are"
+        assert_ranks_agree(ranks)
+        assert_near(tmp_path / one, tmp_path / (name or "out"))
 
 
 def test_two_machines(tmp_path):
@@ -194,26 +174,17 @@ def test_two_machines(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"flatten": True, "couplings": 2, "hidden": 8, "dropout": 0.0}
-    fields = {"batch_size": 331, "ema": 0.9}
-    plan = ["--data=digits", "--batch-size=331", "--ema=0.9", *(f"--set={k}={json.dumps(v)}" for k, v in settings.items())]
-    how = ["--nodes=2", "--devices=1", "--strategy=ddp", "--accelerator=cpu", "--precision=64-true", "--draws=1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    config = {"flatten": True, "couplings": 2, "hidden": 8, "dropout": 0.0}
+    arguments = [f"--out={tmp_path / 'two'}", "--data=digits", "--batch-size=331", "--ema=0.9"]
+    arguments += [f"--set={name}={json.dumps(value)}" for name, value in config.items()]
+    arguments += ["--nodes=2", "--devices=1", "--strategy=ddp", "--accelerator=cpu", "--precision=64-true", "--draws=1"]
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launch += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     def both(*more: str) -> str:
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-        command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-        arguments = [*CLI, "train", "realnvp", f"--out={tmp_path / 'two'}", *plan, *how, *more]
-        machines = [
-            subprocess.Popen(
-                [*command, f"--node-rank={node}", *arguments],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for node in (0, 1)
-        ]
+        command = ["-m", "flowkern.cli", "train", "realnvp", *arguments, *more]
+        machines = [subprocess.Popen([*launch, f"--node-rank={node}", *command], env=ONE_THREAD, **pipes) for node in (0, 1)]
         try:
             outputs = [machine.communicate(timeout=300) for machine in machines]
         finally:
@@ -226,15 +197,10 @@ def test_two_machines(tmp_path):
 
     assert both("--epochs=1").count("test NLL") == 1
     both("--epochs=2", "--resume")
-    training.train(
-        training.make_plan("realnvp", "digits", config=settings, epochs=2, **fields),
-        tmp_path / "one",
-        draws=1,
-        precision="64-true",
-    )
-    one, two = last(tmp_path / "one"), last(tmp_path / "two")
-    assert one["global_step"] == two["global_step"] == 8
-    assert_same_weights(one["state_dict"], two["state_dict"], 1e-9)
+    plan = training.make_plan("realnvp", "digits", config=config, epochs=2, batch_size=331, ema=0.9)
+    train(plan, tmp_path / "one", precision="64-true")
+    assert last(tmp_path / "one")["global_step"] == 8
+    assert_near(tmp_path / "one", tmp_path / "two")
 
 
 def alive(pid: int) -> bool:
@@ -258,11 +224,13 @@ def alive(pid: int) -> bool:
 )
 def test_no_rank_outlives_its_launcher(tmp_path, sent, where):
     """However that is ended: while it trains, and while it waits for another rank to come."""
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("launched.py")), str(tmp_path), where]
+    plan = {"model": "realnvp", "data": "digits", "epochs": 10**6, "config": {"flatten": True, "couplings": 2, "hidden": 8}}
+    request = json.dumps({"plan": plan, "options": TWO, "stuck": where == "start"})
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), request]
     # A shell starts background jobs with SIGINT ignored, and so do some that run tests.
     launcher = subprocess.Popen(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

@@ -1,8 +1,9 @@
 """One run of the trainer, on one rank or several: ``python tests/training/training_ddp.py FOLDER REQUEST``, REQUEST in JSON.
 
 The request has the run's ``plan`` and ``options``, and in ``then`` plans of runs that follow, by name. Each rank leaves in FOLDER
-what it saw: its losses, its weights after the first step and at the end, what it printed and which files it wrote. Not collected
-by pytest: Lightning starts the same script for each rank, so test_ddp.py runs it.
+its process's number, rank-N, as soon as it trains, and what it saw: its losses, its weights after the first step and at the end,
+what it printed and which files it wrote. With ``poison``, [step, rank], its loss is NaN there; if ``stuck``, the first rank waits
+for the second one for ever. Not collected by pytest: Lightning starts the same script for each rank, so test_ddp.py runs it.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import io
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,13 @@ from flowkern.training._task import FlowTask
 Record = dict[str, Any]
 
 
-def watch(out: Path) -> Record:
+def leave_number(folder: Path, rank: int) -> None:
+    if not (folder / f"rank-{rank}").exists():
+        (folder / f".rank-{rank}").write_text(str(os.getpid()))
+        (folder / f".rank-{rank}").rename(folder / f"rank-{rank}")
+
+
+def watch(folder: Path) -> Record:
     """Record what the trainer does in this process from here on."""
     record: Record = {"train": [], "val": [], "written": [], "first": None}
     training_step, nll = FlowTask.training_step, FlowTask._nll
@@ -37,6 +45,7 @@ def watch(out: Path) -> Record:
         return values
 
     def watched_step(self: FlowTask, batch: Any, batch_idx: int) -> torch.Tensor:
+        leave_number(folder, self.global_rank)
         if self.global_step == 1 and record["first"] is None:
             record["first"] = {name: value.clone() for name, value in self.model.state_dict().items()}
         return training_step(self, batch, batch_idx)
@@ -49,7 +58,7 @@ def watch(out: Path) -> Record:
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event != "open" or not isinstance(arguments[0], str) or not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        if Path(arguments[0]).is_relative_to(out):
+        if Path(arguments[0]).is_relative_to(folder / "out"):
             record["written"].append(arguments[0])
 
     sys.addaudithook(audit)
@@ -58,8 +67,10 @@ def watch(out: Path) -> Record:
 
 def main(folder: Path, request: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    record = watch(folder / "out")
+    record = watch(folder)
     record["poison"] = request.get("poison")
+    if request.get("stuck") and os.environ.get("LOCAL_RANK", "0") != "0":
+        training.Plan.build = lambda *_: (leave_number(folder, 1), threading.Event().wait())  # type: ignore[method-assign,assignment]
     for name, plan in ({"out": request["plan"]} | request.get("then", {})).items():
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
