@@ -1,11 +1,8 @@
 """Fused kernels for the layers of normalizing flows and VAEs, with a pure-torch fallback for every one."""
 
-from . import models as models
-from . import nn as nn
-from . import ops as ops
+from . import models as models, nn as nn, ops as ops
 from ._core.backend import backend as backend
 from ._core.op import OPS as OPS
 from ._core.version import __version__ as __version__
 from ._explain import explain as explain
-from .models import load as load
-from .models import save as save
+from .models import load as load, save as save

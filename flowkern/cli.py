@@ -337,8 +337,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
     import flowkern
 
-    from ._core import backend
-    from ._core import op as _registry
+    from ._core import backend, op as _registry
 
     print(f"flowkern   {flowkern.__version__}")
     print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")

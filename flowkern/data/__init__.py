@@ -5,13 +5,6 @@ dequantization noise are functions of (seed, epoch, sample) through the counter-
 random numbers: as easy as 1, 2, 3", 2011): a resumed run, any number of workers and any number of ranks see the same data.
 """
 
-from .batches import Batch as Batch
-from .batches import KeyedLoader as KeyedLoader
-from .batches import batch_of as batch_of
-from .batches import loader as loader
+from .batches import Batch as Batch, KeyedLoader as KeyedLoader, batch_of as batch_of, loader as loader
 from .noise import dequantize as dequantize
-from .sources import SOURCES as SOURCES
-from .sources import Dataset as Dataset
-from .sources import Split as Split
-from .sources import load as load
-from .sources import source as source
+from .sources import SOURCES as SOURCES, Dataset as Dataset, Split as Split, load as load, source as source

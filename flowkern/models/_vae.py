@@ -12,8 +12,7 @@ import torch
 
 from .. import diagnostics, nn
 from ..nn.densities.base import check_name, check_sizes
-from ..nn.densities.likelihood import likelihood as named_likelihood
-from ..nn.densities.likelihood import start
+from ..nn.densities.likelihood import likelihood as named_likelihood, start
 from ._autoregressive import IAF, MAF
 from ._model import DiscreteModel, FlowModel, Picture, model_shape
 from ._realnvp import NICE, RECIPE, RealNVP

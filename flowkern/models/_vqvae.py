@@ -13,8 +13,7 @@ import torch
 from .. import nn
 from .._core.checks import accumulation_dtype
 from ..nn.densities.base import check_name, check_sizes, image_shape
-from ..nn.densities.likelihood import likelihood as named_likelihood
-from ..nn.densities.likelihood import start
+from ..nn.densities.likelihood import likelihood as named_likelihood, start
 from ..nn.networks.autoencoder import downsampling, upsampling
 from ._model import DiscreteModel, arguments
 from ._pixelcnn import PixelCNN

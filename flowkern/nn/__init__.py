@@ -1,70 +1,67 @@
 """Layers of normalizing flows: bijections, base distributions, conditioner networks, and ``Flow`` that joins them."""
 
 from .bijections.actnorm import ActNorm as ActNorm
-from .bijections.autoregressive import Autoregressive as Autoregressive
-from .bijections.autoregressive import InverseAutoregressive as InverseAutoregressive
-from .bijections.autoregressive import MaskedAutoregressive as MaskedAutoregressive
+from .bijections.autoregressive import (
+    Autoregressive as Autoregressive,
+    InverseAutoregressive as InverseAutoregressive,
+    MaskedAutoregressive as MaskedAutoregressive,
+)
 from .bijections.batch_norm import BatchNormFlow as BatchNormFlow
 from .bijections.bijection import Bijection as Bijection
 from .bijections.compose import Compose as Compose
-from .bijections.coupling import AdditiveCoupling as AdditiveCoupling
-from .bijections.coupling import AffineCoupling as AffineCoupling
-from .bijections.coupling import Coupling as Coupling
-from .bijections.coupling import MixtureLogisticCoupling as MixtureLogisticCoupling
-from .bijections.glow_step import GlowStep as GlowStep
-from .bijections.glow_step import NormalizedLinear as NormalizedLinear
-from .bijections.invertible_linear import PARAMETRIZATIONS as PARAMETRIZATIONS
-from .bijections.invertible_linear import InvertibleConv1x1 as InvertibleConv1x1
-from .bijections.invertible_linear import InvertibleLinear as InvertibleLinear
+from .bijections.coupling import (
+    AdditiveCoupling as AdditiveCoupling,
+    AffineCoupling as AffineCoupling,
+    Coupling as Coupling,
+    MixtureLogisticCoupling as MixtureLogisticCoupling,
+)
+from .bijections.glow_step import GlowStep as GlowStep, NormalizedLinear as NormalizedLinear
+from .bijections.invertible_linear import (
+    PARAMETRIZATIONS as PARAMETRIZATIONS,
+    InvertibleConv1x1 as InvertibleConv1x1,
+    InvertibleLinear as InvertibleLinear,
+)
 from .bijections.multiscale import MultiScale as MultiScale
-from .bijections.permutation import Flatten as Flatten
-from .bijections.permutation import Permutation as Permutation
-from .bijections.permutation import Squeeze as Squeeze
-from .bijections.planar import Planar as Planar
-from .bijections.planar import Radial as Radial
-from .bijections.preprocess import Logit as Logit
-from .bijections.preprocess import Rescale as Rescale
-from .bijections.preprocess import Scaling as Scaling
-from .densities.base import Base as Base
-from .densities.base import DiagonalNormal as DiagonalNormal
-from .densities.base import Mixture as Mixture
-from .densities.base import StandardNormal as StandardNormal
-from .densities.dequantization import UniformDequantization as UniformDequantization
-from .densities.dequantization import VariationalDequantization as VariationalDequantization
-from .densities.flow import Flow as Flow
-from .densities.flow import bits_per_dim as bits_per_dim
-from .densities.likelihood import Bernoulli as Bernoulli
-from .densities.likelihood import Categorical as Categorical
-from .densities.likelihood import DiscretizedLogisticMixture as DiscretizedLogisticMixture
-from .densities.likelihood import Gaussian as Gaussian
-from .densities.likelihood import GaussianMixture as GaussianMixture
-from .densities.likelihood import Likelihood as Likelihood
+from .bijections.permutation import Flatten as Flatten, Permutation as Permutation, Squeeze as Squeeze
+from .bijections.planar import Planar as Planar, Radial as Radial
+from .bijections.preprocess import Logit as Logit, Rescale as Rescale, Scaling as Scaling
+from .densities.base import Base as Base, DiagonalNormal as DiagonalNormal, Mixture as Mixture, StandardNormal as StandardNormal
+from .densities.dequantization import (
+    UniformDequantization as UniformDequantization,
+    VariationalDequantization as VariationalDequantization,
+)
+from .densities.flow import Flow as Flow, bits_per_dim as bits_per_dim
+from .densities.likelihood import (
+    Bernoulli as Bernoulli,
+    Categorical as Categorical,
+    DiscretizedLogisticMixture as DiscretizedLogisticMixture,
+    Gaussian as Gaussian,
+    GaussianMixture as GaussianMixture,
+    Likelihood as Likelihood,
+)
 from .densities.made_density import MADEDensity as MADEDensity
-from .densities.posterior import FlowPosterior as FlowPosterior
-from .densities.posterior import GaussianPosterior as GaussianPosterior
-from .densities.posterior import HierarchicalPosterior as HierarchicalPosterior
-from .densities.posterior import HierarchicalPrior as HierarchicalPrior
-from .densities.posterior import Posterior as Posterior
-from .densities.vae import VAE as VAE
-from .densities.vae import Objective as Objective
-from .densities.vae import VampPrior as VampPrior
-from .networks.autoencoder import ConvDecoder as ConvDecoder
-from .networks.autoencoder import ConvEncoder as ConvEncoder
-from .networks.conditioner import ACTIVATIONS as ACTIVATIONS
-from .networks.conditioner import MLP as MLP
-from .networks.conditioner import ConvNet as ConvNet
-from .networks.conditioner import Parallel as Parallel
-from .networks.conditioner import ResNet as ResNet
-from .networks.made import MADE as MADE
-from .networks.made import MaskedLinear as MaskedLinear
+from .densities.posterior import (
+    FlowPosterior as FlowPosterior,
+    GaussianPosterior as GaussianPosterior,
+    HierarchicalPosterior as HierarchicalPosterior,
+    HierarchicalPrior as HierarchicalPrior,
+    Posterior as Posterior,
+)
+from .densities.vae import VAE as VAE, Objective as Objective, VampPrior as VampPrior
+from .networks.autoencoder import ConvDecoder as ConvDecoder, ConvEncoder as ConvEncoder
+from .networks.conditioner import (
+    ACTIVATIONS as ACTIVATIONS,
+    MLP as MLP,
+    ConvNet as ConvNet,
+    Parallel as Parallel,
+    ResNet as ResNet,
+)
+from .networks.made import MADE as MADE, MaskedLinear as MaskedLinear
 from .networks.masked_conv import GatedMaskedConv as GatedMaskedConv
-from .quantizers.quantizer import CodeUsage as CodeUsage
-from .quantizers.quantizer import Quantizer as Quantizer
+from .quantizers.quantizer import CodeUsage as CodeUsage, Quantizer as Quantizer
 from .quantizers.residual import ResidualVectorQuantizer as ResidualVectorQuantizer
 from .quantizers.vector import VectorQuantizer as VectorQuantizer
-from .transformers.affine import Additive as Additive
-from .transformers.affine import Affine as Affine
-from .transformers.affine import GatedAffine as GatedAffine
+from .transformers.affine import Additive as Additive, Affine as Affine, GatedAffine as GatedAffine
 from .transformers.mixture_logistic import MixtureLogistic as MixtureLogistic
 from .transformers.transformer import Transformer as Transformer
 

@@ -1,14 +1,14 @@
 """The functional ops, one file each. Those that have kernels are in ``flowkern.OPS``, which generic tests walk over."""
 
-from .._core.scale_map import LAYOUTS as LAYOUTS
-from .._core.scale_map import ScaleMap as ScaleMap
-from .._core.split import SPLITS as SPLITS
-from .._core.split import FeatureMask as FeatureMask
+from .._core.scale_map import LAYOUTS as LAYOUTS, ScaleMap as ScaleMap
+from .._core.split import SPLITS as SPLITS, FeatureMask as FeatureMask
 from ._additive_coupling import additive_coupling as additive_coupling
 from ._affine_coupling import affine_coupling as affine_coupling
 from ._dequantize import dequantize as dequantize
-from ._discretized_logistic_mixture import discretized_logistic_mixture as discretized_logistic_mixture
-from ._discretized_logistic_mixture import sample_discretized_logistic_mixture as sample_discretized_logistic_mixture
+from ._discretized_logistic_mixture import (
+    discretized_logistic_mixture as discretized_logistic_mixture,
+    sample_discretized_logistic_mixture as sample_discretized_logistic_mixture,
+)
 from ._ema_update import ema_update as ema_update
 from ._gaussian_kl import gaussian_kl as gaussian_kl
 from ._invertible_linear import invertible_linear as invertible_linear

@@ -34,8 +34,7 @@ from .._core.op import (
     reference_runs,
     register,
 )
-from ._nearest_code import _forward as nearest_code_kernel
-from ._nearest_code import nearest_code
+from ._nearest_code import _forward as nearest_code_kernel, nearest_code
 
 __all__ = ["pass_gradient", "vector_quantize"]
 

@@ -9,27 +9,28 @@ from typing import Any
 
 from ._codecs import codec_table as codec_table
 from ._compare import compare as compare
-from ._evaluate import Diverged as Diverged
-from ._evaluate import Score as Score
-from ._evaluate import context_of as context_of
-from ._evaluate import evaluate as evaluate
-from ._evaluate import importance_nlls as importance_nlls
-from ._evaluate import needed_draws as needed_draws
-from ._evaluate import negative_log_likelihood as negative_log_likelihood
-from ._evaluate import sample_nlls as sample_nlls
-from ._evaluate import usable_device as usable_device
+from ._evaluate import (
+    Diverged as Diverged,
+    Score as Score,
+    context_of as context_of,
+    evaluate as evaluate,
+    importance_nlls as importance_nlls,
+    needed_draws as needed_draws,
+    negative_log_likelihood as negative_log_likelihood,
+    sample_nlls as sample_nlls,
+    usable_device as usable_device,
+)
 from ._gallery import save_samples as save_samples
-from ._pictures import atomic as atomic
-from ._pictures import read_log as read_log
-from ._pictures import save_grid as save_grid
-from ._pictures import to_pixels as to_pixels
-from ._plan import OPTIMIZERS as OPTIMIZERS
-from ._plan import PRESETS as PRESETS
-from ._plan import Plan as Plan
-from ._plan import make_plan as make_plan
-from ._plan import make_prior_plan as make_prior_plan
-from ._plan import resumed_plan as resumed_plan
-from ._plan import trained_on as trained_on
+from ._pictures import atomic as atomic, read_log as read_log, save_grid as save_grid, to_pixels as to_pixels
+from ._plan import (
+    OPTIMIZERS as OPTIMIZERS,
+    PRESETS as PRESETS,
+    Plan as Plan,
+    make_plan as make_plan,
+    make_prior_plan as make_prior_plan,
+    resumed_plan as resumed_plan,
+    trained_on as trained_on,
+)
 
 
 def train(plan: Plan, out: str | os.PathLike[str], **options: Any) -> Score | None:

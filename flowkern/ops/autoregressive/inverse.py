@@ -37,8 +37,7 @@ from ..._core.op import (
     register,
 )
 from ..._core.scale_map import LAYOUTS, ScaleMap
-from . import cpp as _autoregressive_cpp
-from . import cuda as _autoregressive_cuda
+from . import cpp as _autoregressive_cpp, cuda as _autoregressive_cuda
 from .definition import density, reference
 from .network import ACTIVATIONS, AutoregressiveNetwork, plans
 from .sweep import Parameters, chain, invert, pull_back
