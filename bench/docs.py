@@ -73,9 +73,7 @@ SECTIONS = (
         "gradients it is that pass's. The peers' inverses run the network once for each feature; here each unit is run once.",
     ),
     Section(
-        "Masked networks",
-        ("networks",),
-        "The inverse of an autoregressive layer and masked linear layers on every backend.",
+        "Masked networks", ("networks",), "The inverse of an autoregressive layer and masked linear layers on every backend."
     ),
     Section(
         "Nearest codes",
@@ -232,12 +230,7 @@ FIGURES = (
     ),
     Figure("inverse of a MADE, 784 features", "autoregressive", "784-1024x1024-batch64", "inverse", "", ("nflows", "zuko")),
     Figure(
-        "nearest of 8192 codes, 16384x256",
-        "code_search",
-        "N16384-K8192-D256",
-        "forward",
-        "",
-        ("GEMM", "vector-quantize-pytorch"),
+        "nearest of 8192 codes, 16384x256", "code_search", "N16384-K8192-D256", "forward", "", ("GEMM", "vector-quantize-pytorch")
     ),
     Figure(
         "training step of a vector quantizer, 8192 codes",

@@ -172,10 +172,7 @@ def _repeated(run: Callable[[], object], calls: int, seconds: float) -> list[flo
 
 
 def gpu_samples(
-    calls: Mapping[str, Sequence[Call]],
-    seconds: float,
-    verify: Callable[[str, Graph], None],
-    reject: Callable[[str, str], None],
+    calls: Mapping[str, Sequence[Call]], seconds: float, verify: Callable[[str, Graph], None], reject: Callable[[str, str], None]
 ) -> Iterator[tuple[str, Samples]]:
     """(state, samples), for calls given for one or several sets of inputs (``input_sets``), about so many seconds per variant.
 

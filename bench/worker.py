@@ -37,13 +37,8 @@ def module_of(subject: str) -> ModuleType:
 
 
 def run(options: Options) -> Iterator[Row | str]:
-    """The rows of all subjects, each as soon as it is measured, and what else they print.
-
-    Raises RuntimeError if pages are not as the options say.
-    """
+    """The rows of all subjects, each as soon as it is measured, and what else they print."""
     torch.set_num_threads(options.threads)
-    if options.device == "cpu" and (pages := pages_here()) != options.pages:
-        raise RuntimeError(f"pages: asked for {options.pages}, but in this process they are {pages}")
     origin = provenance(options.device)
     for name in options.subjects:
         module = module_of(name)
@@ -82,7 +77,10 @@ def _main() -> None:
     # Whatever else writes to the standard output goes to the other one.
     rows, sys.stdout = sys.stdout, sys.stderr
     given = json.loads(sys.argv[1])
-    for item in run(Options(**{**given, "subjects": tuple(given.get("subjects", CASES))})):
+    options = Options(**{**given, "subjects": tuple(given.get("subjects", CASES))})
+    if options.device == "cpu" and (pages := pages_here()) != options.pages:
+        raise RuntimeError(f"pages: asked for {options.pages}, but in this process they are {pages}")
+    for item in run(options):
         print(json.dumps(item if isinstance(item, str) else asdict(item)), file=rows, flush=True)
 
 

@@ -19,18 +19,7 @@ from flowkern._core.op import Law, Op
 
 from ..baselines import BASELINES
 from ..cases import BOTH, CASES, Case, cases_of
-from ..comparison import (
-    COMPILED,
-    EAGER,
-    FLOWKERN,
-    Comparison,
-    Options,
-    Tensors,
-    WrongResult,
-    check,
-    poisoned,
-    rounding_errors,
-)
+from ..comparison import COMPILED, EAGER, FLOWKERN, Comparison, Options, Tensors, WrongResult, check, poisoned, rounding_errors
 from ..timing import Call, Graph, input_sets
 
 __all__ = ["PAGES", "Problem", "compared", "comparisons"]
