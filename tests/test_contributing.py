@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from flowkern import models, nn
@@ -34,6 +35,7 @@ def defined(path: str) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 def test_a_new_op_is_held_by_the_generic_tests(tmp_path: Path) -> None:
     """In a copy of the library without its kernels, so that nothing is compiled."""
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")

@@ -16,6 +16,7 @@ from flowkern import OPS, nn, ops
 from flowkern._core import backend as _backend
 
 
+@pytest.mark.slow
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="backend: unknown name 'cudnn'"), flowkern.backend("cudnn"):
         pass
@@ -42,6 +43,7 @@ def test_the_context_restores_what_was_asked_for() -> None:
     assert _backend.requested() == before
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_the_backend() -> None:
     script = "import flowkern; print(flowkern.explain('affine_coupling'))"
     env = {**os.environ, "FLOWKERN_BACKEND": "torch"}

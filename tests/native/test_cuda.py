@@ -24,8 +24,7 @@ from flowkern import ops
 from flowkern._core import backend as _backend
 from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
-from flowkern.ops.autoregressive import cuda, definition
-from flowkern.ops.autoregressive import inverse as op
+from flowkern.ops.autoregressive import cuda, definition, inverse as op
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "autoregressive_inverse.cu"
@@ -178,6 +177,7 @@ def assert_right(dtype: torch.dtype, device: str = "cpu") -> None:
 # What it computes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tile"), EVERY_TILE, ids=str)
 def test_the_kernel_is_accurate(host: Host, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tile(monkeypatch, tile)
@@ -399,6 +399,7 @@ def test_what_is_asked_for_and_cannot_be_built_is_an_error(tmp_path: Path) -> No
     assert not list(tmp_path.glob("lib/**/_native_cuda*"))
 
 
+@pytest.mark.slow
 def test_it_is_built_by_itself_only_where_there_is_a_driver(tmp_path: Path) -> None:
     """A driver in name only, and GPUs that nvcc does not know: what fails is said once, and nothing else is lost."""
     if no_nvcc():

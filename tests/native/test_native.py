@@ -75,6 +75,7 @@ def test_every_isa_under_address_and_undefined_behaviour_sanitizers(tmp_path: Pa
     assert "every sample ran on" in done.stdout
 
 
+@pytest.mark.slow
 def test_forked_workers_do_not_hang() -> None:
     """The parent has used OpenMP threads; a forked child must not wait for them."""
     script = """
@@ -93,6 +94,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _backend.native.isas() if _backend.native else [])
 def test_the_environment_chooses_the_isa(name: str) -> None:
     script = "from flowkern._core import backend as _backend; print(_backend.native.isa())"
@@ -101,6 +103,7 @@ def test_the_environment_chooses_the_isa(name: str) -> None:
     assert done.stdout.strip() == name
 
 
+@pytest.mark.slow
 def test_an_unknown_isa_is_named() -> None:
     assert _backend.native is not None
     with pytest.raises(ValueError, match=r"FLOWKERN_ISA: this machine does not run 'mmx'; expected one of .*baseline"):
@@ -122,6 +125,7 @@ def test_the_extension_needs_no_torch_library() -> None:
     assert not [name for name in libraries if "torch" in name or "c10" in name]
 
 
+@pytest.mark.slow
 def test_one_openmp_in_the_process() -> None:
     """The extension binds to the OpenMP runtime that torch has loaded, so that there is one pool of threads."""
     assert _backend.native is not None

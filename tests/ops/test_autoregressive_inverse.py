@@ -16,8 +16,7 @@ from flowkern import OPS, ops
 from flowkern._core import backend as _backend
 from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
-from flowkern.ops.autoregressive import definition
-from flowkern.ops.autoregressive import inverse as op
+from flowkern.ops.autoregressive import definition, inverse as op
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,7 @@ def recorded(op: Op, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> list[tu
     return calls
 
 
+@pytest.mark.slow
 @needs_native
 @every_op
 def test_opcheck(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,12 +63,14 @@ def check_compiled(op: Op, sample: Sample, **options: Any) -> None:
         torch.testing.assert_close(outputs_of(compiled, (sample.args, sample.kwargs)), expected[: len(op.outputs)])
 
 
+@pytest.mark.slow
 @every_op
 def test_compile(op: Op) -> None:
     for sample in filter(traceable, ways(op, coarse=True)):
         check_compiled(op, sample, dynamic=False, backend="aot_eager")
 
 
+@pytest.mark.slow
 @parametrized(lambda op: [s for s in ways(op, coarse=True) if s.args[0].numel() > 8 and traceable(s)])
 def test_two_calls_in_one_dynamic_graph(op: Op, sample: Sample) -> None:
     """What a second call shares with the first, such as constants, must be nothing that the compiler takes for a variable."""
@@ -83,6 +86,7 @@ def test_two_calls_in_one_dynamic_graph(op: Op, sample: Sample) -> None:
     torch.testing.assert_close(gradients(outputs, leaves(calls)), gradients(expected, leaves(calls)))
 
 
+@pytest.mark.slow
 @parametrized(lambda op: [s for s in ways(op) if s.name == "image"] or [s for s in ways(op) if s.args[0].numel() > 8][:1])
 def test_compile_with_inductor(op: Op, sample: Sample) -> None:
     check_compiled(op, sample)

@@ -15,11 +15,8 @@ from flowkern.bench.subjects.likelihood import published
 
 import flowkern
 from flowkern import nn, ops
-from flowkern._core import backend as _backend
-from flowkern._core import philox as _philox
-from flowkern.ops import _dequantize as dequantization
-from flowkern.ops import _discretized_logistic_mixture as mixture
-from flowkern.ops import _gaussian_kl as gaussian
+from flowkern._core import backend as _backend, philox as _philox
+from flowkern.ops import _dequantize as dequantization, _discretized_logistic_mixture as mixture, _gaussian_kl as gaussian
 
 of_both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 

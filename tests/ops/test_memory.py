@@ -38,8 +38,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from flowkern import OPS, ops
-from flowkern._core import backend as _backend
-from flowkern._core import op as _registry
+from flowkern._core import backend as _backend, op as _registry
 from flowkern._core.op import Op, Sample
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -227,6 +226,7 @@ def test_meta_tensors(op: Op) -> None:
             results(op, first, place, lambda a: a.to("meta"))
 
 
+@pytest.mark.slow
 def test_distributed_tensors(tmp_path: Path) -> None:
     """Values or torch's own refusal, at every argument of every op; models sharded by FSDP and called past its hooks."""
     script = Path(__file__).with_name("dtensor_ops.py")
@@ -283,6 +283,7 @@ for op in OPS.values():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 def test_memory_that_runs_out_is_an_error() -> None:
     """Python's MemoryError or torch's own error, wherever in a call it happens; the next call is right again."""
