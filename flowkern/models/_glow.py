@@ -70,7 +70,8 @@ class Glow(FlowModel):
         memory: ``"store"``, ``"reversible"`` or ``"auto"``: what a level keeps for its backward, see ``nn.Compose``.
         preprocess: before the first level: None, ``{"rescale": s}``, ``{"rescale": [s, t]}`` or ``{"logit": alpha}``.
 
-    Raises ValueError for settings that do not fit, unknown names, labels that are no classes; TypeError for other dtypes.
+    Raises ValueError for settings that do not fit the shape, unknown names, and labels that are no classes; TypeError for
+    images that are not floating.
     Source: Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions" (2018).
     """
 

@@ -24,7 +24,8 @@ class MADE(DiscreteModel):
         shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
         levels: how many values an element can have.
         hidden, activation, residual: of the network, ``nn.MADE``.
-        masks, seed: sets of masks, drawn with orders and degrees of their own: training takes the next, evaluation the mean.
+        masks: how many sets of masks there are, each with an order and degrees of its own, drawn with ``seed``. Training
+            takes them in turn, evaluation averages their probabilities.
         context: K of a context (B, K), or None.
 
     Raises ValueError for settings that do not fit, and unknown names.

@@ -105,7 +105,8 @@ class Model(torch.nn.Module):
     ) -> Iterator[Picture]:
         """What the model has to show beside samples, and beside reconstructions and interpolations if it has latents.
 
-        x and other (n, *shape) are images, each pair of one label, context (n, K) theirs; contexts (n^2, K) go through classes.
+        x and other (n, *shape) are images, each pair with one label, and context (n, K) is theirs; contexts (n^2, K) go through
+        the classes.
         """
         yield from ()
 

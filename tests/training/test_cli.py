@@ -15,7 +15,7 @@ import torch
 
 np = pytest.importorskip("numpy")
 
-from runs import last, without_pictures  # noqa: E402
+from training_runs import last, without_pictures  # noqa: E402
 
 from flowkern import cli, data, models, training  # noqa: E402
 from flowkern.training import _codecs  # noqa: E402

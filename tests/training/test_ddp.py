@@ -21,7 +21,7 @@ import torch
 
 np = pytest.importorskip("numpy")
 
-from runs import assert_near, assert_same_weights, last, train  # noqa: E402
+from training_runs import assert_near, assert_same_weights, last, train  # noqa: E402
 
 from flowkern import training  # noqa: E402
 from flowkern.training._task import FlowTask  # noqa: E402

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import before_each_step, last, stop_after, train, train_until, without_pictures
+from training_runs import before_each_step, last, stop_after, train, train_until, without_pictures
 
 from flowkern import cli, data, models, training
 from flowkern.training import _table

@@ -22,7 +22,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 np = pytest.importorskip("numpy")
 
-from runs import assert_near, before_each_step, last, stop_after, train, train_until  # noqa: E402
+from training_runs import assert_near, before_each_step, last, stop_after, train, train_until  # noqa: E402
 
 from flowkern import data, diagnostics, models, training  # noqa: E402
 from flowkern.data import noise  # noqa: E402
