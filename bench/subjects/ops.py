@@ -63,10 +63,12 @@ class Problem:
         traffic = None if case.traffic is None else case.traffic(*self.args)
         self.traffic = None if traffic is None else sum(traffic) if direction == BOTH else traffic[0]
         self.seeded = Law.SEEDED in op.laws
+        self.gradients = self._gradients(generator) if direction == BOTH else ()
+
+    def _gradients(self, generator: torch.Generator) -> Tensors:
         with torch.no_grad():
-            outputs = _tuple(op.reference(*self.args, **case.kwargs))
-        differentiable = [y for y in outputs if y.is_floating_point()]
-        self.gradients = tuple(torch.empty_like(y).normal_(generator=generator) for y in differentiable)
+            outputs = _tuple(self.op.reference(*self.args, **self.case.kwargs))
+        return tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs if y.is_floating_point())
 
     def plain(self) -> Callable[..., Any]:
         """The plain code, with what it prepares for these inputs."""
