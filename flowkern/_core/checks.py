@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .op import observed, transformed
-
-__all__ = [
-    "accumulation_dtype",
-    "check_codes",
-    "check_floating",
-    "check_same_device",
-    "differentiate",
-    "empty_as",
-    "flatten_batch",
-    "has_values",
-    "host_tensor",
-    "on_host",
-    "outside_autocast",
-]
-
-Reference = TypeVar("Reference", bound=Callable[..., Any])
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,6 +26,20 @@ def check_same_device(name: str, value: torch.Tensor, x: torch.Tensor, of: str =
     """Raises ValueError unless ``value`` lives where ``x``, the argument called ``of``, does."""
     if value.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} (that of {of}), got {value.device}")
+
+
+def check_tensor(
+    name: str, value: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor, of: str = "x", why: str | None = None
+) -> None:
+    """Raises as ``check_floating`` and ``check_same_device`` do, and ValueError unless ``value`` has that shape.
+
+    ``why`` follows the shape in the message; None names that of ``x``.
+    """
+    check_floating(name, value)
+    check_same_device(name, value, x, of)
+    if value.shape != shape:
+        why = f" for {of} of shape {tuple(x.shape)}" if why is None else why
+        raise ValueError(f"{name}: expected shape {shape}{why}, got {tuple(value.shape)}")
 
 
 def check_codes(name: str, index: torch.Tensor, codes: int, x: torch.Tensor, of: str = "x") -> None:
@@ -91,19 +88,6 @@ def flatten_batch(x: torch.Tensor, params: torch.Tensor) -> tuple[torch.Size, to
     return leading, x.flatten(0, len(leading) - 1), params.flatten(0, len(leading) - 1)
 
 
-def outside_autocast(reference: Reference) -> Reference:
-    """A reference that autocast leaves alone: it upcasts explicitly, and its log-determinant stays in full precision."""
-
-    @functools.wraps(reference)
-    def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-            return reference(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
-            return reference(x, *args, **kwargs)
-
-    return cast(Reference, run)
-
-
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
     """Tensors made inside hold values and are on the CPU, whatever the default device and the fake tensor mode around it."""
@@ -131,25 +115,3 @@ def host_tensor(name: str, values: Any) -> torch.Tensor:
 def values_can_be_read(x: torch.Tensor) -> bool:
     """Whether x has values, and looking at them waits for no device and breaks no graph: on a CPU, eager, not transformed."""
     return x.is_cpu and not observed((x,)) and not transformed()
-
-
-def differentiate(
-    reference: Callable[..., Any],
-    inputs: Sequence[torch.Tensor],
-    kwargs: dict[str, Any],
-    grads: Sequence[torch.Tensor | None],
-) -> tuple[torch.Tensor, ...]:
-    """The gradients of ``reference(*inputs, **kwargs)`` for the given output gradients (None = zero), by autograd.
-
-    Differentiable themselves where gradients are being recorded, for double backward.
-    """
-    record = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A view that was made without recording says that it requires gradients, but leads nowhere.
-        inputs = [x if record and x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        outputs = reference(*inputs, **kwargs)
-    used = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-    if not used:
-        return tuple(torch.zeros_like(x) for x in inputs)
-    ys, gs = zip(*used, strict=True)
-    return torch.autograd.grad(ys, inputs, gs, create_graph=record, allow_unused=True, materialize_grads=True)

@@ -16,28 +16,6 @@ import torch
 
 from . import backend
 
-__all__ = [
-    "KERNELS",
-    "LOGABSDET",
-    "OPS",
-    "Kernel",
-    "Law",
-    "Op",
-    "Output",
-    "Sample",
-    "accumulated",
-    "as_index",
-    "as_input",
-    "define",
-    "normal",
-    "observed",
-    "recording",
-    "reference_differentiates",
-    "reference_runs",
-    "register",
-    "transformed",
-]
-
 _LIBRARY = torch.library.Library("flowkern", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -286,14 +264,3 @@ def reference_runs(x: torch.Tensor, *, own_torch: bool = False) -> bool:
     if transformed():
         return True
     return backend.only_torch(x) and not (own_torch and (x.is_cpu or x.is_cuda or x.is_meta))
-
-
-def reference_differentiates(*grads: torch.Tensor | None) -> bool:
-    """Whether a backward must be that of the reference: it is recorded for another one, or its gradients come in batches.
-
-    Batches are those of ``is_grads_batched=True`` and of the vectorized ``torch.autograd.functional``.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    return torch.is_grad_enabled() or transformed() or any(g is not None and batched(g) for g in grads)

@@ -7,20 +7,6 @@ import torch
 from .checks import host_tensor, on_host
 from .tables import Tables
 
-__all__ = [
-    "SPLITS",
-    "FeatureMask",
-    "Split",
-    "conditioner_input",
-    "from_code",
-    "kept_channels",
-    "moved_channels",
-    "put",
-    "resolve",
-    "restrict",
-    "take",
-]
-
 #: The named splits; the position in this tuple is the code in the kernels, and ``len(SPLITS)`` stands for a FeatureMask.
 SPLITS = ("channel", "channel_swap", "checkerboard", "checkerboard_swap")
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from .._core.checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch, outside_autocast
+from .._core.checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch
 from .._core.op import Law, Output, Sample, accumulated, define, normal, recording, reference_runs, register
+from .._core.reference import outside_autocast
 from .._core.split import SPLITS, FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 
 __all__ = ["additive_coupling"]

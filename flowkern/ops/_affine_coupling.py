@@ -22,27 +22,9 @@ from typing import Any
 
 import torch
 
-from .._core.checks import (
-    accumulation_dtype,
-    check_floating,
-    check_same_device,
-    differentiate,
-    empty_as,
-    flatten_batch,
-    outside_autocast,
-)
-from .._core.op import (
-    LOGABSDET,
-    Law,
-    Output,
-    Sample,
-    define,
-    normal,
-    recording,
-    reference_differentiates,
-    reference_runs,
-    register,
-)
+from .._core.checks import accumulation_dtype, check_floating, check_same_device, empty_as, flatten_batch
+from .._core.op import LOGABSDET, Law, Output, Sample, define, normal, recording, reference_runs, register
+from .._core.reference import differentiate, outside_autocast, reference_differentiates
 from .._core.scale_map import LAYOUTS, ScaleMap, check_scale, named_layout
 from .._core.split import FeatureMask, Split, from_code, moved_channels, put, resolve, restrict, take
 

@@ -29,19 +29,10 @@ import torch
 import torch.nn.functional as F
 
 from .._core import backend
-from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
+from .._core.checks import accumulation_dtype, check_floating, check_same_device, empty_as
 from .._core.mixture import log_sum, mixture_parts, per_component
-from .._core.op import (
-    Output,
-    Sample,
-    accumulated,
-    define,
-    normal,
-    recording,
-    reference_differentiates,
-    reference_runs,
-    register,
-)
+from .._core.op import Output, Sample, accumulated, define, normal, recording, reference_runs, register
+from .._core.reference import differentiate, outside_autocast, reference_differentiates
 
 __all__ = ["discretized_logistic_mixture", "sample_discretized_logistic_mixture"]
 

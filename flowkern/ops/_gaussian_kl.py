@@ -21,19 +21,9 @@ from typing import Any
 import torch
 
 from .._core import philox as _philox
-from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
-from .._core.op import (
-    Law,
-    Output,
-    Sample,
-    accumulated,
-    define,
-    normal,
-    recording,
-    reference_differentiates,
-    reference_runs,
-    register,
-)
+from .._core.checks import accumulation_dtype, check_floating, check_same_device
+from .._core.op import Law, Output, Sample, accumulated, define, normal, recording, reference_runs, register
+from .._core.reference import differentiate, outside_autocast, reference_differentiates
 
 __all__ = ["gaussian_kl"]
 

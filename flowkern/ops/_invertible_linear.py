@@ -23,34 +23,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .._core.checks import (
-    accumulation_dtype,
-    check_floating,
-    check_same_device,
-    differentiate,
-    empty_as,
-    flatten_batch,
-    outside_autocast,
-)
-from .._core.op import (
-    LOGABSDET,
-    Law,
-    Output,
-    Sample,
-    define,
-    normal,
-    recording,
-    reference_differentiates,
-    reference_runs,
-    register,
-    transformed,
-)
+from .._core.checks import accumulation_dtype, check_floating, check_tensor, empty_as, flatten_batch
+from .._core.op import LOGABSDET, Law, Output, Sample, define, normal, recording, reference_runs, register, transformed
+from .._core.reference import differentiate, outside_autocast, reference_differentiates
 
 __all__ = ["invertible_linear"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Quadruple = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Optional = torch.Tensor | None
 
 
 def _differentiable() -> bool:
@@ -142,34 +124,17 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
         yield Sample(f"known{suffix}", (randn(3, 4), known.to(dtype), randn(4)), {**values, "inverse": inverse})
 
 
-Optional = torch.Tensor | None
+# What follows x, weight and bias is weight_inverse, logabsdet (here ``known``), and then as in ``define`` below.
 
 
-def _outputs(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    weight_inverse: Optional,
-    known: Optional,
-    inverse: bool,
-    invert: bool,
-) -> Triple:
-    dtype = accumulation_dtype(x, weight, bias)
+def _outputs(x: torch.Tensor, weight: torch.Tensor, bias: Optional, *rest: Any) -> Triple:
+    dtype, invert = accumulation_dtype(x, weight, bias), rest[-1]
     found = x.new_empty((x.shape[1], x.shape[1]) if invert else (0,), dtype=dtype)
     return empty_as(x), x.new_empty((x.shape[0],), dtype=dtype), found
 
 
-def _gradients(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    weight_inverse: Optional,
-    known: Optional,
-    inverse: bool,
-    needs_x: bool,
-    needs_weight: bool,
-    *_: Any,
-) -> Quadruple:
+def _gradients(x: torch.Tensor, weight: torch.Tensor, bias: Optional, *rest: Any) -> Quadruple:
+    _, known, _, needs_x, needs_weight, *_ = rest
     nothing = (0,)
     return (
         empty_as(x) if needs_x else x.new_empty(nothing),
@@ -179,15 +144,8 @@ def _gradients(
     )
 
 
-def _torch_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    weight_inverse: Optional,
-    known: Optional,
-    inverse: bool,
-    invert: bool,
-) -> tuple[Optional, ...]:
+def _torch_forward(x: torch.Tensor, weight: torch.Tensor, bias: Optional, *rest: Any) -> tuple[Optional, ...]:
+    weight_inverse, known, inverse, invert = rest
     found = None
     if invert:
         found = torch.linalg.inv_ex(weight.double())[0].to(accumulation_dtype(x, weight, bias))
@@ -195,19 +153,9 @@ def _torch_forward(
     return *reference(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=known), found
 
 
-def _differentiate(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    weight_inverse: Optional,
-    known: Optional,
-    inverse: bool,
-    needs_x: bool,
-    needs_weight: bool,
-    grad: Optional,
-    grad_logabsdet: Optional,
-) -> tuple[Optional, ...]:
+def _differentiate(x: torch.Tensor, weight: torch.Tensor, bias: Optional, *rest: Any) -> tuple[Optional, ...]:
     """Those of x, weight, bias and logabsdet by autograd of the reference; None where there is nothing, or no need."""
+    _, known, inverse, needs_x, needs_weight, *output_grads = rest
 
     def function(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> Pair:
         given = iter(rest)
@@ -215,40 +163,21 @@ def _differentiate(
         return reference(x, weight, shift, inverse=inverse, logabsdet=None if known is None else next(given))
 
     optional = [t for t in (bias, known) if t is not None]
-    dx, dweight, *rest = differentiate(function, (x, weight, *optional), {}, (grad, grad_logabsdet))
-    dbias = None if bias is None else rest[0]
-    return (
-        dx if needs_x else None,
-        dweight if needs_weight else None,
-        dbias if needs_weight else None,
-        None if known is None else rest[-1],
-    )
+    dx, dweight, *grads = differentiate(function, (x, weight, *optional), {}, output_grads)
+    dbias = None if bias is None or not needs_weight else grads[0]
+    return dx if needs_x else None, dweight if needs_weight else None, dbias, None if known is None else grads[-1]
 
 
-def _differentiate_logabsdet(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: Optional,
-    weight_inverse: Optional,
-    known: Optional,
-    inverse: bool,
-    needs_x: bool,
-    needs_weight: bool,
-    grad_logabsdet: torch.Tensor,
-) -> tuple[Optional, ...]:
+def _differentiate_logabsdet(x: torch.Tensor, weight: torch.Tensor, bias: Optional, *rest: Any) -> tuple[Optional, ...]:
     """The gradients where y has none, which is not taken for zero: an infinite x or W^-1 would make it NaN."""
+    weight_inverse, known, inverse, needs_x, needs_weight, grad_logabsdet = rest
     pixels = x.shape[2:].numel()
     total = (-pixels if inverse else pixels) * grad_logabsdet.sum(dtype=torch.float64)
     dweight = torch.zeros_like(weight) if needs_weight else None
     if known is None and dweight is not None:
-        assert weight_inverse is not None
         dweight.copy_(total * weight_inverse.double().t())
-    return (
-        torch.zeros_like(x) if needs_x else None,
-        dweight,
-        torch.zeros_like(bias) if needs_weight and bias is not None else None,
-        None if known is None else total.to(known.dtype),
-    )
+    dbias = torch.zeros_like(bias) if needs_weight and bias is not None else None
+    return torch.zeros_like(x) if needs_x else None, dweight, dbias, None if known is None else total.to(known.dtype)
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? weight_inverse, Tensor? logabsdet, bool inverse"
@@ -276,16 +205,8 @@ class _InvertibleLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        weight_inverse: torch.Tensor | None,
-        known: torch.Tensor | None,
-        inverse: bool,
-        outputs: Pair | None,
-    ) -> Pair:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Optional, *rest: Any) -> Pair:
+        weight_inverse, known, inverse, outputs = rest
         ctx.set_materialize_grads(False)
         needs_x, *needs = ctx.needs_input_grad[:3]
         ctx.flags = inverse, needs_x, any(needs)
@@ -311,15 +232,6 @@ class _InvertibleLinear(torch.autograd.Function):
         wanted = needs_x, needs_weight, needs_weight and bias is not None, known is not None
         dx, dweight, dbias, dknown = (g if there else None for g, there in zip(grads, wanted, strict=True))
         return dx, dweight, dbias, None, dknown, None, None
-
-
-def _check(name: str, value: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
-    if value is None:
-        return
-    check_floating(name, value)
-    check_same_device(name, value, x)
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape} for x of shape {tuple(x.shape)}, got {tuple(value.shape)}")
 
 
 def invertible_linear(
@@ -365,12 +277,15 @@ def invertible_linear(
         y, total = invertible_linear(x, weight, bias, **kwargs)
         return y.unflatten(0, leading), total.unflatten(0, leading)
     channels = x.shape[1]
-    if weight is None:
-        raise TypeError("weight: expected a tensor, got NoneType")
-    _check("weight", weight, (channels, channels), x)
-    _check("bias", bias, (channels,), x)
-    _check("weight_inverse", weight_inverse, (channels, channels), x)
-    _check("logabsdet", logabsdet, (), x)
+    square = (channels, channels)
+    check_tensor("weight", weight, square, x)
+    for name, value, shape in (
+        ("bias", bias, (channels,)),
+        ("weight_inverse", weight_inverse, square),
+        ("logabsdet", logabsdet, ()),
+    ):
+        if value is not None:
+            check_tensor(name, value, shape, x)
     if reference_runs(x) or channels == 0:
         return reference(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=logabsdet)
     weight_inverse = None if weight_inverse is None else weight_inverse.detach()

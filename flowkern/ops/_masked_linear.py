@@ -20,24 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .._core.checks import (
-    accumulation_dtype,
-    check_floating,
-    check_same_device,
-    differentiate,
-    outside_autocast,
-)
-from .._core.op import (
-    Law,
-    Output,
-    Sample,
-    define,
-    normal,
-    recording,
-    reference_differentiates,
-    reference_runs,
-    register,
-)
+from .._core.checks import accumulation_dtype, check_floating, check_tensor
+from .._core.op import Law, Output, Sample, define, normal, recording, reference_runs, register
+from .._core.reference import differentiate, outside_autocast, reference_differentiates
 from .autoregressive.degrees import DegreeMask, dense_mask
 
 __all__ = ["DegreeMask", "masked_linear"]
@@ -46,16 +31,8 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @outside_autocast
-def _reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    reach: torch.Tensor,
-    first: torch.Tensor,
-    rows: torch.Tensor | None,
-    columns: torch.Tensor | None,
-    panels: tuple[int, ...],
-) -> torch.Tensor:
+def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any) -> torch.Tensor:
+    reach, _, rows, columns, _ = mask
     dtype = accumulation_dtype(x, weight, bias)
     masked = torch.where(dense_mask(reach, rows, columns, weight.shape[1]), weight.to(dtype), 0.0)
     return F.linear(x.to(dtype), masked, None if bias is None else bias.to(dtype)).to(x.dtype)
@@ -102,20 +79,8 @@ def _output(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-def _gradients(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    reach: torch.Tensor,
-    first: torch.Tensor,
-    rows: torch.Tensor | None,
-    columns: torch.Tensor | None,
-    panels: tuple[int, ...],
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> Triple:
+def _gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Triple:
+    needs_x, needs_weight, needs_bias = rest[5:]  # after the mask
     nothing = (0,)
     like = weight if bias is None else bias
     return (
@@ -230,20 +195,13 @@ def _differentiate(
     return dx, dweight, dbias[0] if dbias else None
 
 
-def _check(name: str, value: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:
-    check_floating(name, value)
-    check_same_device(name, value, x)
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape} for these degrees, got {tuple(value.shape)}")
-
-
 def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask: DegreeMask) -> None:
     check_floating("x", x)
     if x.ndim < 1 or x.shape[-1] != mask.in_features:
         raise ValueError(f"x: expected shape (..., {mask.in_features}), one value per in_degree, got {tuple(x.shape)}")
-    _check("weight", weight, (mask.out_features, mask.in_features), x)
+    check_tensor("weight", weight, (mask.out_features, mask.in_features), x, why=" for these degrees")
     if bias is not None:
-        _check("bias", bias, (mask.out_features,), x)
+        check_tensor("bias", bias, (mask.out_features,), x, why=" for these degrees")
     if (device := mask.indices[0].device) != x.device:
         raise ValueError(f"out_degrees: the DegreeMask is on {device}, x on {x.device}; move it with .to()")
 

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 
 from .._core import backend
-from .._core.checks import accumulation_dtype, check_floating, check_same_device, outside_autocast
+from .._core.checks import accumulation_dtype, check_floating, check_same_device
 from .._core.op import Law, Output, Sample, accumulated, as_index, define, normal, reference_runs, register
+from .._core.reference import outside_autocast
 
 __all__ = ["METRICS", "nearest_code"]
 

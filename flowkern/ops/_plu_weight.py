@@ -20,18 +20,9 @@ from typing import Any
 
 import torch
 
-from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
-from .._core.op import (
-    Output,
-    Sample,
-    accumulated,
-    define,
-    normal,
-    recording,
-    reference_differentiates,
-    reference_runs,
-    register,
-)
+from .._core.checks import accumulation_dtype, check_floating, check_same_device, empty_as
+from .._core.op import Output, Sample, accumulated, define, normal, recording, reference_runs, register
+from .._core.reference import differentiate, outside_autocast, reference_differentiates
 
 __all__ = ["compact_plu", "plu_weight"]
 

@@ -21,19 +21,10 @@ from typing import Any
 
 import torch
 
-from .._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, outside_autocast
+from .._core.checks import accumulation_dtype, check_floating, check_same_device
 from .._core.code_sums import code_sums
-from .._core.op import (
-    Law,
-    Output,
-    Sample,
-    accumulated,
-    as_index,
-    normal,
-    reference_differentiates,
-    reference_runs,
-    register,
-)
+from .._core.op import Law, Output, Sample, accumulated, as_index, normal, reference_runs, register
+from .._core.reference import differentiate, outside_autocast, reference_differentiates
 from ._nearest_code import _forward as nearest_code_kernel, nearest_code
 
 __all__ = ["pass_gradient", "vector_quantize"]

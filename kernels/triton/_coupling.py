@@ -16,25 +16,6 @@ import triton.language as tl
 
 from flowkern._core.split import SPLITS, moved_channels
 
-__all__ = [
-    "DTYPES",
-    "FORMS",
-    "Grid",
-    "Launch",
-    "Strides",
-    "example",
-    "example_split",
-    "grid",
-    "keeps",
-    "load_pair",
-    "load_samples",
-    "locate",
-    "param_strides",
-    "sample_strides",
-    "store_pair",
-    "tile",
-]
-
 
 @triton.jit
 def samples(n_tiles, ROWS: tl.constexpr):

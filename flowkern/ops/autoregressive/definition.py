@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..._core.checks import accumulation_dtype, outside_autocast
+from ..._core.checks import accumulation_dtype
+from ..._core.reference import outside_autocast
 from .network import ACTIVATIONS, AutoregressiveNetwork, plans
 from .sweep import Parameters, affine, parameters_of
 

@@ -23,19 +23,9 @@ from typing import Any
 
 import torch
 
-from ..._core.checks import accumulation_dtype, check_floating, check_same_device, differentiate, empty_as, outside_autocast
-from ..._core.op import (
-    LOGABSDET,
-    Law,
-    Output,
-    Sample,
-    define,
-    normal,
-    recording,
-    reference_differentiates,
-    reference_runs,
-    register,
-)
+from ..._core.checks import accumulation_dtype, check_floating, check_tensor, empty_as
+from ..._core.op import LOGABSDET, Law, Output, Sample, define, normal, recording, reference_runs, register
+from ..._core.reference import differentiate, outside_autocast, reference_differentiates
 from ..._core.scale_map import LAYOUTS, ScaleMap
 from . import cpp as _autoregressive_cpp, cuda as _autoregressive_cuda
 from .definition import density, reference
@@ -334,14 +324,7 @@ def _check(z: torch.Tensor, parameters: Tensors, networks: Networks, contexts: S
     remaining = iter(parameters)
     for i, (network, context) in enumerate(zip(networks, contexts, strict=True)):
         for layer, (columns, rows) in enumerate(itertools.pairwise(network.widths)):
-            _check_tensor(f"weight {layer} of network {i}", next(remaining), (rows, columns), z)
-            _check_tensor(f"bias {layer} of network {i}", next(remaining), (rows,), z)
+            check_tensor(f"weight {layer} of network {i}", next(remaining), (rows, columns), z, "z", "")
+            check_tensor(f"bias {layer} of network {i}", next(remaining), (rows,), z, "z", "")
         if context is not None:
-            _check_tensor(f"context of network {i}", context, (*z.shape[:-1], network.widths[1]), z)
-
-
-def _check_tensor(name: str, value: torch.Tensor, shape: tuple[int, ...], z: torch.Tensor) -> None:
-    check_floating(name, value)
-    check_same_device(name, value, z, of="z")
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+            check_tensor(f"context of network {i}", context, (*z.shape[:-1], network.widths[1]), z, "z", "")
