@@ -69,10 +69,7 @@ for kind in ("maf", "iaf"):
             },
         ),
     }
-FLOWS["iaf-gated"] = (
-    "iaf",
-    {"shape": 5, "layers": 2, "hidden": [8, 6], "residual": True, "activation": "elu", "gated": True},
-)
+FLOWS["iaf-gated"] = ("iaf", {"shape": 5, "layers": 2, "hidden": [8, 6], "residual": True, "activation": "elu", "gated": True})
 
 _VQ: dict[str, Any] = {"levels": 4, "hidden": 8, "blocks": 1, "dim": 3, "codes": 4, "downsample": 1}
 _PIXELS = {"shape": (1, 2, 2), "levels": 2, "latent": 2, "hidden": [8], "pixelcnn": {"hidden": 16, "layers": 2}}

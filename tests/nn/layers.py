@@ -212,6 +212,18 @@ def trained(
     return results | {name.replace("_orig_mod.", ""): p.grad for name, p in bijection.named_parameters()}
 
 
+def fit(module: torch.nn.Module, loss: Callable[[], torch.Tensor], steps: int, lr: float) -> list[float]:
+    """The losses of so many steps of Adam."""
+    optimizer, losses = torch.optim.Adam(module.parameters(), lr=lr), []
+    for _ in range(steps):
+        value = loss().mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
 def gradients_of(module: torch.nn.Module) -> Results:
     return {name: p.grad for name, p in module.named_parameters()}
 

@@ -9,9 +9,9 @@ from layers import assert_exact, assert_refused
 from flowkern import nn
 
 
-def layer(features: int = 3, dtype: torch.dtype = torch.float64) -> nn.BatchNormFlow:
+def layer() -> nn.BatchNormFlow:
     """One whose parameters and running averages are away from where they start."""
-    made = nn.BatchNormFlow(features).to(dtype)
+    made = nn.BatchNormFlow(3).double()
     with torch.no_grad():
         for value in (made.log_scale, made.shift, made.running_mean):
             value.normal_()
@@ -56,14 +56,8 @@ def test_gradients_flow_through_the_statistics():
 
 def test_log_determinants_stay_exact_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
-        z, logabsdet = layer(dtype=torch.float32)(torch.randn(4, 3).bfloat16())
+        z, logabsdet = layer().float()(torch.randn(4, 3).bfloat16())
     assert (z.dtype, logabsdet.dtype) == (torch.bfloat16, torch.float32)
-
-
-def test_no_inverse_in_training_mode():
-    made = layer()
-    with pytest.raises(NotImplementedError, match="no inverse in training mode"):
-        made.inverse(torch.randn(4, 3, dtype=torch.float64))
 
 
 def test_reversible_memory_says_so_and_auto_stores():
@@ -82,7 +76,9 @@ def test_reversible_memory_says_so_and_auto_stores():
 
 
 def test_bad_input_is_named():
+    x = torch.randn(4, 3, dtype=torch.float64)
     assert_refused(
+        (lambda: layer().inverse(x), "no inverse in training mode", NotImplementedError),
         (lambda: nn.BatchNormFlow(0), "features must be at least 1, got 0"),
         (lambda: nn.BatchNormFlow(3, eps=0.0), r"eps > 0 and momentum from 0 to 1, got 0.0 and 0.1"),
         (lambda: nn.BatchNormFlow(3)(torch.randn(4, 2)), r"expected an input of shape \(B, 3\) or \(B, 3, H, W\), got \(4, 2\)"),
