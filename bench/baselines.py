@@ -1,7 +1,7 @@
 """The ``eager`` baselines: each op as a competent user writes it in plain torch for the case at hand.
 
-No upcast that the dtypes do not ask for, no index where a slice does, the numerically sound form where there is one. A
-function here takes the op's arguments, prepares what a layer would hold (masks), and returns the function that is timed,
+No upcast that the dtypes do not ask for, no index where a slice does, the numerically sound form where there is one. An
+entry of BASELINES takes the op's arguments, prepares what a layer would hold (masks), and returns the function that is timed,
 which takes the same arguments. That one is also what ``torch.compile`` compiles. The ops that draw noise take it as ``noise``
 too: with that of the op, the result can be held against the same values in float64.
 """
@@ -23,6 +23,21 @@ __all__ = ["BASELINES"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 Run = Callable[..., Any]
 
+#: What each op of ``flowkern.OPS`` is compared with.
+BASELINES: dict[str, Callable[..., Run]] = {}
+
+
+def _prepared(function: Callable[..., Run]) -> Callable[..., Run]:
+    """Registers what returns the function that is timed."""
+    BASELINES[function.__name__] = function
+    return function
+
+
+def _plain(function: Run) -> Run:
+    """Registers what is timed as it stands."""
+    BASELINES[function.__name__] = lambda *_, **__: function
+    return function
+
 
 def _checkerboard(x: torch.Tensor) -> torch.Tensor:
     """1 where h + w is odd, else 0."""
@@ -35,132 +50,105 @@ def _wide(params: torch.Tensor) -> torch.Tensor:
     return params.float() if params.dtype in (torch.bfloat16, torch.float16) else params
 
 
+@_prepared
 def affine_coupling(x: torch.Tensor, params: torch.Tensor, *, split: str = "channel") -> Run:
     """y = x sigmoid(u + 2) + t on half of the values."""
     kept = x.shape[1] - x.shape[1] // 2
+    mask = None if split == "channel" else _checkerboard(x)
 
-    def by_channel(x: torch.Tensor, params: torch.Tensor, *, split: str = "channel") -> Pair:
+    def run(x: torch.Tensor, params: torch.Tensor, *, split: str = "channel") -> Pair:
         u, t = _wide(params).chunk(2, 1)
         log_s = F.logsigmoid(u + 2.0)
-        moved = x[:, kept:] * log_s.exp() + t
-        return torch.cat([x[:, :kept], moved.to(x.dtype)], 1), log_s.flatten(1).sum(1)
-
-    if split == "channel":
-        return by_channel
-    mask = _checkerboard(x)
-
-    def by_checkerboard(x: torch.Tensor, params: torch.Tensor, *, split: str = "checkerboard") -> Pair:
-        u, t = params.chunk(2, 1)
-        log_s = F.logsigmoid(u + 2.0) * mask
+        if mask is None:
+            moved = x[:, kept:] * log_s.exp() + t
+            return torch.cat([x[:, :kept], moved.to(x.dtype)], 1), log_s.flatten(1).sum(1)
+        log_s = log_s * mask
         return x * log_s.exp() + t * mask, log_s.flatten(1).sum(1)
 
-    return by_checkerboard
+    return run
 
 
+@_prepared
 def additive_coupling(x: torch.Tensor, shift: torch.Tensor, *, split: str = "channel") -> Run:
     """y = x + t on half of the values."""
     kept = x.shape[1] - x.shape[1] // 2
+    mask = None if split == "channel" else _checkerboard(x)
 
-    def by_channel(x: torch.Tensor, shift: torch.Tensor, *, split: str = "channel") -> Pair:
-        moved = x[:, kept:] + shift
-        return torch.cat([x[:, :kept], moved], 1), torch.zeros(x.shape[0], device=x.device)
+    def run(x: torch.Tensor, shift: torch.Tensor, *, split: str = "channel") -> Pair:
+        y = torch.cat([x[:, :kept], x[:, kept:] + shift], 1) if mask is None else x + shift * mask
+        return y, torch.zeros(x.shape[0], device=x.device)
 
-    if split == "channel":
-        return by_channel
-    mask = _checkerboard(x)
-
-    def by_checkerboard(x: torch.Tensor, shift: torch.Tensor, *, split: str = "checkerboard") -> Pair:
-        return x + shift * mask, torch.zeros(x.shape[0], device=x.device)
-
-    return by_checkerboard
+    return run
 
 
-def invertible_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, inverse: bool = False) -> Run:
+@_plain
+def invertible_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, inverse: bool = False) -> Pair:
     """A product with W, on images a 1x1 convolution, and its log-determinant, to whose digits float64 is needed."""
-    pixels = x.shape[2:].numel()
 
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias) if x.ndim == 2 else F.conv2d(x, weight[:, :, None, None], bias)
 
-    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, inverse: bool = False) -> Pair:
-        logabsdet = torch.linalg.slogdet(weight.double())[1].float() * pixels
-        if inverse:
-            y = product(x - bias.view(-1, *[1] * (x.ndim - 2)), torch.linalg.inv(weight), None)
-            return y, (-logabsdet).expand(x.shape[0])
-        return product(x, weight, bias), logabsdet.expand(x.shape[0])
-
-    return run
+    logabsdet = torch.linalg.slogdet(weight.double())[1].float() * x.shape[2:].numel()
+    if inverse:
+        y = product(x - bias.view(-1, *[1] * (x.ndim - 2)), torch.linalg.inv(weight), None)
+        return y, (-logabsdet).expand(x.shape[0])
+    return product(x, weight, bias), logabsdet.expand(x.shape[0])
 
 
-def plu_weight(*_: torch.Tensor) -> Run:
+@_plain
+def plu_weight(
+    lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, sign: torch.Tensor, permutation: torch.Tensor
+) -> torch.Tensor:
     """(L + I) U = L U + U, its rows in their order."""
-
-    def run(
-        lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor, sign: torch.Tensor, permutation: torch.Tensor
-    ) -> torch.Tensor:
-        u = upper.triu(1) + torch.diag(sign * log_diagonal.exp())
-        return torch.addmm(u, lower.tril(-1), u)[permutation]
-
-    return run
+    u = upper.triu(1) + torch.diag(sign * log_diagonal.exp())
+    return torch.addmm(u, lower.tril(-1), u)[permutation]
 
 
-def gaussian_kl(*_: torch.Tensor) -> Run:
+@_plain
+def gaussian_kl(mean: torch.Tensor, log_scale: torch.Tensor, noise: torch.Tensor | None = None) -> Pair:
     """As a VAE writes it."""
-
-    def run(mean: torch.Tensor, log_scale: torch.Tensor, noise: torch.Tensor | None = None) -> Pair:
-        if noise is None:
-            noise = torch.randn_like(mean)
-        scale = log_scale.exp()
-        kl = 0.5 * (mean.square() + scale.square() - 1.0) - log_scale
-        return mean + scale * noise, kl.flatten(1).sum(1)
-
-    return run
+    if noise is None:
+        noise = torch.randn_like(mean)
+    scale = log_scale.exp()
+    kl = 0.5 * (mean.square() + scale.square() - 1.0) - log_scale
+    return mean + scale * noise, kl.flatten(1).sum(1)
 
 
-def dequantize(*_: torch.Tensor, alpha: float | None = None) -> Run:
+@_plain
+def dequantize(v: torch.Tensor, *, alpha: float | None = None, noise: torch.Tensor | None = None) -> Pair:
     """Uniform noise on 256 levels, and with ``alpha`` the logit."""
-
-    def uniform(v: torch.Tensor, *, alpha: None = None, noise: torch.Tensor | None = None) -> Pair:
-        if noise is None:
-            noise = torch.rand(v.shape, device=v.device)
+    if noise is None:
+        noise = torch.rand(v.shape, device=v.device)
+    if alpha is None:
         x = (v + noise) / 256
         return x, x.new_full((len(v),), -math.log(256) * v.shape[1:].numel())
-
-    def logit(v: torch.Tensor, *, alpha: float, noise: torch.Tensor | None = None) -> Pair:
-        if noise is None:
-            noise = torch.rand(v.shape, device=v.device)
-        p = alpha + (v + noise) * ((1 - 2 * alpha) / 256)
-        low, high = p.log(), torch.log1p(-p)
-        constant = math.log((1 - 2 * alpha) / 256) * v.shape[1:].numel()
-        return low - high, constant - (low + high).flatten(1).sum(1)
-
-    return uniform if alpha is None else logit
+    p = alpha + (v + noise) * ((1 - 2 * alpha) / 256)
+    low, high = p.log(), torch.log1p(-p)
+    constant = math.log((1 - 2 * alpha) / 256) * v.shape[1:].numel()
+    return low - high, constant - (low + high).flatten(1).sum(1)
 
 
-def discretized_logistic_mixture(*_: torch.Tensor) -> Run:
+@_plain
+def discretized_logistic_mixture(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     """PixelCNN++'s likelihood of colour images of 8 bits, with the mass of a bin in a form that keeps its digits.
 
     sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), and a - b is known beforehand.
     """
-
-    def run(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        components = params.shape[1] // 10
-        logits, rest = params[:, :components], params[:, components:].unflatten(1, (3, 3 * components))
-        means, log_scales, coefficients = rest.split(components, 2)
-        red, green, blue = means.unbind(1)
-        first, second, third = coefficients.tanh().unbind(1)
-        level = (x / 127.5 - 1.0).unsqueeze(2)
-        of_green = green + first * level[:, 0]
-        of_blue = blue + second * level[:, 0] + third * level[:, 1]
-        centered = level - torch.stack([red, of_green, of_blue], 1)
-        precision = torch.exp(-log_scales)
-        below, above = F.logsigmoid(precision * (centered + 1 / 255)), F.logsigmoid(-precision * (centered - 1 / 255))
-        inside = below + above + torch.log(-torch.expm1(-2 / 255 * precision))
-        x = x.unsqueeze(2)
-        log_mass = torch.where(x == 0, below, torch.where(x == 255, above, inside)).sum(1)
-        return torch.logsumexp(log_mass + logits.log_softmax(1), 1).flatten(1).sum(1)
-
-    return run
+    components = params.shape[1] // 10
+    logits, rest = params[:, :components], params[:, components:].unflatten(1, (3, 3 * components))
+    means, log_scales, coefficients = rest.split(components, 2)
+    red, green, blue = means.unbind(1)
+    first, second, third = coefficients.tanh().unbind(1)
+    level = (x / 127.5 - 1.0).unsqueeze(2)
+    of_green = green + first * level[:, 0]
+    of_blue = blue + second * level[:, 0] + third * level[:, 1]
+    centered = level - torch.stack([red, of_green, of_blue], 1)
+    precision = torch.exp(-log_scales)
+    below, above = F.logsigmoid(precision * (centered + 1 / 255)), F.logsigmoid(-precision * (centered - 1 / 255))
+    inside = below + above + torch.log(-torch.expm1(-2 / 255 * precision))
+    x = x.unsqueeze(2)
+    log_mass = torch.where(x == 0, below, torch.where(x == 255, above, inside)).sum(1)
+    return torch.logsumexp(log_mass + logits.log_softmax(1), 1).flatten(1).sum(1)
 
 
 def nearest(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -168,29 +156,24 @@ def nearest(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return torch.addmm(codebook.square().sum(1), x, codebook.t(), alpha=-2.0).argmin(1)
 
 
-def nearest_code(*_: torch.Tensor) -> Run:
+@_plain
+def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> Pair:
     """The index and its squared distance."""
-
-    def run(x: torch.Tensor, codebook: torch.Tensor) -> Pair:
-        index = nearest(x, codebook)
-        return index, (x - codebook[index]).square().sum(1)
-
-    return run
+    index = nearest(x, codebook)
+    return index, (x - codebook[index]).square().sum(1)
 
 
-def vector_quantize(*_: torch.Tensor) -> Run:
+@_plain
+def vector_quantize(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The straight-through code with both terms of the loss."""
-
-    def run(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
-            index = nearest(x, codebook)
-        code = F.embedding(index, codebook)
-        loss = F.mse_loss(code, x.detach()) + 0.25 * F.mse_loss(x, code.detach())
-        return x + (code - x).detach(), index, loss
-
-    return run
+    with torch.no_grad():
+        index = nearest(x, codebook)
+    code = F.embedding(index, codebook)
+    loss = F.mse_loss(code, x.detach()) + 0.25 * F.mse_loss(x, code.detach())
+    return x + (code - x).detach(), index, loss
 
 
+@_prepared
 def masked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mask: ops.DegreeMask) -> Run:
     """The product with W times the mask, which a layer holds."""
     dense = mask.dense().to(weight.dtype)
@@ -201,6 +184,7 @@ def masked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mas
     return run
 
 
+@_prepared
 def autoregressive_inverse(
     z: torch.Tensor, parameters: Sequence[torch.Tensor], networks: Sequence[ops.AutoregressiveNetwork]
 ) -> Run:
@@ -223,22 +207,3 @@ def autoregressive_inverse(
         return x, -log_s.sum(1)
 
     return run
-
-
-#: What each op of ``flowkern.OPS`` is compared with.
-BASELINES: dict[str, Callable[..., Run]] = {
-    function.__name__: function
-    for function in (
-        additive_coupling,
-        affine_coupling,
-        autoregressive_inverse,
-        dequantize,
-        discretized_logistic_mixture,
-        gaussian_kl,
-        invertible_linear,
-        masked_linear,
-        nearest_code,
-        plu_weight,
-        vector_quantize,
-    )
-}

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from .cases import CASES
+from .comparison import COMPILED, FLOWKERN
 from .files import write_atomically
 from .row import duration, read_csv, size
 
@@ -22,81 +23,58 @@ BEGIN, END = "<!-- figures: python -m bench --docs -->", "<!-- end of figures --
 Cells = Mapping[str, str]
 
 
-class Section(NamedTuple):
-    """The subjects of a part of the page, by the start of their names, and what is to be said of them."""
+#: The sections: a title with its subject in brackets, and below it the text.
+_SECTIONS = """
+Ops (ops)
+*eager* is the op as a competent user writes it in plain torch ([bench/baselines.py](../bench/baselines.py)), *compile* is
+torch.compile of that, and *copy* is `dst.copy_(src)` of as many bytes as the op must move. *Pages retained*: freed memory stays
+with the process; *fresh*: it goes back to the system, glibc's default.
 
-    title: str
-    subjects: tuple[str, ...]
-    text: str
+Glow (glow)
+Invertible 1x1 convolutions with their log-determinants beside a bare `conv2d` of the same size and the layers of
+[nflows](https://github.com/bayesiains/nflows) and [normflows](https://github.com/VincentStimper/normalizing-flows); the boundary
+between two steps (what one pass over a coupling and the next linear map could save is at most the time of two copies); training
+steps of a whole Glow with the weights of normflows'.
+
+Depth (depth)
+Training steps of Glows of more and more steps; the memory is what a step holds above weights, gradients and the optimizer's
+state.
+
+Autoregressive flows (autoregressive)
+One `nn.MaskedAutoregressive` layer beside those of nflows and [zuko](https://github.com/probabilists/zuko) with the same weights.
+*dense* is the density pass in plain torch with the masks multiplied in beforehand; with gradients it is that pass's. The peers'
+inverses run the network once for each feature; here each unit is run once.
+
+Masked networks (networks)
+The inverse of an autoregressive layer and masked linear layers on every backend.
+
+Nearest codes (code_search)
+Float32 inputs, indices compared first. *GEMM* is `torch.mm(x, codebook.t())`, which every unfused search begins with; the peer is
+[vector-quantize-pytorch](https://github.com/lucidrains/vector-quantize-pytorch) in evaluation. Memory is what a call holds beyond
+its inputs. The screen in bfloat16 needs AVX512-BF16.
+
+Vector quantizers (vector_quantizer)
+A training step with moving averages, codebooks compared over three steps first. *gemm* is the product of all inputs with all
+codes.
+
+Likelihoods (likelihood)
+Loss and gradient of a mixture of discretized logistics beside the published PixelCNN++ code, a draw from a Gaussian with its KL
+divergence, and dequantization with a logit. Bernoulli, categorical and Gaussian likelihoods are left to torch: the last rows say
+what torch.compile gains by fusing them.
+
+Installation (install)
+`pip install` of the sdist in a fresh environment, without its dependencies.
+"""
 
 
-_OPS = (
-    "affine_coupling",
-    "additive_coupling",
-    "invertible_linear",
-    "plu_weight",
-    "gaussian_kl",
-    "dequantize",
-    "discretized_logistic_mixture",
-    "masked_linear",
-    "autoregressive_inverse",
-    "nearest_code",
-    "vector_quantize",
-)
-SECTIONS = (
-    Section(
-        "Ops",
-        _OPS,
-        "*eager* is the op as a competent user writes it in plain torch ([bench/baselines.py](../bench/baselines.py)), "
-        "*compile* is torch.compile of that, and *copy* is `dst.copy_(src)` of as many bytes as the op must move. "
-        "*Pages retained*: freed memory stays with the process; *fresh*: it goes back to the system, glibc's default.",
-    ),
-    Section(
-        "Glow",
-        ("glow",),
-        "Invertible 1x1 convolutions with their log-determinants beside a bare `conv2d` of the same size and the layers of "
-        "[nflows](https://github.com/bayesiains/nflows) and [normflows](https://github.com/VincentStimper/normalizing-flows); "
-        "the boundary between two steps (what one pass over a coupling and the next linear map could save is at most the "
-        "time of two copies); training steps of a whole Glow with the weights of normflows'.",
-    ),
-    Section(
-        "Depth",
-        ("depth",),
-        "Training steps of Glows of more and more steps; the memory is what a step holds above weights, gradients and the "
-        "optimizer's state.",
-    ),
-    Section(
-        "Autoregressive flows",
-        ("autoregressive",),
-        "One `nn.MaskedAutoregressive` layer beside those of nflows and [zuko](https://github.com/probabilists/zuko) with the "
-        "same weights. *dense* is the density pass in plain torch with the masks multiplied in beforehand; with "
-        "gradients it is that pass's. The peers' inverses run the network once for each feature; here each unit is run once.",
-    ),
-    Section(
-        "Masked networks", ("networks",), "The inverse of an autoregressive layer and masked linear layers on every backend."
-    ),
-    Section(
-        "Nearest codes",
-        ("code_search",),
-        "Float32 inputs, indices compared first. *GEMM* is `torch.mm(x, codebook.t())`, which every unfused search begins with; "
-        "the peer is [vector-quantize-pytorch](https://github.com/lucidrains/vector-quantize-pytorch) in evaluation. Memory is "
-        "what a call holds beyond its inputs. The screen in bfloat16 needs AVX512-BF16.",
-    ),
-    Section(
-        "Vector quantizers",
-        ("vector_quantizer",),
-        "A training step with moving averages, codebooks compared over three steps first. *gemm* is the product of all inputs "
-        "with all codes.",
-    ),
-    Section(
-        "Likelihoods",
-        ("likelihood",),
-        "Loss and gradient of a mixture of discretized logistics beside the published PixelCNN++ code, a draw from a Gaussian "
-        "with its KL divergence, and dequantization with a logit. Bernoulli, categorical and Gaussian likelihoods are left to "
-        "torch: the last rows say what torch.compile gains by fusing them.",
-    ),
-    Section("Installation", ("install",), "`pip install` of the sdist in a fresh environment, without its dependencies."),
-)
+def _sections() -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """(title, subjects, text)."""
+    for section in _SECTIONS.strip().split("\n\n"):
+        head, *text = section.splitlines()
+        title, subject = head.rstrip(")").split(" (")
+        yield title, tuple(CASES) if subject == "ops" else (subject,), " ".join(text)
+
+
 _INTRO = """# Benchmarks
 
 This page is made by `python -m bench --docs` from the files in [bench/results](../bench/results); `python -m bench SUBJECT --csv`
@@ -109,10 +87,9 @@ at a time above inputs and results, where that was measured.
 def benchmarks(results: Path = RESULTS) -> str:
     """The text of docs/benchmarks.md."""
     parts = [_INTRO]
-    for section in SECTIONS:
-        tables = [text for subject in section.subjects for path in _files(results, subject) for text in _tables(subject, path)]
-        if tables:
-            parts += [f"## {section.title}\n\n{section.text}\n", *tables]
+    for title, subjects, text in _sections():
+        if tables := [table for name in subjects for path in _files(results, name) for table in _tables(name, path)]:
+            parts += [f"## {title}\n\n{text}\n", *tables]
     for path in sorted(results.glob("*.md")):
         text = f"`flowkern table {path.stem}` trains the models on it, five seeds each. It takes some hours on two cores."
         parts += [f"## {path.stem.capitalize()}\n\n{text} The rows are in [{path.name}](../bench/results/{path.name}):\n"]
@@ -171,127 +148,49 @@ def _times(ratio: float) -> str:
 # The README's table
 
 
-class Figure(NamedTuple):
-    """A line of the README: the fastest of this library's variants (or the one named) beside others of the same row."""
-
-    what: str
-    subject: str
-    case: str
-    direction: str
-    pages: str
-    others: tuple[str, ...]
-    variant: str = ""
-
-
-FIGURES = (
-    Figure(
-        "affine coupling, 32x96x64x64, forward and backward",
-        "affine_coupling",
-        "32x96x64x64",
-        "forward+backward",
-        "retained",
-        ("eager", "compile"),
-    ),
-    Figure(
-        "additive coupling, 32x96x64x64, forward and backward",
-        "additive_coupling",
-        "32x96x64x64",
-        "forward+backward",
-        "retained",
-        ("eager", "compile"),
-    ),
-    Figure("affine coupling, 64x64, forward", "affine_coupling", "64x64", "forward", "retained", ("eager", "compile")),
-    Figure(
-        "1x1 convolution (PLU), 32x48x32x32, forward and backward",
-        "glow",
-        "1x1-32x48x32x32",
-        "forward+backward",
-        "",
-        ("nflows", "normflows"),
-        "flowkern-plu",
-    ),
-    Figure(
-        "training step of a Glow, 2x16 steps",
-        "glow",
-        "glow-2x16-hidden128-32x3x32x32",
-        "training step",
-        "",
-        ("normflows",),
-        "flowkern-channels-last",
-    ),
-    Figure(
-        "the same in memory that does not grow with depth",
-        "glow",
-        "glow-2x16-hidden128-32x3x32x32",
-        "training step",
-        "",
-        ("normflows",),
-        "flowkern-reversible",
-    ),
-    Figure("inverse of a MADE, 784 features", "autoregressive", "784-1024x1024-batch64", "inverse", "", ("nflows", "zuko")),
-    Figure(
-        "nearest of 8192 codes, 16384x256", "code_search", "N16384-K8192-D256", "forward", "", ("GEMM", "vector-quantize-pytorch")
-    ),
-    Figure(
-        "training step of a vector quantizer, 8192 codes",
-        "vector_quantizer",
-        "4096x256-codes8192",
-        "training step",
-        "",
-        ("vector-quantize-pytorch",),
-    ),
-    Figure(
-        "mixture of 10 discretized logistics, 32x3x32x32, loss and gradient",
-        "likelihood",
-        "mixture-10-32x3x32x32",
-        "loss+gradient",
-        "",
-        ("published",),
-    ),
-    Figure(
-        "draw and KL of a Gaussian, 64x65536, forward and backward",
-        "likelihood",
-        "kl-64x65536",
-        "forward+backward",
-        "",
-        ("eager",),
-    ),
-)
+#: Lines of the README: what; subject; case; direction; the variants beside ours; which of ours, if not the fastest.
+_FIGURES = """
+affine coupling, 32x96x64x64, forward and backward; affine_coupling; 32x96x64x64; forward+backward; eager, compile
+additive coupling, 32x96x64x64, forward and backward; additive_coupling; 32x96x64x64; forward+backward; eager, compile
+affine coupling, 64x64, forward; affine_coupling; 64x64; forward; eager, compile
+1x1 convolution (PLU), 32x48x32x32, forward and backward; glow; 1x1-32x48x32x32; forward+backward; nflows, normflows; plu
+training step of a Glow, 2x16 steps; glow; glow-2x16-hidden128-32x3x32x32; training step; normflows; channels-last
+the same in memory that does not grow with depth; glow; glow-2x16-hidden128-32x3x32x32; training step; normflows; reversible
+inverse of a MADE, 784 features; autoregressive; 784-1024x1024-batch64; inverse; nflows, zuko
+nearest of 8192 codes, 16384x256; code_search; N16384-K8192-D256; forward; GEMM, vector-quantize-pytorch
+training step of a vector quantizer, 8192 codes; vector_quantizer; 4096x256-codes8192; training step; vector-quantize-pytorch
+mixture of 10 discretized logistics, 32x3x32x32, loss and gradient; likelihood; mixture-10-32x3x32x32; loss+gradient; published
+draw and KL of a Gaussian, 64x65536, forward and backward; likelihood; kl-64x65536; forward+backward; eager
+"""
 _PUBLISHED = {"published": "PixelCNN++'s code", "compile": "torch.compile"}
 
 
 def headline(results: Path = RESULTS) -> str:
     """The table of the README. Raises LookupError for a figure whose row is not there."""
     lines = ["| what | time | times as fast as | extra memory | command |", "|---|---|---|---|---|"]
-    for figure in FIGURES:
-        rows = _rows_of(figure, results)
-        ours = {name: row for name, row in rows.items() if name.startswith(figure.variant or "flowkern")}
-        best = ours[figure.variant] if figure.variant else min(ours.values(), key=lambda row: float(row["median_us"]))
+    for figure in _FIGURES.strip().splitlines():
+        what, subject, case, direction, beside, *chosen = figure.split("; ")
+        others = beside.split(", ")
+        rows = _rows_of(subject, case, direction, others, results)
+        ours = [f"{FLOWKERN}-{name}" for name in chosen] or [name for name in rows if name.startswith(FLOWKERN)]
+        best = min((rows[name] for name in ours), key=lambda row: float(row["median_us"]))
         time = float(best["median_us"])
-        named = {name: _PUBLISHED.get(name, name) for name in figure.others}
-        ratios = [f"{_times(float(rows[name]['median_us']) / time)} {label}" for name, label in named.items()]
-        other = rows[[name for name in figure.others if name != "compile"][-1]]
+        ratios = [f"{_times(float(rows[name]['median_us']) / time)} {_PUBLISHED.get(name, name)}" for name in others]
+        other = rows[[name for name in others if name != COMPILED][-1]]
         memory = dict.fromkeys(size(float(row["peak_extra_bytes"])) for row in (best, other) if row["peak_extra_bytes"])
-        cells = [
-            figure.what,
-            duration(time),
-            ", ".join(ratios),
-            " instead of ".join(memory),
-            f"`python -m bench {figure.subject}`",
-        ]
+        cells = [what, duration(time), ", ".join(ratios), " instead of ".join(memory), f"`python -m bench {subject}`"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _rows_of(figure: Figure, results: Path) -> dict[str, Cells]:
-    """The rows of a figure by variant, of the first device that has them."""
-    for path in _files(results, figure.subject):
-        where = {"case": figure.case, "direction": figure.direction, **({"pages": figure.pages} if figure.pages else {})}
-        rows = [row for row in read_csv(path) if all(row[name] == value for name, value in where.items())]
-        found: dict[str, Cells] = {row["variant"]: row for row in rows if row["median_us"]}
-        if {*figure.others} <= found.keys() and any(name.startswith("flowkern") for name in found):
+def _rows_of(subject: str, case: str, direction: str, others: Sequence[str], results: Path) -> dict[str, Cells]:
+    """The rows of a figure by variant, of the first device that has them; those of an op with pages that stay."""
+    for path in _files(results, subject):
+        rows = [row for row in read_csv(path) if (row["case"], row["direction"]) == (case, direction) and row["median_us"]]
+        found: dict[str, Cells] = {row["variant"]: row for row in rows if subject not in CASES or row["pages"] == "retained"}
+        if {*others} <= found.keys() and any(name.startswith(FLOWKERN) for name in found):
             return found
-    raise LookupError(f"{figure.what}: no rows of {figure.subject} {figure.case} {figure.direction} in {results}")
+    raise LookupError(f"no rows of {subject} {case} {direction} in {results}")
 
 
 def with_headline(readme: str, results: Path = RESULTS) -> str:
