@@ -18,11 +18,10 @@ from .row import Target
 __all__ = ["BOTH", "CASES", "FORWARD", "NEVER_SLOWER", "Case", "Draw", "Target", "Traffic", "cases_of"]
 
 FORWARD, BOTH = "forward", "forward+backward"
-MEGABYTE = 2**20
 
 Draw = Callable[..., torch.Tensor]
 Traffic = tuple[float, float]
-
+Sizes = tuple[tuple[Any, ...], ...]
 
 NEVER_SLOWER = Target(vs_eager=1.0)
 
@@ -99,7 +98,19 @@ _FUSED = {
 _AT_COPY_SPEED = {key: target for key, target in _FUSED.items() if key[1] == "cold"}
 _VECTORS = ((1, 2), (4, 8), (16, 64), (64, 64), (256, 64))
 _SMALL = (*_VECTORS, (64, 12, 16, 16))
-_MAIN = (32, 96, 64, 64)
+_GPU: dict[str, Any] = {"devices": ("cuda",)}
+
+
+def _by_size(
+    inputs: Callable[..., tuple[Any, ...]], small: Sizes = (), large: Sizes = (), name: str = "", suffix: str = "", **rest: Any
+) -> tuple[Case, ...]:
+    """A case for each size, whose arguments ``inputs(draw, *size)`` makes; ``name`` is a format for a size, if not AxBxC."""
+
+    def case(size: tuple[Any, ...]) -> Case:
+        called = name.format(*size) if name else "x".join(map(str, size))
+        return Case(called + suffix, lambda draw: inputs(draw, *size), small=size in small, **rest)
+
+    return tuple(map(case, (*small, *large)))
 
 
 def _coupling_cases(
@@ -107,70 +118,70 @@ def _coupling_cases(
 ) -> tuple[Case, ...]:
     """The cases of a coupling whose conditioner gives ``params_per_channel`` values per channel of x under a channel split."""
 
+    float32, bfloat16 = torch.float32, torch.bfloat16
+
     def inputs(
-        shape: tuple[int, ...], dtype: torch.dtype, of_params: torch.dtype, last: bool, factor: float
-    ) -> Callable[[Draw], tuple[torch.Tensor, ...]]:
-        def make(draw: Draw) -> tuple[torch.Tensor, ...]:
-            x = draw(*shape, dtype=dtype)
-            params = draw(shape[0], int(shape[1] * factor), *shape[2:], dtype=of_params)
-            return tuple(a.to(memory_format=torch.channels_last) for a in (x, params)) if last else (x, params)
+        draw: Draw, *shape: int, factor: float = params_per_channel, dtypes: Any = (float32, float32), last: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        params = (shape[0], int(shape[1] * factor), *shape[2:])
+        given = draw(*shape, dtype=dtypes[0]), draw(*params, dtype=dtypes[1])
+        return tuple(a.to(memory_format=torch.channels_last) for a in given) if last else given
 
-        return make
+    def large(suffix: str = "", shape: tuple[int, ...] = (32, 96, 64, 64), rest: Any = None, **how: Any) -> tuple[Case, ...]:
+        rest = {"traffic": traffic, "targets": _AT_COPY_SPEED, **(rest or {})}
+        return _by_size(partial(inputs, **how), large=(shape,), suffix=suffix, **rest)
 
-    def case(
-        suffix: str = "",
-        shape: tuple[int, ...] = _MAIN,
-        dtype: torch.dtype = torch.float32,
-        of_params: torch.dtype = torch.float32,
-        last: bool = False,
-        **rest: Any,
-    ) -> Case:
-        name = "x".join(map(str, shape)) + suffix
-        factor = params_per_channel * (2 if rest.get("kwargs") else 1)
-        return Case(name, inputs(shape, dtype, of_params, last, factor), **{"traffic": traffic, **rest})
-
-    bfloat16 = torch.bfloat16
+    whole = {"kwargs": {"split": "checkerboard"}, "traffic": checkerboard}
     return (
-        case(targets=_FUSED),
-        case("-channels-last", last=True, targets=_AT_COPY_SPEED),
-        case("-checkerboard", kwargs={"split": "checkerboard"}, traffic=checkerboard, targets=_AT_COPY_SPEED),
-        case("-bf16-params", of_params=bfloat16, targets=_AT_COPY_SPEED),
-        case(shape=(128, 96, 64, 64), targets=_AT_COPY_SPEED, devices=("cuda",)),
-        case("-bf16", shape=(128, 96, 64, 64), dtype=bfloat16, of_params=bfloat16, targets=_AT_COPY_SPEED, devices=("cuda",)),
-        *(case(shape=shape, small=True) for shape in _SMALL),
+        *large(rest={"targets": _FUSED}),
+        *large("-channels-last", last=True),
+        *large("-checkerboard", rest=whole, factor=2 * params_per_channel),
+        *large("-bf16-params", dtypes=(float32, bfloat16)),
+        *large(shape=(128, 96, 64, 64), rest=_GPU),
+        *large("-bf16", (128, 96, 64, 64), _GPU, dtypes=(bfloat16, bfloat16)),
+        *_by_size(inputs, _SMALL, traffic=traffic),
     )
 
 
-def _linear_case(shape: tuple[int, ...], suffix: str = "", last: bool = False, **rest: Any) -> Case:
+def _linear_cases() -> tuple[Case, ...]:
     """A well-conditioned W. On a GPU it is to run at copy speed while the product is cheaper than the copy."""
 
-    def inputs(draw: Draw) -> tuple[torch.Tensor, ...]:
+    def inputs(draw: Draw, *shape: int, last: bool = False) -> tuple[torch.Tensor, ...]:
         x, weight = draw(*shape), draw(shape[1], shape[1])
         weight = torch.eye(shape[1], device=x.device).roll(1, 0) + 0.3 * weight / shape[1] ** 0.5
         return x.to(memory_format=torch.channels_last) if last else x, weight, draw(shape[1])
 
-    return Case("x".join(map(str, shape)) + suffix, inputs, linear_traffic, **rest)
-
-
-def _linear_cases() -> tuple[Case, ...]:
+    cases = partial(_by_size, traffic=linear_traffic)
+    main, others = (32, 48, 32, 32), ((32, 12, 16, 16), (32, 12, 32, 32), (32, 48, 16, 16), (32, 96, 8, 8), (32, 192, 8, 8))
     at_copy_speed = {(direction, "cold"): Target(1.0, None, 90.0) for direction in (FORWARD, BOTH)}
     return (
-        _linear_case((32, 48, 32, 32)),
-        _linear_case((32, 48, 32, 32), "-inverse", kwargs={"inverse": True}),
-        _linear_case((32, 48, 32, 32), "-channels-last", last=True),
-        *(
-            _linear_case(shape)
-            for shape in ((32, 12, 16, 16), (32, 12, 32, 32), (32, 48, 16, 16), (32, 96, 8, 8), (32, 192, 8, 8))
-        ),
-        _linear_case((256, 12, 128, 128), targets=at_copy_speed, devices=("cuda",)),
-        _linear_case((256, 48, 64, 64), targets=at_copy_speed, devices=("cuda",)),
-        _linear_case((256, 96, 32, 32), targets=at_copy_speed, devices=("cuda",)),
-        *(_linear_case(shape, small=True) for shape in _SMALL),
+        *cases(inputs, large=(main,)),
+        *cases(inputs, large=(main,), suffix="-inverse", kwargs={"inverse": True}),
+        *cases(partial(inputs, last=True), large=(main,), suffix="-channels-last"),
+        *cases(inputs, large=others),
+        *cases(inputs, large=((256, 12, 128, 128), (256, 48, 64, 64), (256, 96, 32, 32)), targets=at_copy_speed, **_GPU),
+        *cases(inputs, _SMALL),
     )
 
 
-def _name(shape: tuple[int, ...], suffix: str = "") -> str:
-    return "x".join(map(str, shape)) + suffix
+def _plu_cases() -> tuple[Case, ...]:
+    def traffic(lower: torch.Tensor, *_: torch.Tensor) -> Traffic:
+        return 3 * size(lower), 5 * size(lower)
+
+    def inputs(draw: Draw, channels: int, _: int) -> tuple[torch.Tensor, ...]:
+        lower, upper = (draw(channels, channels) / channels**0.5 for _ in range(2))
+        sign, permutation = torch.ones_like(lower[0]), torch.arange(channels, device=lower.device).flip(0)
+        return lower, upper, 0.1 * draw(channels), sign, permutation
+
+    sizes = tuple((channels, channels) for channels in (2, 8, 12, 48, 96, 192))
+    return _by_size(inputs, sizes[:4], sizes[4:], traffic=traffic, constants=(3,))
+
+
+def _latent_cases() -> tuple[Case, ...]:
+    def traffic(mean: torch.Tensor, log_scale: torch.Tensor) -> Traffic:
+        return 3 * size(mean), 5 * size(mean)
+
+    return _by_size(lambda draw, *shape: (draw(*shape), draw(*shape)), _VECTORS, ((64, 65536),), traffic=traffic)
 
 
 def _levels(draw: Draw, *shape: int) -> torch.Tensor:
@@ -178,31 +189,15 @@ def _levels(draw: Draw, *shape: int) -> torch.Tensor:
     return (128.0 + 64.0 * draw(*shape)).clamp(0.0, 255.0).to(torch.uint8)
 
 
-def _latent_cases() -> Iterator[Case]:
-    def traffic(mean: torch.Tensor, log_scale: torch.Tensor) -> Traffic:
-        return 3 * size(mean), 5 * size(mean)
-
-    def inputs(draw: Draw, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-        return draw(*shape), draw(*shape)
-
-    for shape in (*_VECTORS, (64, 65536)):
-        yield Case(_name(shape), partial(inputs, shape=shape), traffic, small=shape in _VECTORS)
-
-
-def _image_cases() -> Iterator[Case]:
+def _image_cases(suffix: str = "", **kwargs: float) -> tuple[Case, ...]:
     def traffic(v: torch.Tensor) -> Traffic:
         return 5 * size(v), 0
 
-    def inputs(draw: Draw, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-        return (_levels(draw, *shape),)
-
-    for shape in (*_VECTORS, (64, 3, 64, 64)):
-        rest: dict[str, Any] = {"small": shape in _VECTORS, "directions": (FORWARD,)}
-        yield Case(_name(shape), partial(inputs, shape=shape), traffic, **rest)
-        yield Case(_name(shape, "-logit"), partial(inputs, shape=shape), traffic, {"alpha": 0.05}, **rest)
+    rest: dict[str, Any] = {"traffic": traffic, "kwargs": kwargs, "directions": (FORWARD,)}
+    return _by_size(lambda draw, *shape: (_levels(draw, *shape),), _VECTORS, ((64, 3, 64, 64),), suffix=suffix, **rest)
 
 
-def _mixture_cases() -> Iterator[Case]:
+def _mixture_cases() -> tuple[Case, ...]:
     """Scales of a trained model's order."""
 
     def traffic(x: torch.Tensor, params: torch.Tensor) -> Traffic:
@@ -213,42 +208,22 @@ def _mixture_cases() -> Iterator[Case]:
         params[:, components:].unflatten(1, (3, 3, components))[:, :, 1] -= 2.0
         return _levels(draw, batch, 3, side, side), params
 
-    for batch, side, components in ((1, 1, 2), (4, 2, 2), (16, 4, 5), (64, 4, 5), (32, 32, 10), (256, 32, 10)):
-        large = batch * side > 256
-        name = f"{batch}x3x{side}x{side}-mixture{components}"
-        make = partial(inputs, batch=batch, side=side, components=components)
-        devices = ("cuda",) if batch * side > 1024 else ("cpu", "cuda")
-        yield Case(name, make, traffic, devices=devices, small=not large)
+    cases = partial(_by_size, inputs, name="{0}x3x{1}x{1}-mixture{2}", traffic=traffic)
+    small = ((1, 1, 2), (4, 2, 2), (16, 4, 5), (64, 4, 5))
+    return *cases(small, ((32, 32, 10),)), *cases(large=((256, 32, 10),), **_GPU)
 
 
-def _plu_cases() -> Iterator[Case]:
-    def traffic(lower: torch.Tensor, *_: torch.Tensor) -> Traffic:
-        return 3 * size(lower), 5 * size(lower)
-
-    def inputs(draw: Draw, channels: int) -> tuple[torch.Tensor, ...]:
-        lower, upper = (draw(channels, channels) / channels**0.5 for _ in range(2))
-        sign, permutation = torch.ones_like(lower[0]), torch.arange(channels, device=lower.device).flip(0)
-        return lower, upper, 0.1 * draw(channels), sign, permutation
-
-    for channels in (2, 8, 12, 48, 96, 192):
-        make = partial(inputs, channels=channels)
-        yield Case(_name((channels, channels)), make, traffic, small=channels < 96, constants=(3,))
-
-
-def _code_cases(directions: tuple[str, ...], large: tuple[tuple[int, int, int], ...]) -> Iterator[Case]:
+def _code_cases(directions: tuple[str, ...], large: Sizes) -> tuple[Case, ...]:
     """Rows, features and codes."""
 
     def inputs(draw: Draw, rows: int, features: int, codes: int) -> tuple[torch.Tensor, ...]:
         return draw(rows, features), draw(codes, features)
 
     small = ((1, 2, 4), (4, 8, 16), (16, 64, 64), (64, 64, 256), (256, 64, 512))
-    for rows, features, codes in (*small, *large):
-        make = partial(inputs, rows=rows, features=features, codes=codes)
-        is_small = (rows, features, codes) in small
-        yield Case(f"{rows}x{features}-codes{codes}", make, small=is_small, directions=directions)
+    return _by_size(inputs, small, large, "{}x{}-codes{}", directions=directions)
 
 
-def _masked_cases() -> Iterator[Case]:
+def _masked_cases() -> tuple[Case, ...]:
     """Rows, inputs and outputs, sorted by degree."""
 
     def inputs(draw: Draw, rows: int, columns: int, outputs: int) -> tuple[Any, ...]:
@@ -256,15 +231,14 @@ def _masked_cases() -> Iterator[Case]:
         degrees = [torch.arange(n, device=x.device) * min(columns, outputs) // n for n in (outputs, columns)]
         return x, weight, bias, ops.DegreeMask(*degrees)
 
-    for shape in (*((rows, n, n) for rows, n in _VECTORS), (64, 784, 1024), (4096, 1024, 1024), (1, 3072, 512)):
-        make = partial(inputs, rows=shape[0], columns=shape[1], outputs=shape[2])
-        yield Case(_name(shape), make, small=shape[1:] in ((2, 2), (8, 8), (64, 64)))
+    small = tuple((rows, n, n) for rows, n in _VECTORS)
+    return _by_size(inputs, small, ((64, 784, 1024), (4096, 1024, 1024), (1, 3072, 512)))
 
 
-def _autoregressive_cases() -> Iterator[Case]:
+def _autoregressive_cases() -> tuple[Case, ...]:
     """Plain code takes a pass for each feature; compiled, all passes are one graph, which takes minutes to make of many."""
 
-    def inputs(draw: Draw, batch: int, features: int, hidden: tuple[int, ...]) -> tuple[Any, ...]:
+    def inputs(draw: Draw, batch: int, features: int, *hidden: int) -> tuple[Any, ...]:
         degrees = tuple(tuple(i * max(1, features - 1) // n + 1 for i in range(n)) for n in hidden)
         scale = ops.ScaleMap.exp()
         network = ops.AutoregressiveNetwork(tuple(range(1, features + 1)), degrees, scale=scale)
@@ -273,11 +247,11 @@ def _autoregressive_cases() -> Iterator[Case]:
             parameters += [0.5 * draw(rows, columns) / columns**0.5, 0.3 * draw(rows)]
         return draw(batch, features), parameters, [network]
 
-    small = ((1, 2, (16,)), (4, 8, (32,)), (16, 64, (64, 64)), (64, 64, (64, 64)), (256, 64, (64, 64)))
-    for batch, features, hidden in (*small, (64, 64, (256, 256)), (64, 256, (512, 512))):
-        make = partial(inputs, batch=batch, features=features, hidden=hidden)
-        name = f"{batch}x{features}-hidden{_name(hidden)}"
-        yield Case(name, make, small=(batch, features, hidden) in small, compiles=features <= 8)
+    small = ((16, 64, 64, 64), (64, 64, 64, 64), (256, 64, 64, 64))
+    return (
+        *_by_size(inputs, ((1, 2, 16), (4, 8, 32)), name="{}x{}-hidden{}"),
+        *_by_size(inputs, small, ((64, 64, 256, 256), (64, 256, 512, 512)), "{}x{}-hidden{}x{}", compiles=False),
+    )
 
 
 #: Every op of ``flowkern.OPS``, with what is measured of it.
@@ -285,12 +259,12 @@ CASES: dict[str, tuple[Case, ...]] = {
     "affine_coupling": _coupling_cases(1.0, affine_traffic, affine_checkerboard_traffic),
     "additive_coupling": _coupling_cases(0.5, additive_traffic, additive_checkerboard_traffic),
     "invertible_linear": _linear_cases(),
-    "plu_weight": (*_plu_cases(),),
-    "gaussian_kl": (*_latent_cases(),),
-    "dequantize": (*_image_cases(),),
-    "discretized_logistic_mixture": (*_mixture_cases(),),
-    "masked_linear": (*_masked_cases(),),
-    "autoregressive_inverse": (*_autoregressive_cases(),),
-    "nearest_code": (*_code_cases((FORWARD,), ((16384, 64, 1024), (16384, 256, 8192), (64, 256, 65536))),),
-    "vector_quantize": (*_code_cases((FORWARD, BOTH), ((16384, 64, 1024), (4096, 256, 8192))),),
+    "plu_weight": _plu_cases(),
+    "gaussian_kl": _latent_cases(),
+    "dequantize": tuple(itertools.chain(*zip(_image_cases(), _image_cases("-logit", alpha=0.05), strict=True))),
+    "discretized_logistic_mixture": _mixture_cases(),
+    "masked_linear": _masked_cases(),
+    "autoregressive_inverse": _autoregressive_cases(),
+    "nearest_code": _code_cases((FORWARD,), ((16384, 64, 1024), (16384, 256, 8192), (64, 256, 65536))),
+    "vector_quantize": _code_cases((FORWARD, BOTH), ((16384, 64, 1024), (4096, 256, 8192))),
 }
