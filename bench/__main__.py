@@ -17,8 +17,7 @@ import torch
 from .cases import CASES
 from .comparison import FLOWKERN, Options
 from .docs import write_docs
-from .files import slug
-from .row import Row, Target, describe, line, write_csv
+from .row import Row, Target, describe, line, slug, write_csv
 from .timing import pages_here
 from .worker import FILES, module_of, run, run_in_worker
 

@@ -70,6 +70,7 @@ class Comparison:
             It is called for every variant before anything is timed, in the order of ``calls``.
         failures: what else was found wrong, by variant; such variants are not timed.
         traffic: the bytes that have to be moved, for a copy of as many bytes beside the calls.
+        seconds: for the samples on a CPU; ``Options.seconds`` has the others.
         slow: seconds of calls that are too slow to be sampled with the others.
         memory: bytes that a call holds above its results; None where the system does not say.
         rotated: on a GPU the calls again, for inputs that are not in the cache; they are timed as CUDA graphs,
@@ -156,19 +157,17 @@ def _samples(
     comparison: Comparison, calls: Mapping[str, Call], options: Options, failures: dict[str, str]
 ) -> Iterator[tuple[str, Samples]]:
     """(state, seconds of each call) for the states that the device has."""
+    seconds = options.seconds(comparison.seconds)
     if options.device != "cuda":
-        yield options.pages, cpu_samples(calls, comparison.seconds) if calls else {}
+        yield options.pages, cpu_samples(calls, seconds) if calls else {}
     elif not calls:
         yield "cold", {}
-    elif comparison.rotated:
-        rotated = dict(comparison.rotated)
-        if comparison.traffic:
-            rotated[COPY] = [copy_of(comparison.traffic, torch.device("cuda")) for _ in next(iter(rotated.values()))]
-        several = {name: [call, *rotated[name]] for name, call in calls.items()}
-        yield from gpu_samples(several, comparison.seconds, comparison.verify, failures.__setitem__)
     else:
-        alone = {name: [call] for name, call in calls.items()}
-        yield from gpu_samples(alone, comparison.seconds, comparison.verify, failures.__setitem__)
+        rotated = dict(comparison.rotated)
+        if comparison.traffic and rotated:
+            rotated[COPY] = [copy_of(comparison.traffic, torch.device("cuda")) for _ in next(iter(rotated.values()))]
+        several = {name: [call, *rotated.get(name, ())] for name, call in calls.items()}
+        yield from gpu_samples(several, seconds, comparison.verify, failures.__setitem__)
 
 
 def _quartiles(values: Sequence[float]) -> list[float]:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from .cases import CASES
 from .comparison import COMPILED, FLOWKERN
-from .files import write_atomically
-from .row import duration, read_csv, size
+from .row import duration, read_csv, size, write_atomically
 
 __all__ = ["benchmarks", "headline", "with_headline", "write_docs"]
 

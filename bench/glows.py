@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,10 @@ def conditioner(channels: int, hidden: int) -> torch.nn.Sequential:
 
 def glow(a: Architecture, memory: str) -> nn.Flow:
     """This library's."""
-    levels = []
-    for level in range(a.levels):
-        c = a.channels(level)
-        net: dict[str, Any] = {"layout": "interleaved_shift_scale", "shift_first": True}
-        levels.append(
-            nn.Compose(nn.Squeeze(), *(nn.GlowStep(c, conditioner(c, a.hidden), **net) for _ in range(a.steps)), memory=memory)
-        )
+    levels, net = [], {"layout": "interleaved_shift_scale", "shift_first": True}
+    for c in map(a.channels, range(a.levels)):
+        steps = [nn.GlowStep(c, conditioner(c, a.hidden), **net) for _ in range(a.steps)]  # type: ignore[arg-type]
+        levels.append(nn.Compose(nn.Squeeze(), *steps, memory=memory))
     shape = (3, a.side, a.side)
     return nn.Flow(nn.MultiScale(*levels, shape=shape), nn.StandardNormal(3 * a.side**2))
 
@@ -86,23 +83,27 @@ def perturbed(model: Any, x: torch.Tensor) -> Any:
 @torch.no_grad()
 def copy_weights(theirs: Any, ours: Any) -> None:
     """Give this library's Glow the weights of the peer's, which runs the other way round and subtracts its shifts."""
+    for step, (coupling, linear, actnorm) in _steps(theirs, ours):
+        scale = torch.exp(-actnorm.s.flatten())
+        step.actnorm.log_scale.copy_(-actnorm.s.flatten())
+        step.actnorm.shift.copy_(-actnorm.t.flatten() * scale)
+        step.actnorm.initialized.fill_(True)
+        lu = linear.L.tril(-1) + linear.U.triu(1) + linear.log_S.diag()
+        step.linear.matrix.lu.copy_(lu)
+        step.linear.matrix.sign.copy_(linear.sign_S)
+        step.linear.matrix.permutation.copy_(linear.P.argmax(1))
+        step.coupling.conditioner.load_state_dict(coupling.flows[1].param_map.net.state_dict())
+        last = step.coupling.conditioner[-1]
+        last.weight[0::2].neg_()
+        last.bias[0::2].neg_()
+
+
+def _steps(theirs: Any, ours: Any) -> Iterator[tuple[Any, Any]]:
+    """Each step of ours with the layers of the peer's block."""
     for level, flows in zip(ours.bijection.levels, reversed(theirs.flows), strict=True):
-        steps: list[Any] = [b for b in level.bijections if isinstance(b, nn.GlowStep)]
-        blocks = [f for f in flows if hasattr(f, "flows")]
-        for step, block in zip(steps, reversed(blocks), strict=True):
-            coupling, linear, actnorm = block.flows
-            scale = torch.exp(-actnorm.s.flatten())
-            step.actnorm.log_scale.copy_(-actnorm.s.flatten())
-            step.actnorm.shift.copy_(-actnorm.t.flatten() * scale)
-            step.actnorm.initialized.fill_(True)
-            lu = linear.L.tril(-1) + linear.U.triu(1) + linear.log_S.diag()
-            step.linear.matrix.lu.copy_(lu)
-            step.linear.matrix.sign.copy_(linear.sign_S)
-            step.linear.matrix.permutation.copy_(linear.P.argmax(1))
-            step.coupling.conditioner.load_state_dict(coupling.flows[1].param_map.net.state_dict())
-            last = step.coupling.conditioner[-1]
-            last.weight[0::2].neg_()
-            last.bias[0::2].neg_()
+        steps = [b for b in level.bijections if isinstance(b, nn.GlowStep)]
+        blocks = [f.flows for f in flows if hasattr(f, "flows")]
+        yield from zip(steps, reversed(blocks), strict=True)
 
 
 def differs(theirs: Any, ours: nn.Flow, x: torch.Tensor) -> str:
@@ -127,23 +128,14 @@ def differs(theirs: Any, ours: nn.Flow, x: torch.Tensor) -> str:
 
 def _shared_parameters(theirs: Any, ours: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Those of the networks' first two convolutions; the third ones' have other signs."""
-    for level, flows in zip(ours.bijection.levels, reversed(theirs.flows), strict=True):
-        steps: list[Any] = [b for b in level.bijections if isinstance(b, nn.GlowStep)]
-        blocks = [f for f in flows if hasattr(f, "flows")]
-        for step, block in zip(steps, reversed(blocks), strict=True):
-            for i in (0, 2):
-                own, other = step.coupling.conditioner[i], block.flows[0].flows[1].param_map.net[i]
-                yield from zip(own.parameters(), other.parameters(), strict=True)
+    for step, (coupling, _, _) in _steps(theirs, ours):
+        for i in (0, 2):
+            own, other = step.coupling.conditioner[i], coupling.flows[1].param_map.net[i]
+            yield from zip(own.parameters(), other.parameters(), strict=True)
 
 
-def training_step(
-    model: torch.nn.Module,
-    log_prob: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    autocast: bool = False,
-    keep: bool = False,
-) -> Call:
-    """Loss, gradients and an optimizer's step, so small that the weights stay what they are.
+def training_step(model: Any, x: torch.Tensor, *context: None, autocast: bool = False, keep: bool = False) -> Call:
+    """Loss, gradients and an optimizer's step, so small that the weights stay what they are; a peer takes a context.
 
     ``keep`` leaves the gradients allocated between steps; without it a step's memory is all its own.
     """
@@ -154,7 +146,7 @@ def training_step(
         if keep:
             optimizer.zero_grad(set_to_none=False)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = -log_prob(x).mean()
+            loss = -model.log_prob(x, *context).mean()
         loss.backward()
         optimizer.step()
         if not keep:

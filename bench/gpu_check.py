@@ -22,10 +22,11 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .files import slug, write_atomically
+from .row import slug, write_atomically
 
 __all__ = ["FINISHED", "STARTED", "main"]
 
@@ -70,7 +71,7 @@ class Ran:
         return lines[-1].strip("= ") if lines else "no output"
 
 
-Stage = Callable[[float], Outcome]
+Stage = tuple[str, float, Callable[[float], Outcome]]
 
 
 def run(command: Sequence[str], seconds: float, folder: Path, name: str, **variables: str) -> Ran:
@@ -80,23 +81,17 @@ def run(command: Sequence[str], seconds: float, folder: Path, name: str, **varia
     environment.update(PYTHONUNBUFFERED="1", PYTHONPATH=str(folder), KINETO_LOG_LEVEL="99", **variables)
     path = WORK / f"{name}.log"
     with open(path, "w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        streams: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
         try:
             code: int | None = process.wait(max(seconds, 1.0))
         except subprocess.TimeoutExpired:
             code = None
-        finally:
-            _stop(process)
+        finally:  # what is left of the command ends, its children too: it leads a process group of its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return Ran(code, path.read_text(encoding="utf-8", errors="replace"))
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the command, its children too: it leads a process group of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 class Check:
@@ -114,24 +109,17 @@ class Check:
         """Run this Python on the library that was built."""
         return run([sys.executable, *arguments], seconds, self.library, name, **variables)
 
-    def stages(self) -> list[tuple[str, float, Stage]]:
+    def stages(self) -> list[Stage]:
         """(name, seconds, what to do), the most valuable first."""
-        always = [("build", 150.0, self.build), ("origin", 60.0, self.find_origin)]
+        always: list[Stage] = [("build", 150.0, self.build), ("origin", 60.0, self.find_origin)]
+        ours: list[Stage] = [(name, 60.0, partial(self.bench, name=name, subjects=[name])) for name in ("networks", "likelihood")]
         if self.dry:
             # No figure comes of it, and a busy machine is slow: its limits only end what hangs.
-            stages = [*always, ("tests", 60.0, self.collect), ("compile", 120.0, self.compile), *self._measuring(60.0, 30.0)]
-            return [(name, 10 * seconds, stage) for name, seconds, stage in stages]
-        return [*always, ("tests", 200.0, self.test), *self._measuring(180.0, 45.0)]
-
-    def _measuring(self, bench: float, sanitizer: float) -> list[tuple[str, float, Stage]]:
-        if self.dry:
-            measured = [("bench", bench, self.bench), ("networks", bench, self.networks), ("likelihood", bench, self.likelihood)]
-            return [*measured, ("smoke", sanitizer, self.smoke)]
-        tools = [(tool, sanitizer, lambda seconds, tool=tool: self.sanitize(seconds, tool)) for tool in ("memcheck", "racecheck")]
-        first = [("networks", 60.0, self.networks), ("likelihood", 60.0, self.likelihood)]
-        return [*first, ("bench", bench, self.bench), *tools]
-
-    # -----------------------------------------------------------------------------------------------------------------
+            tiny: Stage = ("bench", 60.0, partial(self.bench, only="4x8,4x8-*,4x8x*,4x3x*,8x8"))
+            stages = [*always, ("tests", 60.0, self.test), ("compile", 120.0, self.compile), tiny, *ours]
+            return [(name, 10 * seconds, stage) for name, seconds, stage in (*stages, ("smoke", 30.0, self.smoke))]
+        tools: list[Stage] = [(tool, 45.0, partial(self.sanitize, tool=tool)) for tool in ("memcheck", "racecheck")]
+        return [*always, ("tests", 200.0, self.test), *ours, ("bench", 180.0, self.bench), *tools]
 
     def build(self, seconds: float) -> Outcome:
         """Lay out the library as an installation would, with its extension. If that fails, without."""
@@ -159,24 +147,17 @@ class Check:
             return Outcome(FAILED, "torch finds no CUDA GPU")
         return Outcome(PASSED, ", ".join(f"{key} {value}" for key, value in self.origin.items()))
 
-    def _pytest(self) -> list[str]:
+    def test(self, seconds: float) -> Outcome:
+        """Run the tests marked gpu; without a GPU collect them."""
         # Only files with such tests are looked at: others may need packages that are not there.
         texts = {str(path): path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
         files = [path for path, text in texts.items() if "mark.gpu" in text or "anywhere: str" in text]
         ini = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-        # A warning of a package in a version of its own is shown, and fails nothing here.
-        return ["-m", "pytest", *ini, "-m", "gpu", "-W", "default", *files]
-
-    def collect(self, seconds: float) -> Outcome:
-        """Collect the tests without running them."""
-        ran = self.python(seconds, "tests", *self._pytest(), "--collect-only")
-        return Outcome(ran.status(), ran.last_line(), log=ran.log())
-
-    def test(self, seconds: float) -> Outcome:
-        """Run the tests."""
         report = WORK / "tests.xml"
         report.unlink(missing_ok=True)
-        ran = self.python(seconds, "tests", *self._pytest(), "-rfE", f"--junitxml={report}")
+        how = ["--collect-only"] if self.dry else ["-rfE", f"--junitxml={report}"]
+        # A warning of a package in a version of its own is shown, and fails nothing here.
+        ran = self.python(seconds, "tests", "-m", "pytest", *ini, "-m", "gpu", "-W", "default", *files, *how)
         return Outcome(ran.status(), ran.last_line(), _tests(report), ran.log())
 
     def compile(self, seconds: float) -> Outcome:
@@ -185,36 +166,17 @@ class Check:
         builds = sum(int(found) for found in re.findall(r"(\d+) builds", ran.output))
         return Outcome(ran.status(), f"{builds} builds" if ran.code == 0 else ran.last_line(), log=ran.log())
 
-    def bench(self, seconds: float) -> Outcome:
-        """Measure; on a CPU only one tiny case."""
-        return (
-            self._subjects(seconds, "bench", only="4x8,4x8-*,4x8x*,4x3x*,8x8") if self.dry else self._subjects(seconds, "bench")
-        )
-
-    def networks(self, seconds: float) -> Outcome:
-        """Measure the inverse of autoregressive layers, and masked linear layers; on a CPU tiny ones."""
-        return self._subjects(seconds, "networks", subjects=["networks"])
-
-    def likelihood(self, seconds: float) -> Outcome:
-        """Measure the likelihood kernels; on a CPU tiny ones."""
-        return self._subjects(seconds, "likelihood", subjects=["likelihood"])
-
-    def _subjects(self, seconds: float, name: str, **options: Any) -> Outcome:
-        """What the bench measures of its subjects, all ops where none is named."""
-        options |= {"device": self.device}
+    def bench(self, seconds: float, name: str = "bench", **options: Any) -> Outcome:
+        """Measure subjects, all ops where none is named. A wrong row among those printed, or none, is a failure."""
         options |= {"compile": "none", "quick": True} if self.dry else {"compile": "large"}
-        return self._measured(self.python(seconds, name, "-m", "flowkern.bench.worker", json.dumps(options)))
-
-    def _measured(self, ran: Ran) -> Outcome:
-        """The rows that were printed; a wrong one among them, or none, is a failure."""
+        given = json.dumps({"device": self.device, **options})
+        ran = self.python(seconds, name, "-m", "flowkern.bench.worker", given)
         rows = _rows(ran.output)
         self.rows += rows
         wrong = [f"{row['subject']} {row['case']} {row['direction']} {row['variant']}" for row in rows if row["failure"]]
-        measured = f"{len(rows)} rows"
         if wrong:
-            return Outcome(FAILED, f"{measured}, of which wrong: {', '.join(dict.fromkeys(wrong))}", log=ran.log())
-        status = ran.status() if rows or ran.code != 0 else FAILED
-        return Outcome(status, measured, log=ran.log())
+            return Outcome(FAILED, f"{len(rows)} rows, of which wrong: {', '.join(dict.fromkeys(wrong))}", log=ran.log())
+        return Outcome(ran.status() if rows or ran.code != 0 else FAILED, f"{len(rows)} rows", log=ran.log())
 
     def smoke(self, seconds: float) -> Outcome:
         """The calls that compute-sanitizer watches, without it."""
@@ -227,11 +189,9 @@ class Check:
         program = _sanitizer()
         if program is None:
             return Outcome(NOT_RUN, "compute-sanitizer was not found")
-        command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable]
-        every = ["-m", "flowkern.bench.smoke", "--every", "4"]
+        command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "flowkern.bench.smoke", "--every", "4"]
         # Without torch's cache each tensor is an allocation of its own, whose ends the tool knows.
-        ran = run([*command, *every], seconds, self.library, tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        return _judge(ran)
+        return _judge(run(command, seconds, self.library, tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
 
 def _sanitizer() -> str | None:
@@ -266,11 +226,9 @@ def _tests(report: Path) -> dict[str, Any]:
 def _rows(output: str) -> list[dict[str, Any]]:
     """The rows among the lines of a worker; its last line may be torn."""
     rows = []
-    for line in output.splitlines():
-        start = line.find('{"subject"')
-        if start >= 0:
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line[start:]))
+    for row in re.findall(r'\{"subject".*', output):
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(row))
     return rows
 
 

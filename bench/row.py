@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .files import slug, write_atomically
-
-__all__ = ["COLUMNS", "Row", "Target", "describe", "duration", "line", "read_csv", "size", "verdict", "write_csv"]
+__all__ = ["Row", "describe", "duration", "line", "read_csv", "size", "slug", "verdict", "write_atomically", "write_csv"]
 
 
 @dataclass(frozen=True)
@@ -142,3 +142,22 @@ def _key(cells: Mapping[str, str]) -> tuple[str, ...]:
 
 def _cell(value: object) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def slug(name: str) -> str:
+    """The name of a device as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the final name, sync, then rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from flowkern import OPS
-from flowkern._core.op import Op, Sample
 
 from .gpu_check import FINISHED, STARTED
 
@@ -20,7 +19,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run every N-th sample of every op."""
+    """Run every N-th sample of every op, forward, and backward where the op is differentiable."""
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.smoke", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th sample")
@@ -30,22 +29,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     calls = 0
     for op in OPS.values():
         for sample in list(op.samples(arguments.device, torch.float32))[:: arguments.every]:
-            _run(op, sample)
+            inputs = [a for a in tree_leaves(sample.args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+            for a in inputs:
+                a.requires_grad_()
+            recorded = [y for y in tree_leaves(op.function(*sample.args, **sample.kwargs)) if y.requires_grad]
+            if recorded:
+                torch.autograd.grad(recorded, inputs, [torch.ones_like(y) for y in recorded], allow_unused=True)
             calls += 1
     if arguments.device == "cuda":
         torch.cuda.synchronize()
     print(f"{FINISHED} ({calls})", flush=True)
-
-
-def _run(op: Op, sample: Sample) -> None:
-    """One call forward, and backward where the op is differentiable."""
-    inputs = [a for a in tree_leaves(sample.args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    for a in inputs:
-        a.requires_grad_()
-    outputs = op.function(*sample.args, **sample.kwargs)
-    recorded = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
-    if recorded:
-        torch.autograd.grad(recorded, inputs, [torch.ones_like(y) for y in recorded], allow_unused=True)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["GPU_STATES", "Call", "Graph", "Samples", "cpu_samples", "gpu_samples", "input_sets", "pages_here"]
+__all__ = ["Call", "Graph", "Samples", "cpu_samples", "gpu_samples", "input_sets", "pages_here"]
 
 Call = Callable[[], Any]
 #: Seconds per call, of every variant.
 Samples = dict[str, list[float]]
-#: Where the inputs of a GPU call lie: in device memory, or in the cache. ``launched`` is hot too, but timed by the
-#: host's clock and without a CUDA graph, so that launching counts.
-GPU_STATES = ("cold", "hot", "launched")
 
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 101
 _WARM_UP_ROUNDS = 2

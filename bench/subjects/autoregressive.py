@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+import flowkern
 from flowkern import nn, ops
 from flowkern._core import backend
 
 from ..comparison import FLOWKERN, Comparison, Options
-from ..masked import Pair, dense, dense_pass, differs, masked, running
 from ..peers import peer, peers_of
 from ..pictures import plot
 from ..row import Row
 from ..timing import Call
 
-__all__ = ["DEVICES", "comparisons", "draw"]
+__all__ = ["DEVICES", "comparisons", "dense", "differs", "draw", "running"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 DEVICES = ("cpu",)
 #: (features, hidden widths, batch).
@@ -44,12 +47,54 @@ def comparisons(options: Options) -> Iterator[Comparison]:
         for direction, part in PARTS.items():
             if options.wants(case_of(*size), direction):
                 compared = compared or subjects(*size)
-                yield part(compared, direction, options.seconds())
+                yield part(compared, direction)
     hidden, batch = ((32, 32), 8) if options.quick else ((512, 512), 64)
     for features in QUICK_FEATURES if options.quick else FEATURES:
         if options.wants(case_of(features, hidden, batch), "inverse"):
-            compared = subjects(features, hidden, batch, with_peers=features <= PEERS_TO)
-            yield inverse(compared, "inverse", options.seconds(2.0))
+            yield inverse(subjects(features, hidden, batch, with_peers=features <= PEERS_TO), "inverse", seconds=2.0)
+
+
+def masked(layer: nn.MaskedAutoregressive) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Its weights with the masks multiplied in, and its biases."""
+    layers: list[Any] = [*layer.made.layers]
+    return [(one.weight * one.mask.dense()).detach() for one in layers], [one.bias.detach().clone() for one in layers]
+
+
+def dense(layer: nn.MaskedAutoregressive) -> Callable[[torch.Tensor], Pair]:
+    """The density pass with weights that are masked beforehand."""
+    return dense_pass(layer, *masked(layer))
+
+
+def dense_pass(
+    layer: nn.MaskedAutoregressive, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+) -> Callable[[torch.Tensor], Pair]:
+    """The density pass of a network with these weights."""
+
+    def run(x: torch.Tensor) -> Pair:
+        h = x
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            h = torch.relu(F.linear(h, weight, bias))
+        u, t = F.linear(h, weights[-1], biases[-1]).unflatten(1, (-1, 2)).unbind(-1)
+        s, log_s = layer.scale(u)
+        return s * x + t, log_s.sum(1)
+
+    return run
+
+
+def running(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on one backend."""
+
+    def run(*args: torch.Tensor) -> Any:
+        with flowkern.backend(backend):
+            return function(*args)
+
+    return run
+
+
+def differs(got: Pair, expected: Pair) -> str:
+    """How far two results are apart, if that is more than rounding."""
+    errors = [float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in zip(got, expected, strict=True)]
+    return "" if max(errors) < 1e-4 else f"differs by {max(errors):.1e} of its size"
 
 
 class _Peer(NamedTuple):
@@ -66,9 +111,8 @@ def by_nflows(layer: nn.MaskedAutoregressive) -> _Peer:
     from nflows.transforms import MaskedAffineAutoregressiveTransform
 
     hidden = layer.made.hidden
-    theirs = MaskedAffineAutoregressiveTransform(
-        layer.made.features, hidden[0], num_blocks=len(hidden) - 1, use_residual_blocks=False
-    )
+    shape: dict[str, Any] = {"hidden_features": hidden[0], "num_blocks": len(hidden) - 1}
+    theirs = MaskedAffineAutoregressiveTransform(layer.made.features, **shape, use_residual_blocks=False)
     net = theirs.autoregressive_net
     _copy(layer, [net.initial_layer, *(block.linear for block in net.blocks), net.final_layer])
     return _Peer(theirs.forward, theirs.inverse, [*theirs.parameters()])
@@ -85,10 +129,8 @@ def by_zuko(layer: nn.MaskedAutoregressive) -> _Peer:
         theirs_linear.mask.copy_(ours.mask.dense())  # type: ignore[operator,union-attr]
     _copy(layer, linears)
     with torch.no_grad():  # its shift comes first
-        last = linears[-1]
-        last.weight.copy_(last.weight.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
-        last.bias.copy_(last.bias.unflatten(0, (-1, 2)).flip(1).flatten())
-        last.mask.copy_(last.mask.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
+        for of_outputs in (linears[-1].weight, linears[-1].bias, linears[-1].mask):
+            of_outputs.copy_(of_outputs.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
     return _Peer(lambda x: theirs().call_and_ladj(x), lambda z: theirs().inv.call_and_ladj(z), [*theirs.parameters()])
 
 
@@ -135,21 +177,21 @@ def _failures(s: _Subjects) -> dict[str, str]:
     return found | {name: differs(theirs.density(s.x), own(s.x)) for name, (theirs, own) in s.peers.items()}
 
 
-def density(s: _Subjects, direction: str, seconds: float) -> Comparison:
+def density(s: _Subjects, direction: str) -> Comparison:
     """The density pass."""
     functions = {"dense": dense(s.ours), f"{FLOWKERN}-density": s.ours.forward}
     functions |= {name: theirs.density for name, (theirs, _) in s.peers.items()}
     calls = {name: functools.partial(torch.no_grad()(function), s.x) for name, function in functions.items()}
-    return Comparison(s.case, direction, calls, "dense", failures=_failures(s), seconds=seconds)
+    return Comparison(s.case, direction, calls, "dense", failures=_failures(s))
 
 
-def density_training(s: _Subjects, direction: str, seconds: float) -> Comparison:
+def density_training(s: _Subjects, direction: str) -> Comparison:
     """The density pass, and the gradients of x and of the parameters."""
     calls = _density_calls(s)
     calls |= {name: training(theirs.density, s.x, theirs.parameters) for name, (theirs, _) in s.peers.items()}
     expected, got = calls["dense"]()[0], calls[f"{FLOWKERN}-density"]()[0]
     failures = _failures(s) | {f"{FLOWKERN}-density": differs((got, got), (expected, expected))}
-    return Comparison(s.case, direction, calls, "dense", failures=failures, seconds=seconds)
+    return Comparison(s.case, direction, calls, "dense", failures=failures)
 
 
 def _density_calls(s: _Subjects) -> dict[str, Call]:
@@ -176,7 +218,7 @@ def _backends() -> tuple[str, ...]:
     return ("cpp", "torch") if backend.native is not None else ("torch",)
 
 
-def inverse_training(s: _Subjects, direction: str, seconds: float) -> Comparison:
+def inverse_training(s: _Subjects, direction: str) -> Comparison:
     """The inverse and the gradients of z and of the parameters through it, beside those of the density pass."""
     z = s.ours(s.x)[0].detach()
     own = [*s.ours.parameters()]
@@ -184,7 +226,7 @@ def inverse_training(s: _Subjects, direction: str, seconds: float) -> Comparison
     exact = copy.deepcopy(s.ours).double()
     expected = running("torch", training(exact.inverse, exact(s.x.double())[0].detach(), [*exact.parameters()]))()
     failures = {name: differing(call(), expected) for name, call in inverses.items()}
-    return Comparison(s.case, direction, {**_density_calls(s), **inverses}, "dense", failures=failures, seconds=seconds)
+    return Comparison(s.case, direction, {**_density_calls(s), **inverses}, "dense", failures=failures)
 
 
 def differing(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str:
@@ -193,7 +235,7 @@ def differing(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> 
 
 
 @torch.no_grad()
-def inverse(s: _Subjects, direction: str, seconds: float) -> Comparison:
+def inverse(s: _Subjects, direction: str, seconds: float = 5.0) -> Comparison:
     """The inverse, beside the density pass."""
     z, density = s.ours(s.x)[0], dense(s.ours)
     inverses = {f"{FLOWKERN}-{name}": running(name, s.ours.inverse) for name in _backends()}

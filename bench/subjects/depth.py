@@ -39,20 +39,20 @@ def comparisons(options: Options) -> Iterator[Comparison]:
         size = {"hidden": 8, "side": 8, "batch": 2} if options.quick else {}
         architecture = Architecture(levels=LEVELS, steps=depth // LEVELS, **size)
         if options.wants(architecture.name):
-            yield compared(architecture, options.seconds(20.0))
+            yield compared(architecture)
 
 
-def compared(a: Architecture, seconds: float) -> Comparison:
+def compared(a: Architecture) -> Comparison:
     """Training steps at one depth."""
     x, models, theirs = variants(a)
     failures = {REVERSIBLE: disagreement(models[STORE], models[REVERSIBLE], x)}
-    calls = {name: training_step(model, model.log_prob, x, keep=True) for name, model in models.items()}
+    calls = {name: training_step(model, x, keep=True) for name, model in models.items()}
     if theirs is not None:
         failures[PEER] = differs(theirs, models[STORE], x)
-        calls[PEER] = training_step(theirs, lambda images: theirs.log_prob(images, None), x, keep=True)
+        calls[PEER] = training_step(theirs, x, None, keep=True)
     for call in calls.values():
         call()  # gradients and Adam's state come with the first step
-    return Comparison(a.name, "training step", calls, STORE, failures=failures, seconds=seconds)
+    return Comparison(a.name, "training step", calls, STORE, failures=failures, seconds=20.0)
 
 
 def variants(a: Architecture) -> tuple[torch.Tensor, dict[str, nn.Flow], Any]:

@@ -5,7 +5,8 @@ Every variant computes the same function: weights are copied over, and results a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,14 +35,14 @@ def comparisons(options: Options) -> Iterator[Comparison]:
     for size in QUICK if options.quick else SIZES:
         case = "1x1-" + "x".join(map(str, size))
         if options.wants(case):
-            yield from one_by_one(case, size, options.seconds())
+            yield from one_by_one(case, size)
     for size in QUICK if options.quick else BOUNDARIES:
         case = "boundary-" + "x".join(map(str, size))
         if options.wants(case):
-            yield boundary(case, size, 8 if options.quick else 128, options.seconds())
+            yield boundary(case, size, 8 if options.quick else 128)
     architecture = Architecture(steps=2, hidden=8, side=8, batch=2) if options.quick else Architecture()
     if options.wants(architecture.name) and installed("normflows"):
-        yield whole_model(architecture, options.seconds(40.0))
+        yield whole_model(architecture)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,16 +113,6 @@ def training_call(layer: Any, x: torch.Tensor, grad: torch.Tensor) -> Call:
     return call
 
 
-def without_grad(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Call:
-    """A call of ``function(x)`` that records no gradients."""
-
-    def call() -> Any:
-        with torch.no_grad():
-            return function(x)
-
-    return call
-
-
 def convolution(x: torch.Tensor, grad: torch.Tensor) -> Call:
     """Forward and backward of a bare convolution of the same size: what has to be computed in any case."""
     channels = x.shape[1]
@@ -130,23 +121,24 @@ def convolution(x: torch.Tensor, grad: torch.Tensor) -> Call:
     return lambda: torch.autograd.grad(F.conv2d(x, weight), (x, weight), grad)
 
 
-def one_by_one(case: str, size: tuple[int, ...], seconds: float) -> Iterator[Comparison]:
+def one_by_one(case: str, size: tuple[int, ...]) -> Iterator[Comparison]:
     """The 1x1 convolutions at one size."""
     torch.manual_seed(0)
     x, grad, weight = torch.randn(size), torch.randn(size), torch.randn(size[1], size[1], 1, 1)
     found = layers(size[1])
     failures = {name: wrong(layer, x) for name, layer in found.items()}
-    bare = without_grad(lambda value: F.conv2d(value, weight), x)
-    directions = {
+    without_grad = torch.no_grad()
+    bare = without_grad(lambda: F.conv2d(x, weight))
+    directions: dict[str, tuple[Call, dict[str, Call]]] = {
         BOTH: (convolution(x, grad), {name: training_call(layer, x, grad) for name, layer in found.items()}),
-        "forward": (bare, {name: without_grad(layer, x) for name, layer in found.items()}),
-        "inverse": (bare, {name: without_grad(layer.inverse, x) for name, layer in found.items()}),
+        "forward": (bare, {name: partial(without_grad(layer.forward), x) for name, layer in found.items()}),
+        "inverse": (bare, {name: partial(without_grad(layer.inverse), x) for name, layer in found.items()}),
     }
     for direction, (conv2d, calls) in directions.items():
-        yield Comparison(case, direction, {"conv2d": conv2d, **calls}, "conv2d", failures=failures, seconds=seconds)
+        yield Comparison(case, direction, {"conv2d": conv2d, **calls}, "conv2d", failures=failures)
 
 
-def boundary(case: str, size: tuple[int, ...], hidden: int, seconds: float) -> Comparison:
+def boundary(case: str, size: tuple[int, ...], hidden: int) -> Comparison:
     """One ``GlowStep``: whole, without its network, and what one pass over a coupling and the next linear map would save.
 
     Fused, the coupling's result would be neither written nor read again, nor would its gradient: two copies of the state.
@@ -168,10 +160,10 @@ def boundary(case: str, size: tuple[int, ...], hidden: int, seconds: float) -> C
         "step-without-network": without_network,
         "two-copies": lambda: [to.copy_(x) for to in copies],
     }
-    return Comparison(case, BOTH, calls, "step", seconds=seconds)
+    return Comparison(case, BOTH, calls, "step")
 
 
-def whole_model(a: Architecture, seconds: float) -> Comparison:
+def whole_model(a: Architecture) -> Comparison:
     """Training steps (forward, backward, Adam) of the same model."""
     torch.manual_seed(0)
     x = torch.rand(a.batch, 3, a.side, a.side)
@@ -187,6 +179,6 @@ def whole_model(a: Architecture, seconds: float) -> Comparison:
         copy_weights(theirs, model)
         failures[name] = failures[f"{name}-bf16"] = differs(theirs, model, images[name])
         for suffix, autocast in (("", False), ("-bf16", True)):
-            steps[name + suffix] = training_step(model, model.log_prob, images[name], autocast=autocast)
-    steps["normflows"] = training_step(theirs, lambda images: theirs.log_prob(images, None), x)
-    return Comparison(a.name, "training step", steps, "normflows", failures=failures, seconds=seconds)
+            steps[name + suffix] = training_step(model, images[name], autocast=autocast)
+    steps["normflows"] = training_step(theirs, x, None)
+    return Comparison(a.name, "training step", steps, "normflows", failures=failures, seconds=40.0)

@@ -49,7 +49,7 @@ def comparisons(options: Options) -> Iterator[Comparison]:
         parts += [(f"{name}-" + "x".join(map(str, shape)), elementwise, (name,)) for name, shape in shapes]
     for case, part, size in parts:
         if options.wants(case):
-            yield from part(case, size, options.device, options.seconds(10.0))
+            yield from part(case, size, options.device)
 
 
 def published(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def loss_and_gradient(function: Callable[..., torch.Tensor], x: torch.Tensor, pa
     return call
 
 
-def mixture(case: str, size: tuple[int, ...], device: str, seconds: float) -> Iterator[Comparison]:
+def mixture(case: str, size: tuple[int, ...], device: str) -> Iterator[Comparison]:
     """The mixture of discretized logistics, with and without its gradient."""
     batch, side, components = size
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def mixture(case: str, size: tuple[int, ...], device: str, seconds: float) -> It
         ("forward", alone, values, traffic),
     ):
         check = by_norm(truth, granted)
-        yield Comparison(case, direction, calls, "published", check=check, traffic=_on_gpu(moved, device), seconds=seconds)
+        yield Comparison(case, direction, calls, "published", check=check, traffic=_on_gpu(moved, device), seconds=10.0)
 
 
 def _on_gpu(traffic: int, device: str) -> int | None:
@@ -129,7 +129,7 @@ def _on_gpu(traffic: int, device: str) -> int | None:
     return traffic if device == "cuda" else None
 
 
-def latents(case: str, shape: tuple[int, ...], device: str, seconds: float) -> Iterator[Comparison]:
+def latents(case: str, shape: tuple[int, ...], device: str) -> Iterator[Comparison]:
     """Reparameterization with its divergence. Forward two tensors are read and one written, backward three and two."""
     torch.manual_seed(0)
     mean, log_scale, grad = (torch.randn(shape, device=device) for _ in range(3))
@@ -151,10 +151,10 @@ def latents(case: str, shape: tuple[int, ...], device: str, seconds: float) -> I
     }
     calls = {"eager": both(plain), FLOWKERN: both(ops.gaussian_kl)}
     traffic = _on_gpu(8 * mean.nbytes, device)
-    yield Comparison(case, "forward+backward", calls, "eager", check=by_norm(exact), traffic=traffic, seconds=seconds)
+    yield Comparison(case, "forward+backward", calls, "eager", check=by_norm(exact), traffic=traffic, seconds=10.0)
 
 
-def images(case: str, shape: tuple[int, ...], device: str, seconds: float) -> Iterator[Comparison]:
+def images(case: str, shape: tuple[int, ...], device: str) -> Iterator[Comparison]:
     """Dequantization with the logit."""
     torch.manual_seed(0)
     v, logit = torch.randint(256, shape, dtype=torch.uint8, device=device), nn.Logit(0.05)
@@ -170,10 +170,10 @@ def images(case: str, shape: tuple[int, ...], device: str, seconds: float) -> It
     }
     calls: dict[str, Call] = {"eager": plain, FLOWKERN: lambda: ops.dequantize(v, alpha=0.05)}
     traffic = _on_gpu(5 * v.nbytes, device)
-    yield Comparison(case, "forward", calls, "eager", check=by_norm(exact), traffic=traffic, seconds=seconds)
+    yield Comparison(case, "forward", calls, "eager", check=by_norm(exact), traffic=traffic, seconds=10.0)
 
 
-def elementwise(case: str, names: tuple[str, ...], device: str, seconds: float) -> Iterator[Comparison]:
+def elementwise(case: str, names: tuple[str, ...], device: str) -> Iterator[Comparison]:
     """A likelihood that is left to torch: what it would gain from fusion, by torch.compile."""
     (name,) = names
     likelihood, shape = ELEMENTWISE[name]
@@ -187,4 +187,4 @@ def elementwise(case: str, names: tuple[str, ...], device: str, seconds: float) 
     calls = {"eager": loss_and_gradient(total, x, params), "compiled": loss_and_gradient(torch.compile(total), x, params)}
     exact: Tensors = loss_and_gradient(total, x, params.double())()
     check = by_norm(dict.fromkeys(calls, exact))
-    yield Comparison(case, "loss+gradient", calls, "eager", check=check, seconds=seconds / 4)
+    yield Comparison(case, "loss+gradient", calls, "eager", check=check, seconds=2.5)

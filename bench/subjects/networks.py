@@ -16,8 +16,8 @@ from flowkern import OPS, nn, ops
 from flowkern._core import backend
 
 from ..comparison import Comparison, Options
-from ..masked import dense, differs, running
 from ..timing import Call
+from .autoregressive import case_of, dense, differs, running
 
 __all__ = ["comparisons"]
 
@@ -30,14 +30,14 @@ QUICK_INVERSES, QUICK_LAYERS = ((12, (16, 16), 5),), ((3, 8, 12),)
 def comparisons(options: Options) -> Iterator[Comparison]:
     """Those of the inverses and of the layers."""
     for features, hidden, batch in QUICK_INVERSES if options.quick else INVERSES:
-        case = f"inverse-{features}-{'x'.join(map(str, hidden))}-batch{batch}"
+        case = f"inverse-{case_of(features, hidden, batch)}"
         if options.wants(case):
-            yield inverse(case, features, hidden, batch, options)
+            yield inverse(case, features, hidden, batch, options.device)
     for size in QUICK_LAYERS if options.quick else LAYERS:
         for dtype in (torch.float32, torch.bfloat16):
             case = f"layer-{'x'.join(map(str, size))}-{str(dtype).removeprefix('torch.')}"
             if options.wants(case):
-                yield from layer(case, *size, dtype, options)
+                yield from layer(case, *size, dtype, options.device)
 
 
 def serving(op: str, x: torch.Tensor) -> list[str]:
@@ -47,30 +47,24 @@ def serving(op: str, x: torch.Tensor) -> list[str]:
 
 
 @torch.no_grad()
-def inverse(case: str, features: int, hidden: tuple[int, ...], batch: int, options: Options) -> Comparison:
+def inverse(case: str, features: int, hidden: tuple[int, ...], batch: int, device: str) -> Comparison:
     """The inverse on every backend beside the dense density pass."""
     torch.manual_seed(0)
-    layer = nn.MaskedAutoregressive(features, hidden).to(options.device)
-    x = torch.randn(batch, features, device=options.device)
+    layer = nn.MaskedAutoregressive(features, hidden).to(device)
+    x = torch.randn(batch, features, device=device)
     density = dense(layer)
     z, logabsdet = density(x)
     variants = {name: running(name, layer.inverse) for name in serving("autoregressive_inverse", z)}
     failures = {name: differs(inverse(z), (x, -logabsdet)) for name, inverse in variants.items()}
     calls: dict[str, Call] = {"dense": partial(density, x), **{name: partial(inverse, z) for name, inverse in variants.items()}}
-    return Comparison(case, "inverse", _without_grad(calls), "dense", failures=failures, seconds=options.seconds(0.5))
+    calls = {name: torch.no_grad()(call) for name, call in calls.items()}
+    return Comparison(case, "inverse", calls, "dense", failures=failures, seconds=0.5)
 
 
-def _without_grad(calls: dict[str, Call]) -> dict[str, Call]:
-    return {name: torch.no_grad()(call) for name, call in calls.items()}
-
-
-def layer(case: str, batch: int, inputs: int, outputs: int, dtype: torch.dtype, options: Options) -> Iterator[Comparison]:
+def layer(case: str, batch: int, inputs: int, outputs: int, dtype: torch.dtype, device: str) -> Iterator[Comparison]:
     """A masked layer, forward and with its gradients, on every backend beside the product with masked weights."""
     torch.manual_seed(0)
-    device = options.device
-    top = min(inputs, outputs)
-    degrees = [torch.arange(n, device=device) * top // n for n in (outputs, inputs)]
-    mask = ops.DegreeMask(*degrees)
+    mask = ops.DegreeMask(*(torch.arange(n, device=device) * min(inputs, outputs) // n for n in (outputs, inputs)))
     leaves = [torch.randn(shape, device=device) / inputs**0.5 for shape in ((batch, inputs), (outputs, inputs), (outputs,))]
     x, weight, bias = (t.to(dtype).requires_grad_() for t in leaves)
     masked = (weight * mask.dense()).detach().requires_grad_()
@@ -96,7 +90,7 @@ def layer(case: str, batch: int, inputs: int, outputs: int, dtype: torch.dtype, 
     functions: dict[str, Callable[[str], object]] = {"forward": forward, "forward+backward": both}
     for direction, function in functions.items():
         calls = {name: partial(function, name) for name in ("dense", *names)}
-        yield Comparison(case, direction, calls, "dense", failures=failures, seconds=options.seconds(0.5))
+        yield Comparison(case, direction, calls, "dense", failures=failures, seconds=0.5)
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:

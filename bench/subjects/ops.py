@@ -163,7 +163,7 @@ class _Measurement:
             against=EAGER,
             check=self._check,
             traffic=first.traffic,
-            seconds=self.options.seconds(2.0 if self.case.small else 5.0),  # which are thousands of samples
+            seconds=2.0 if self.case.small else 5.0,  # which are thousands of samples
             target=self.case.target(first.direction, self.options.pages if self.options.device == "cpu" else "cold"),
             rotated={name: [p.call(function) for p in others] for name, function in self.functions.items()} if others else {},
             verify=self._verify,

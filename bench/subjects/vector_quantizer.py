@@ -44,7 +44,7 @@ def comparisons(options: Options) -> Iterator[Comparison]:
             calls: dict[str, Call] = {name: partial(step, subjects.x) for name, (step, _) in variants.items()}
             calls = {"gemm": partial(torch.mm, subjects.x, subjects.codebook.t()), **calls}
             against = PEER if PEER in calls else "gemm"
-            yield Comparison(subjects.case, "training step", calls, against, failures=failures, seconds=options.seconds())
+            yield Comparison(subjects.case, "training step", calls, against, failures=failures)
 
 
 class Subjects:

@@ -20,9 +20,8 @@ from flowkern.bench.__main__ import main
 from flowkern.bench.baselines import BASELINES
 from flowkern.bench.cases import BOTH, CASES, FORWARD, NEVER_SLOWER, Case, cases_of
 from flowkern.bench.comparison import Options, WrongResult, check, poisoned, rounding_errors
-from flowkern.bench.files import slug, write_atomically
 from flowkern.bench.memory import peak_extra_bytes
-from flowkern.bench.row import COLUMNS, Row, Target, describe, line, verdict, write_csv
+from flowkern.bench.row import COLUMNS, Row, Target, describe, line, slug, verdict, write_atomically, write_csv
 from flowkern.bench.subjects import ops
 from torch._subclasses import FakeTensorMode
 
