@@ -30,7 +30,6 @@ __all__ = [
     "measure",
     "off_by",
     "poisoned",
-    "rounding_errors",
     "seeded",
 ]
 
@@ -195,40 +194,24 @@ class WrongResult(Exception):
 
 
 def _largest(values: torch.Tensor) -> float:
-    return values.abs().max().item()
+    return values.detach().abs().max().item() if values.numel() else 0.0
 
 
-def _errors(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> Iterator[tuple[float, float]]:
-    """(largest error, one unit in the last place of the largest value) per tensor."""
-    for a, truth in zip(actual, exact, strict=True):
-        if a.numel():
-            yield _largest(a.detach().double() - truth.detach()), torch.finfo(a.dtype).eps * _largest(truth.detach())
-        else:
-            yield 0.0, 0.0
+def check(actual: Tensors, exact: Tensors, plain: Sequence[float] | None = None) -> list[float]:
+    """The largest error of each result.
 
-
-def rounding_errors(plain: Tensors, exact: Tensors, granted: float = _PLAIN_ULPS) -> list[float]:
-    """The largest error of each result of plain torch code. Raises WrongResult if one is more than so many roundings."""
-    _same_shapes(plain, exact)
-    errors = list(_errors(plain, exact))
-    for i, (error, ulp) in enumerate(errors):
-        if not error <= granted * ulp:
-            raise WrongResult(f"result {i}: error {error:.2e}, {granted * ulp:.2e} is allowed")
-    return [error for error, _ in errors]
-
-
-def check(actual: Tensors, exact: Tensors, plain: Sequence[float]) -> None:
-    """Raises WrongResult unless every result is about as accurate as that of the plain code, whose errors are given."""
-    _same_shapes(actual, exact)
-    for i, ((error, ulp), allowed) in enumerate(zip(_errors(actual, exact), plain, strict=True)):
-        granted = 2 * allowed + _GRANTED_ULPS * ulp
-        if not error <= granted:
-            raise WrongResult(f"result {i}: error {error:.2e}, {granted:.2e} is allowed")
-
-
-def _same_shapes(actual: Tensors, exact: Tensors) -> None:
+    Raises WrongResult for a result that is not about as accurate as that of the plain code, whose errors are given; without
+    them, for one that is off by more roundings than plain code may be.
+    """
     if [a.shape for a in actual] != [truth.shape for truth in exact]:
         raise WrongResult(f"shapes {[tuple(a.shape) for a in actual]}, expected {[tuple(t.shape) for t in exact]}")
+    errors = [_largest(a.double() - truth) for a, truth in zip(actual, exact, strict=True)]
+    for i, error in enumerate(errors):
+        ulp = torch.finfo(actual[i].dtype).eps * _largest(exact[i])
+        granted = _PLAIN_ULPS * ulp if plain is None else 2 * plain[i] + _GRANTED_ULPS * ulp
+        if not error <= granted:
+            raise WrongResult(f"result {i}: error {error:.2e}, {granted:.2e} is allowed")
+    return errors
 
 
 def off_by(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], granted: float = 1e-5) -> str:

@@ -113,24 +113,22 @@ def training_call(layer: Any, x: torch.Tensor, grad: torch.Tensor) -> Call:
     return call
 
 
-def convolution(x: torch.Tensor, grad: torch.Tensor) -> Call:
-    """Forward and backward of a bare convolution of the same size: what has to be computed in any case."""
-    channels = x.shape[1]
-    weight = torch.randn(channels, channels, 1, 1).requires_grad_()
-    x = x.clone().requires_grad_()
-    return lambda: torch.autograd.grad(F.conv2d(x, weight), (x, weight), grad)
-
-
 def one_by_one(case: str, size: tuple[int, ...]) -> Iterator[Comparison]:
     """The 1x1 convolutions at one size."""
     torch.manual_seed(0)
     x, grad, weight = torch.randn(size), torch.randn(size), torch.randn(size[1], size[1], 1, 1)
     found = layers(size[1])
     failures = {name: wrong(layer, x) for name, layer in found.items()}
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     without_grad = torch.no_grad()
     bare = without_grad(lambda: F.conv2d(x, weight))
+
+    def convolution() -> Any:
+        """Of the same size, forward and backward: what has to be computed in any case."""
+        return torch.autograd.grad(F.conv2d(*leaves), leaves, grad)
+
     directions: dict[str, tuple[Call, dict[str, Call]]] = {
-        BOTH: (convolution(x, grad), {name: training_call(layer, x, grad) for name, layer in found.items()}),
+        BOTH: (convolution, {name: training_call(layer, x, grad) for name, layer in found.items()}),
         "forward": (bare, {name: partial(without_grad(layer.forward), x) for name, layer in found.items()}),
         "inverse": (bare, {name: partial(without_grad(layer.inverse), x) for name, layer in found.items()}),
     }

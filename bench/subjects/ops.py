@@ -7,6 +7,7 @@ by twice as much as the plain code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from flowkern._core.op import Law, Op
 
 from ..baselines import BASELINES
 from ..cases import BOTH, CASES, Case, cases_of
-from ..comparison import COMPILED, EAGER, FLOWKERN, Comparison, Options, Tensors, WrongResult, check, poisoned, rounding_errors
+from ..comparison import COMPILED, EAGER, FLOWKERN, Comparison, Options, Tensors, WrongResult, check, poisoned
 from ..timing import Call, Graph, input_sets
 
 __all__ = ["PAGES", "Problem", "compared", "comparisons"]
@@ -37,8 +38,52 @@ def comparisons(options: Options, names: tuple[str, ...] = ()) -> Iterator[Compa
 
 
 def compared(name: str, case: Case, direction: str, options: Options) -> Comparison:
-    """The variants of one case of an op in one direction."""
-    return _Measurement(OPS[name], case, direction, options).comparison()
+    """The variants of one case of an op in one direction, the plain code first: it is what the others are held against."""
+    op, device = OPS[name], torch.device(options.device)
+    first = Problem(op, case, direction, device)
+    sets = input_sets(first.traffic or 0.0) if device.type == "cuda" else 1
+    others = [Problem(op, case, direction, device, seed) for seed in range(1, sets)]
+    truth = _TRUTHS.get(name, _by_reference)(first)
+    functions = {EAGER: first.plain(), FLOWKERN: op.function}
+    if case.compiles and (options.compile == "all" or (options.compile == "large" and not case.small)):
+        torch._dynamo.reset()
+        functions[COMPILED] = torch.compile(functions[EAGER], fullgraph=True, dynamic=False)
+    allowed: list[float] = []
+
+    def errors(variant: str, results: Tensors) -> list[float]:
+        # Products of masked matrices sum in another order than plain code: they are held as that is.
+        as_plain = variant != FLOWKERN or Law.MASKED in op.laws
+        return check(*truth(results), None if as_plain else allowed)
+
+    def checked(variant: str, call: Call) -> str:
+        if variant != EAGER and not allowed:
+            raise WrongResult("the plain code that it is held against failed")
+        with poisoned() if variant == FLOWKERN else nullcontext():
+            results = first.checked(functions[variant])()
+        found = errors(variant, results)
+        if variant == EAGER:
+            allowed[:] = found
+        return ""
+
+    def verify(variant: str, graph: Graph) -> None:
+        """A graph draws noise of its own, so that it is looked at only where there is none."""
+        if variant in functions and not first.seeded:
+            first.poison(graph.results[0])
+            graph.replay()
+            errors(variant, graph.results[0])
+
+    return Comparison(
+        case=case.name,
+        direction=direction,
+        calls={variant: first.call(function) for variant, function in functions.items()},
+        against=EAGER,
+        check=checked,
+        traffic=first.traffic,
+        seconds=2.0 if case.small else 5.0,  # which are thousands of samples
+        target=case.target(direction, options.pages if options.device == "cpu" else "cold"),
+        rotated={variant: [p.call(function) for p in others] for variant, function in functions.items()} if others else {},
+        verify=verify,
+    )
 
 
 class Problem:
@@ -63,12 +108,11 @@ class Problem:
         traffic = None if case.traffic is None else case.traffic(*self.args)
         self.traffic = None if traffic is None else sum(traffic) if direction == BOTH else traffic[0]
         self.seeded = Law.SEEDED in op.laws
-        self.gradients = self._gradients(generator) if direction == BOTH else ()
-
-    def _gradients(self, generator: torch.Generator) -> Tensors:
-        with torch.no_grad():
-            outputs = _tuple(self.op.reference(*self.args, **self.case.kwargs))
-        return tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs if y.is_floating_point())
+        self.gradients: Tensors = ()
+        if direction == BOTH:
+            with torch.no_grad():
+                outputs = _tuple(op.reference(*self.args, **case.kwargs))
+            self.gradients = tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs if y.is_floating_point())
 
     def plain(self) -> Callable[..., Any]:
         """The plain code, with what it prepares for these inputs."""
@@ -134,71 +178,6 @@ def _double(a: Any) -> Any:
 
 def _tuple(outputs: Any) -> Tensors:
     return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
-
-
-class _Measurement:
-    """One direction of one case: its variants, and the check of each."""
-
-    def __init__(self, op: Op, case: Case, direction: str, options: Options):
-        self.op, self.case, self.options = op, case, options
-        device = torch.device(options.device)
-        first = Problem(op, case, direction, device)
-        sets = input_sets(first.traffic or 0.0) if device.type == "cuda" else 1
-        self.problems = [first, *(Problem(op, case, direction, device, seed) for seed in range(1, sets))]
-        self.truth = _TRUTHS.get(op.name, _by_reference)(first)
-        self.allowed: list[float] = []
-
-    def comparison(self) -> Comparison:
-        """What is timed of it, the plain code first: it is what the others are held against."""
-        first, *others = self.problems
-        self.functions = {EAGER: first.plain(), FLOWKERN: self.op.function}
-        wanted = self.options.compile == "all" or (self.options.compile == "large" and not self.case.small)
-        if wanted and self.case.compiles:
-            torch._dynamo.reset()
-            self.functions[COMPILED] = torch.compile(self.functions[EAGER], fullgraph=True, dynamic=False)
-        return Comparison(
-            case=self.case.name,
-            direction=first.direction,
-            calls={name: first.call(function) for name, function in self.functions.items()},
-            against=EAGER,
-            check=self._check,
-            traffic=first.traffic,
-            seconds=2.0 if self.case.small else 5.0,  # which are thousands of samples
-            target=self.case.target(first.direction, self.options.pages if self.options.device == "cpu" else "cold"),
-            rotated={name: [p.call(function) for p in others] for name, function in self.functions.items()} if others else {},
-            verify=self._verify,
-        )
-
-    def _check(self, name: str, call: Call) -> str:
-        if name != EAGER and not self.allowed:
-            raise WrongResult("the plain code that it is held against failed")
-        checked = self.problems[0].checked(self.functions[name])
-        if name == FLOWKERN:
-            with poisoned():
-                results = checked()
-            self._check_ours(results)
-        else:
-            errors = rounding_errors(*self.truth(checked()))
-            self.allowed = errors if name == EAGER else self.allowed
-        return ""
-
-    def _verify(self, name: str, graph: Graph) -> None:
-        """A graph draws noise of its own, so that it is looked at only where there is none."""
-        if name not in self.functions or self.problems[0].seeded:
-            return
-        self.problems[0].poison(graph.results[0])
-        graph.replay()
-        if name == FLOWKERN:
-            self._check_ours(graph.results[0])
-        else:
-            rounding_errors(*self.truth(graph.results[0]))
-
-    def _check_ours(self, results: Tensors) -> None:
-        # Products of masked matrices sum in another order than plain code: they are held as that is.
-        if Law.MASKED in self.op.laws:
-            rounding_errors(*self.truth(results))
-        else:
-            check(*self.truth(results), self.allowed)
 
 
 Truth = Callable[[Tensors], tuple[Tensors, Tensors]]
