@@ -88,11 +88,9 @@ def test_errors(tmp_path) -> None:
     np.save(tmp_path / "continuous.npy", np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32))
     source = f"npy:{tmp_path / 'continuous.npy'}"
     assert_refused(
-        [
-            (lambda: small().log_prob(x), r"x: expected values in \[0, 1\), got 3 of 8 outside, or NaN"),
-            (lambda: training.context_of(small(context=3), torch.tensor([1, 3])), "labels: expected 0 to 2, got 1 to 3"),
-            (lambda: small().log_prob(torch.rand(3, 4)), r"x: expected shape \(B, 1, 2, 2\), got \(3, 4\)"),
-            (lambda: small().sample(2, temperature=0.0), "temperature: expected more than 0"),
-            (lambda: training.make_plan("made", source).build(data.load(source)), "MADE is for discrete values"),
-        ]
+        (lambda: small().log_prob(x), r"x: expected values in \[0, 1\), got 3 of 8 outside, or NaN"),
+        (lambda: training.context_of(small(context=3), torch.tensor([1, 3])), "labels: expected 0 to 2, got 1 to 3"),
+        (lambda: small().log_prob(torch.rand(3, 4)), r"x: expected shape \(B, 1, 2, 2\), got \(3, 4\)"),
+        (lambda: small().sample(2, temperature=0.0), "temperature: expected more than 0"),
+        (lambda: training.make_plan("made", source).build(data.load(source)), "MADE is for discrete values"),
     )

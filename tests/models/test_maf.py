@@ -72,11 +72,9 @@ def test_reverse_kl_training(kind: type, features: int) -> None:
 def test_bad_settings_are_named() -> None:
     swap = "permutation: unknown name 'swap'; expected one of 'reverse', 'random', 'none'"
     assert_refused(
-        [
-            (lambda: models.MAF(4, permutation="swap"), swap),
-            (lambda: models.IAF(4, gated=True, scale=ops.ScaleMap.exp()), "gated: expected a sigmoid scale"),
-            (lambda: models.MAF(4).log_prob(torch.randn(2, 5)), r"x: expected shape \(B, 4\), got \(2, 5\)"),
-        ]
+        (lambda: models.MAF(4, permutation="swap"), swap),
+        (lambda: models.IAF(4, gated=True, scale=ops.ScaleMap.exp()), "gated: expected a sigmoid scale"),
+        (lambda: models.MAF(4).log_prob(torch.randn(2, 5)), r"x: expected shape \(B, 4\), got \(2, 5\)"),
     )
 
 

@@ -110,16 +110,14 @@ def test_draw_and_kl_in_one_pass_are_those_apart(x: torch.Tensor) -> None:
 def _gradients(vae: nn.VAE, x: torch.Tensor, objective: nn.Objective, draws: int) -> torch.Tensor:
     """(draws, P): gradients of the encoder and the decoder, each from samples of its own."""
     parameters = [*vae.encoder.parameters(), *vae.decoder.parameters()]
-    rows = []
-    for _ in range(draws):
-        loss = vae.loss(x, objective).mean()
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
-    return torch.stack(rows)
+    rows = [torch.autograd.grad(vae.loss(x, objective).mean(), parameters) for _ in range(draws)]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 
-@pytest.mark.parametrize(
-    ("kind", "other", "samples"), [("dreg", "iwae", 4), ("likelihood_ratio", "elbo", 1), ("likelihood_ratio", "elbo", 4)]
-)
+ESTIMATORS = [("dreg", "iwae", 4), ("likelihood_ratio", "elbo", 1), ("likelihood_ratio", "elbo", 4)]
+
+
+@pytest.mark.parametrize(("kind", "other", "samples"), ESTIMATORS)
 def test_estimators_agree_on_average(kind: str, other: str, samples: int, x: torch.Tensor) -> None:
     vae = linear()
     torch.manual_seed(2)
@@ -234,20 +232,18 @@ def test_priors_are_densities_and_train(name: str, x: torch.Tensor) -> None:
 def test_values_that_x_cannot_have(likelihood: str) -> None:
     levels = 2 if likelihood == "bernoulli" else 5
     model = models.VAE(4, levels=levels, latent=2, likelihood=likelihood)
-    for bad, count in ((levels, 1), (-1, 1), (float("nan"), 1)):
+    for bad in (levels, -1, math.nan):
         v = torch.zeros(3, 4)
         v[1, 2] = bad
         for call in (model.elbo, model.log_mass, model.evidence, model.importance_log_prob, model.reconstruct):
-            with pytest.raises(ValueError, match=f"from 0 to {levels - 1}, got {count} of 12 others, or NaN"):
+            with pytest.raises(ValueError, match=f"from 0 to {levels - 1}, got 1 of 12 others, or NaN"):
                 call(v)
     if likelihood != "bernoulli":
         with pytest.raises(ValueError, match="expected integers"):
             model.elbo(torch.full((3, 4), 0.5))
 
 
-def small(
-    inputs: int, encoded: int, latent: int, outputs: int, likelihood: nn.Likelihood, prior: torch.nn.Module | None = None
-) -> nn.VAE:
+def small(inputs: int, encoded: int, latent: int, outputs: int, likelihood: nn.Likelihood, prior: Any = None) -> nn.VAE:
     """Two linear layers, whatever fits or does not."""
     networks = torch.nn.Linear(inputs, encoded), torch.nn.Linear(latent, outputs)
     return nn.VAE(*networks, likelihood, prior or nn.StandardNormal(latent), nn.GaussianPosterior(latent))
@@ -258,33 +254,17 @@ def test_networks_of_other_widths() -> None:
     two_layers = nn.HierarchicalPosterior(2, 3, torch.nn.Linear(2, 8))
     flow = nn.Flow(nn.Permutation.reverse(4), nn.StandardNormal(4))
     x, decoder = torch.zeros(2, 4), r"decoder: expected parameters of shape \(4, 3\) for x of \(4,\), got "
+    encoder = r"expected \(B, 6\) from the encoder, got "
+    prior = r"prior: expected latents of shape \(3,\), as the posterior has, got \(4,\)"
     assert_refused(
-        [
-            (
-                lambda: small(4, 8, 3, 4, nn.Bernoulli()).elbo(x),
-                r"GaussianPosterior: expected \(B, 6\) from the encoder, got \(2, 8\)",
-            ),
-            (
-                lambda: planar.sample_and_log_prob(torch.zeros(2, 9)),
-                r"FlowPosterior: expected \(B, 6\) from the encoder, got \(2, 9\)",
-            ),
-            (lambda: two_layers.sample_and_log_prob(x), r"expected \(B, 6\) from the encoder, got \(2, 8\)"),
-            (lambda: small(4, 6, 3, 27, nn.Categorical(3)).elbo(x), decoder + r"\(9, 3\)"),
-            (lambda: small(4, 6, 3, 9, nn.Categorical(3)).elbo(x), decoder + r"\(3, 3\)"),
-            (lambda: small(4, 4, 2, 3, nn.Gaussian()).elbo(x), r"decoder: expected \(B, a multiple of 2, .*\), got \(2, 3\)"),
-            (
-                lambda: small(4, 6, 3, 4, nn.Bernoulli(), flow),
-                r"prior: expected latents of shape \(3,\), as the posterior has, got \(4,\)",
-            ),
-        ]
+        (lambda: small(4, 8, 3, 4, nn.Bernoulli()).elbo(x), f"GaussianPosterior: {encoder}" + r"\(2, 8\)"),
+        (lambda: planar.sample_and_log_prob(torch.zeros(2, 9)), f"FlowPosterior: {encoder}" + r"\(2, 9\)"),
+        (lambda: two_layers.sample_and_log_prob(x), encoder + r"\(2, 8\)"),
+        (lambda: small(4, 6, 3, 27, nn.Categorical(3)).elbo(x), decoder + r"\(9, 3\)"),
+        (lambda: small(4, 6, 3, 9, nn.Categorical(3)).elbo(x), decoder + r"\(3, 3\)"),
+        (lambda: small(4, 4, 2, 3, nn.Gaussian()).elbo(x), r"decoder: expected \(B, a multiple of 2, .*\), got \(2, 3\)"),
+        (lambda: small(4, 6, 3, 4, nn.Bernoulli(), flow), prior),
     )
-
-
-def test_what_is_no_bijection_and_no_vae() -> None:
-    with pytest.raises(TypeError, match="bijection: expected a Bijection, got IAF; of a Flow that is its bijection"):
-        nn.FlowPosterior(3, models.IAF(3, hidden=(8,)))
-    with pytest.raises(TypeError, match=r"vae: expected a flowkern\.nn\.VAE, got RealNVP"):
-        diagnostics.elbo_surgery(models.RealNVP(3), torch.zeros(2, 3))
 
 
 def test_called_as_a_module() -> None:
@@ -312,19 +292,21 @@ def test_no_samples_and_networks_without_parameters() -> None:
 
 
 def test_errors() -> None:
+    bijection = "bijection: expected a Bijection, got IAF; of a Flow that is its bijection"
+    vae = r"vae: expected a flowkern\.nn\.VAE, got RealNVP"
     assert_refused(
-        [
-            (lambda: linear().elbo(torch.zeros(1, DATA), samples=0), "samples: expected at least 1, got 0"),
-            (lambda: nn.Objective(capacity=math.nan), "capacity: expected at least 0, got nan"),
-            (lambda: nn.Objective(samples=2.5), r"samples: expected a whole number, got 2\.5"),
-            (lambda: linear().sample(2, temperature=-1.0), "temperature: expected at least 0, got -1"),
-            (lambda: linear(prior=nn.StandardNormal(LATENT + 1)), "prior: expected latents of shape"),
-            (lambda: nn.Objective("vi"), "kind: unknown objective 'vi'"),
-            (lambda: nn.Objective(beta=-1), "beta: expected at least 0, got -1"),
-            (lambda: nn.Objective("iwae", beta=2.0), "they change the rate of 'elbo', not 'iwae'"),
-            (lambda: linear().importance_log_prob(torch.zeros(1, DATA), samples=1), "samples, chunk"),
-            (lambda: models.VAE(3, latent=2).render(torch.zeros(1, 5)), r"z: expected shape \(B, 2\), got \(1, 5\)"),
-        ]
+        (lambda: nn.FlowPosterior(3, models.IAF(3, hidden=(8,))), bijection, TypeError),
+        (lambda: diagnostics.elbo_surgery(models.RealNVP(3), torch.zeros(2, 3)), vae, TypeError),
+        (lambda: linear().elbo(torch.zeros(1, DATA), samples=0), "samples: expected at least 1, got 0"),
+        (lambda: nn.Objective(capacity=math.nan), "capacity: expected at least 0, got nan"),
+        (lambda: nn.Objective(samples=2.5), r"samples: expected a whole number, got 2\.5"),
+        (lambda: linear().sample(2, temperature=-1.0), "temperature: expected at least 0, got -1"),
+        (lambda: linear(prior=nn.StandardNormal(LATENT + 1)), "prior: expected latents of shape"),
+        (lambda: nn.Objective("vi"), "kind: unknown objective 'vi'"),
+        (lambda: nn.Objective(beta=-1), "beta: expected at least 0, got -1"),
+        (lambda: nn.Objective("iwae", beta=2.0), "they change the rate of 'elbo', not 'iwae'"),
+        (lambda: linear().importance_log_prob(torch.zeros(1, DATA), samples=1), "samples, chunk"),
+        (lambda: models.VAE(3, latent=2).render(torch.zeros(1, 5)), r"z: expected shape \(B, 2\), got \(1, 5\)"),
     )
 
 
@@ -383,6 +365,9 @@ def test_discrete_bound_is_below_the_probability_of_all_values() -> None:
     assert abs(probability.exp().sum() - 1.0) < 5 * (error * probability.exp()).square().sum().sqrt()
 
 
+HALVED = "hidden: expected widths, for each of which 4 x 6 pixels can be halved once, got 2"
+
+
 @pytest.mark.parametrize(
     ("shape", "settings", "message"),
     [
@@ -396,11 +381,7 @@ def test_discrete_bound_is_below_the_probability_of_all_values() -> None:
         (3, {"prior": "realnvp", "latent": 1}, "latent: 'realnvp' couples one part"),
         ((1, 4, 4), {"network": "transformer"}, "network: unknown name 'transformer'"),
         (3, {"network": "conv"}, "network: 'conv' is for images"),
-        (
-            (1, 4, 6),
-            {"network": "conv", "hidden": [4, 4]},
-            "hidden: expected widths, for each of which 4 x 6 pixels can be halved once, got 2",
-        ),
+        ((1, 4, 6), {"network": "conv", "hidden": [4, 4]}, HALVED),
         (3, {"upper": 2, "prior": "mixture"}, "upper: two layers have a standard prior"),
         (3, {"context": 2, "prior": "vamp"}, "'vamp' has no context"),
     ],
@@ -411,9 +392,8 @@ def test_errors_of_models(shape: int | tuple[int, ...], settings: dict[str, Any]
 
 
 def test_trained_by_the_trainer(tmp_path) -> None:
-    plan = training.make_plan(
-        "vae", "digits", epochs=2, ema=0.0, config={"hidden": [32], "latent": 4, "objective": {"beta": 0.5}}
-    )
+    config = {"hidden": [32], "latent": 4, "objective": {"beta": 0.5}}
+    plan = training.make_plan("vae", "digits", epochs=2, ema=0.0, config=config)
     score = training.train(plan, tmp_path, draws=3)
     assert score.draws == 3
     assert score.nats < 64 * math.log(17.0)

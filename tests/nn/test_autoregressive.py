@@ -186,9 +186,8 @@ def test_equals_nflows(residual: bool) -> None:
     pytest.importorskip("nflows")
     from nflows.transforms import MaskedAffineAutoregressiveTransform
 
-    theirs = MaskedAffineAutoregressiveTransform(
-        6, 10, num_blocks=2, use_residual_blocks=residual, activation=torch.tanh
-    ).double()
+    how = {"num_blocks": 2, "use_residual_blocks": residual, "activation": torch.tanh}
+    theirs = MaskedAffineAutoregressiveTransform(6, 10, **how).double()
     net = theirs.autoregressive_net
     blocks = [linear for b in net.blocks for linear in (b.linear_layers if residual else [b.linear])]
     options = {"activation": "tanh", "residual": residual, "degrees": "cyclic", "scale": ScaleMap.softplus(1e-3)}

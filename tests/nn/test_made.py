@@ -61,9 +61,8 @@ def test_outputs_see_the_features_before_theirs_and_no_others(name: str, backend
 def test_the_same_weights_give_what_nflows_gives(residual: bool) -> None:
     theirs_of = pytest.importorskip("nflows.transforms.made", reason="nflows is not installed").MADE
     for features, blocks in ((7, 2), (3, 1), (1, 1)):
-        theirs = theirs_of(
-            features, 20, num_blocks=blocks, output_multiplier=2, use_residual_blocks=residual, activation=torch.tanh
-        ).double()
+        how = {"num_blocks": blocks, "output_multiplier": 2, "use_residual_blocks": residual, "activation": torch.tanh}
+        theirs = theirs_of(features, 20, **how).double()
         hidden = (20,) * (blocks + 1)
         ours = nn.MADE(features, hidden, 2, activation="tanh", residual=residual, degrees="cyclic").double()
         inner = [m for b in theirs.blocks for m in (b.linear_layers if residual else [b.linear])]
@@ -182,6 +181,8 @@ def test_compile_and_gradients() -> None:
 
 
 def test_bad_input_is_named() -> None:
+    own, nothing = r"layers\[0\]: unit 2 of degree 4 sees every input: an .* own", r"layers\[0\]: unit 1 of degree 0 sees nothing"
+    added, three = r"layers\[2\]: unit 1 of degree 1 is added to one of another degree", [[1, 2, 3], [2, 1, 1], [1, 1, 3]]
     for arguments, match in (
         ({"features": 0}, "features, params_per_feature: expected at least 1, got 0 and 2"),
         ({"hidden": (4, 0)}, "hidden: expected widths of at least 1"),
@@ -193,18 +194,9 @@ def test_bad_input_is_named() -> None:
         ({"order": torch.arange(3)}, r"order: expected each of 0..3 once, shape \(4,\)"),
         ({"degrees": "spread"}, "degrees: unknown rule 'spread'"),
         ({"degrees": [torch.tensor([1, 2])]}, r"degrees: expected integer tensors of lengths \[3, 3\], got shapes \[\(2,\)\]"),
-        (
-            {"degrees": [torch.tensor([1, 2, 4]), torch.ones(3).long()]},
-            r"layers\[0\]: unit 2 of degree 4 sees every input: an .* own",
-        ),
-        (
-            {"degrees": [torch.tensor([1, 0, 1]), torch.tensor([-5, -9, -5])]},
-            r"layers\[0\]: unit 1 of degree 0 sees nothing and feeds",
-        ),
-        (
-            {"degrees": [torch.tensor([1, 2, 3]), torch.tensor([2, 1, 1]), torch.tensor([1, 1, 3])], "residual": True},
-            r"layers\[2\]: unit 1 of degree 1 is added to one of another degree",
-        ),
+        ({"degrees": [torch.tensor([1, 2, 4]), torch.ones(3).long()]}, own),
+        ({"degrees": [torch.tensor([1, 0, 1]), torch.tensor([-5, -9, -5])]}, nothing + " and feeds"),
+        ({"degrees": [*map(torch.tensor, three)], "residual": True}, added),
     ):
         keywords: dict[str, Any] = {"features": 4, "hidden": (3, 3), **arguments}
         with pytest.raises(ValueError, match=match):

@@ -59,25 +59,29 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same settings with small sizes, those in dicts among them."""
+    small = {}
+    for name, value in settings.items():
+        size = (SMALL[name],) * 2 if name in SMALL and isinstance(value, Sequence) else SMALL.get(name, value)
+        small[name] = shrunk(value) if isinstance(value, dict) else size
+    return small
+
+
 def small(name: str) -> dict[str, Any]:
     """Settings of any model of the registry: those of its signature, made small."""
     cls = models.MODELS[name]
-    settings: dict[str, Any] = {"shape": (1, 8, 8) if name == "vqvae2" else (1, 4, 4), **cls.config_for(4)}
-    for argument, parameter in inspect.signature(cls.__init__).parameters.items():
-        if argument in SMALL:
-            several = isinstance(parameter.default, Sequence)
-            settings[argument] = (SMALL[argument],) * 2 if several else SMALL[argument]
-    return settings
+    sizes = {n: p.default for n, p in inspect.signature(cls.__init__).parameters.items() if n in SMALL}
+    return {"shape": (1, 8, 8) if name == "vqvae2" else (1, 4, 4), **cls.config_for(4), **shrunk(sizes)}
 
 
-def presets() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
-    for (name, preset), settings in models.PRESETS.items():
-        cls, shape, levels = models.MODELS[name], (1, 8, 8) if preset.startswith("digits") else (3, 8, 8), 17
-        yield f"{name}-{preset}", (name, {"shape": shape, **cls.config_for(levels), **settings})
+def preset(name: str, source: str) -> dict[str, Any]:
+    shape = (1, 8, 8) if source.startswith("digits") else (3, 8, 8)
+    return {"shape": shape, **models.MODELS[name].config_for(17), **shrunk(models.PRESETS[name, source])}
 
 
 FAST: dict[str, tuple[str, dict[str, Any]]] = {name: (name, small(name)) for name in models.MODELS} | VARIANTS
-CASES = FAST | dict(presets())
+CASES = FAST | {f"{name}-{source}": (name, preset(name, source)) for name, source in models.PRESETS}
 
 
 def inputs(model: models.Model, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -466,14 +470,13 @@ class LogProb(torch.nn.Module):
 DRAWS = {"dequantized", "vae", "pixelvae"}
 
 
+TRACED = (*models.MODELS, "glow-classes", "pixelcnn-colours")
+
 #: Those that take long to trace.
 SLOW = {"glow", "pixelvae", "vqvae2"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in (*models.MODELS, "glow-classes", "pixelcnn-colours")],
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TRACED])
 def test_exported_with_a_dynamic_batch(name: str) -> None:
     model = trained(*FAST[name])
     x, context = inputs(model, 4)

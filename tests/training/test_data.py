@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import os
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_digits_are_split_in_file_order():
 
     digits = data.load("digits")
     assert (digits.levels, digits.shape, len(digits.classes)) == (17, (1, 8, 8), 10)
-    assert [len(s) for s in (digits.train, digits.val, digits.test)] == [1000, 350, 447]
+    assert _sizes(digits) == [1000, 350, 447]
     values = np.concatenate([s.values for s in (digits.train, digits.val, digits.test)])
     assert values.dtype == np.uint8
     assert (values.reshape(-1, 64) == load_digits().data).all()
@@ -74,18 +75,27 @@ def _refused(source: str, message: str, **options: object) -> None:
         data.load(source, **options)
 
 
+def _damage(path: Path) -> bytes:
+    """The file with other bytes near its end."""
+    whole = path.read_bytes()
+    return whole[:-30] + bytes(255 - b for b in whole[-30:])
+
+
+def _sizes(loaded: data.Dataset) -> list[int]:
+    return [len(split) for split in (loaded.train, loaded.val, loaded.test)]
+
+
 def test_folder_reads_what_it_can_and_reports_the_rest(tmp_path):
     _write_images(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(10)])
     (tmp_path / "cat" / "text.png").write_text("no image")
-    whole = (tmp_path / "dog" / "0.png").read_bytes()
-    (tmp_path / "dog" / "cut.png").write_bytes(whole[:-30] + bytes(255 - b for b in whole[-30:]))
+    (tmp_path / "dog" / "cut.png").write_bytes(_damage(tmp_path / "dog" / "0.png"))
     Image.fromarray(np.full((9, 9), 70_000 % 65536, np.uint16)).save(tmp_path / "deep.png")
     (tmp_path / "readme.txt").write_text("not looked at")
     (tmp_path / "dog" / "._0.png").write_bytes(b"left by a file system")
     lines: list[str] = []
     folder = data.load(f"folder:{tmp_path}", size=16, report=lines.append)
     assert (folder.shape, folder.levels, folder.classes) == ((3, 16, 16), 256, ("cat", "dog"))
-    assert [len(s) for s in (folder.train, folder.val, folder.test)] == [16, 2, 2]
+    assert _sizes(folder) == [16, 2, 2]
     assert len(lines) == 4
     for name in ("cat/text.png", "dog/cut.png", "deep.png"):
         assert sum(name in line for line in lines) == 1, name
@@ -109,10 +119,8 @@ def test_whatever_a_decoder_raises_is_a_line_for_that_file(tmp_path, monkeypatch
     monkeypatch.setattr(ImageOps, "fit", decode)
     lines: list[str] = []
     data.load(f"folder:{tmp_path}", size=4, report=lines.append)
-    assert lines == [
-        f"data: skipped {tmp_path / '2.png'}: {error.__name__}: in two lines",
-        f"data: skipped 1 of 4 images below {tmp_path}",
-    ]
+    skipped = f"data: skipped {tmp_path / '2.png'}: {error.__name__}: in two lines"
+    assert lines == [skipped, f"data: skipped 1 of 4 images below {tmp_path}"]
 
 
 def test_images_of_kinds_that_the_decoder_does_not_know(tmp_path):
@@ -124,8 +132,7 @@ def test_images_of_kinds_that_the_decoder_does_not_know(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     if features.check("avif"):
         Image.new("RGB", (40, 40), (9, 99, 200)).save(tmp_path / "x.avif")
-        whole = (tmp_path / "x.avif").read_bytes()
-        (tmp_path / "x.avif").write_bytes(whole[:-30] + bytes(255 - b for b in whole[-30:]))
+        (tmp_path / "x.avif").write_bytes(_damage(tmp_path / "x.avif"))
         names.append("x.avif")
     lines: list[str] = []
     data.load(f"folder:{tmp_path}", size=4, report=lines.append)
@@ -183,7 +190,7 @@ def test_cifar10(tmp_path, monkeypatch):
     for folder in (tmp_path, root):
         cifar = data.load(f"cifar10:{folder}")
         assert (cifar.shape, cifar.levels) == ((3, 32, 32), 256)
-        assert [len(s) for s in (cifar.train, cifar.val, cifar.test)] == [90, 10, 20]
+        assert _sizes(cifar) == [90, 10, 20]
         assert cifar.train.labels[[0, 20, 40, 60, 80]].tolist() == [0, 1, 2, 3, 4]
         assert cifar.test.values[3, :, 5, 6].tolist() == [30, 5, 5], "the first plane is red"
     (root / "data_batch_3.bin").write_bytes(b"\x0b" * 20 * 3073)
@@ -210,7 +217,7 @@ def test_mnist(tmp_path, packed):
     _write_mnist(tmp_path / "m", packed)
     mnist = data.load(f"mnist:{tmp_path / 'm'}")
     assert (mnist.shape, mnist.levels) == ((1, 28, 28), 256)
-    assert [len(s) for s in (mnist.train, mnist.val, mnist.test)] == [36, 4, 7]
+    assert _sizes(mnist) == [36, 4, 7]
     assert mnist.val.values[:, 0, 0, 0].tolist() == [36, 37, 38, 39]
     assert mnist.val.labels.tolist() == [6, 7, 8, 9]
 
@@ -244,7 +251,7 @@ def test_npy_images(tmp_path, shape):
     np.save(tmp_path / "x.npy", values)
     loaded = data.load(f"npy:{tmp_path / 'x.npy'}")
     assert (loaded.levels, loaded.shape) == (256, shape[1:] if len(shape) == 4 else (1, *shape[1:]))
-    assert [len(s) for s in (loaded.train, loaded.val, loaded.test)] == [16, 2, 2]
+    assert _sizes(loaded) == [16, 2, 2]
     rows = {row.tobytes() for s in (loaded.train, loaded.val, loaded.test) for row in s.values}
     assert rows == {row.tobytes() for row in values}
 
@@ -310,8 +317,7 @@ def test_npy_headers_are_not_believed(tmp_path, monkeypatch, header, message):
 
 def test_npy_in_any_order_of_memory(tmp_path):
     values = np.arange(720, dtype=np.int64).astype(np.uint8).reshape(30, 4, 6)
-    vectors = np.random.default_rng(0).normal(size=(30, 4))
-    for array in (values, vectors):
+    for array in (values, np.random.default_rng(0).normal(size=(30, 4))):
         loaded = []
         for variant in (array, np.asfortranarray(array), array.astype(array.dtype.newbyteorder())):
             np.save(tmp_path / "x.npy", variant)
@@ -361,8 +367,7 @@ def test_dequantized_values_stay_in_their_bins(levels):
     for u in (0.0, 0.5, 65535 / 65536):
         x = data.dequantize(v, levels, np.full(levels, u, np.float32))
         assert x.dtype == torch.float32
-        assert float(x.min()) >= 0.0
-        assert float(x.max()) < 1.0
+        assert 0.0 <= float(x.min()) <= float(x.max()) < 1.0
         # Division rounds once: floor is exact again half a unit in the last place further up.
         assert (torch.floor(x.double() * levels + 1e-5).numpy() == v).all()
 
@@ -381,21 +386,20 @@ def test_discrete_nll_of_a_histogram_density(digits):
 
 def test_noise_is_uniform_and_independent(digits):
     samples = np.arange(1000)
-    noise = {
-        (seed, epoch): data.batch_of(digits, "train", samples, seed=seed, epoch=epoch).x.double().numpy().reshape(1000, -1) * 17
-        - digits.train.values.reshape(1000, -1)
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    }
+    noise = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        x = data.batch_of(digits, "train", samples, seed=seed, epoch=epoch).x.double().numpy()
+        noise.append((x * 17 - digits.train.values).reshape(1000, -1))
     n = 64_000
-    for u in noise.values():
+    for u in noise:
         # Five standard errors of the mean and of the variance of U[0, 1), whose fourth central moment is 1/80.
         assert abs(u.mean() - 0.5) < 5 * math.sqrt(1 / 12 / n)
         assert abs(u.var() - 1 / 12) < 5 * math.sqrt((1 / 80 - 1 / 144) / n)
         # Neighbouring pixels and samples: correlation 0 with standard error 1 / sqrt(n).
         for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):
             assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / math.sqrt(a.size)
-    for a, b in (((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 0))):
-        assert abs(np.corrcoef(noise[a].ravel(), noise[b].ravel())[0, 1]) < 5 / math.sqrt(n)
+    for a, b in itertools.combinations(noise, 2):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / math.sqrt(n)
 
 
 def test_keyed_streams_are_fixed():
@@ -478,9 +482,8 @@ def test_loader_refuses_nan_and_names_batch_and_row(tmp_path, workers):
     loaded = data.load(f"npy:{path}")
     row = int(loaded.train.values[5, 0]) // 3
     loaded.train.values[5, 1] = np.nan
-    order = noise.order(0, 0, len(loaded.train)).tolist()
     batches = iter(data.loader(loaded, "train", 4, seed=0, workers=workers))
-    number = order.index(5) // 4
+    number = noise.order(0, 0, len(loaded.train)).tolist().index(5) // 4
     for _ in range(number):
         next(batches)
     message = f"{path}: NaN or infinity in 1 of 4 samples of train batch {number}, epoch 0: row {row}$"
@@ -521,5 +524,4 @@ def test_epochs_differ_and_validation_does_not(digits):
 @pytest.mark.parametrize(("n", "kept"), [(3, 1), (5, 1), (6, 2), (12, 2), (29, 2), (30, 3)])
 def test_small_folders_have_enough_for_a_standard_error(tmp_path, n, kept):
     _write_images(tmp_path, [f"{i}.png" for i in range(n)])
-    found = data.load(f"folder:{tmp_path}", size=4)
-    assert (len(found.train), len(found.val), len(found.test)) == (n - 2 * kept, kept, kept)
+    assert _sizes(data.load(f"folder:{tmp_path}", size=4)) == [n - 2 * kept, kept, kept]

@@ -21,6 +21,7 @@ import torch
 
 np = pytest.importorskip("numpy")
 
+import training_ddp  # noqa: E402
 from training_runs import assert_near, assert_same_weights, last, train  # noqa: E402
 
 from flowkern import training  # noqa: E402
@@ -28,7 +29,7 @@ from flowkern.training._task import FlowTask  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).with_name("training_ddp.py")
+SCRIPT = training_ddp.__file__
 TWO = {"devices": 2, "strategy": "ddp", "accelerator": "cpu"}
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -49,7 +50,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def trained(folder: Path, plan: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
     """What each rank of a run saw."""
     folder.mkdir()
-    done = run(str(SCRIPT), str(folder), json.dumps({"plan": plan, "options": options}))
+    done = run(SCRIPT, str(folder), json.dumps({"plan": plan, "options": options}))
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
 
@@ -67,7 +68,13 @@ def assert_ranks_agree(ranks: list[dict[str, Any]], state: str = "state") -> Non
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> list[dict[str, Any]]:
-    return trained(tmp_path_factory.mktemp("one") / "run", PARTS, precision="64-true")
+    """In this process."""
+    folder = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_nll", "training_step", "on_train_end"):
+            patch.setattr(FlowTask, name, getattr(FlowTask, name))  # which puts back what is patched there
+        training_ddp.main(folder, {"plan": PARTS, "options": {"precision": "64-true"}})
+    return [torch.load(folder / "rank0.pt")]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +136,7 @@ def test_one_rank_speaks_and_writes_and_validation_counts_each_image_once(tmp_pa
 def test_a_rank_that_diverges_ends_the_run(tmp_path, rank):
     """Not finite on one rank alone: both end soon, in failure, and that rank says why."""
     request = {"plan": GLOW, "options": {**TWO, "checkpoint_steps": 1}, "poison": [2, rank]}
-    done = run(str(SCRIPT), str(tmp_path), json.dumps(request))
+    done = run(SCRIPT, str(tmp_path), json.dumps(request))
     assert done.returncode != 0
     assert "flowkern.training._evaluate.Diverged: the loss is not finite at step 2 (epoch 0)" in done.stderr
     content = last(tmp_path / "out")
@@ -157,7 +164,7 @@ def test_two_ranks_train_a_vqvae_and_its_prior(tmp_path, monkeypatch):
         return {**prior, "autoencoder": str(run / "best.ckpt")}
 
     request = {"plan": autoencoder, "then": {"prior": following(tmp_path / "out")}, "options": {"precision": "64-true", **TWO}}
-    done = run(str(SCRIPT), str(tmp_path), json.dumps(request))
+    done = run(SCRIPT, str(tmp_path), json.dumps(request))
     assert done.returncode == 0, done.stdout + done.stderr
     start = FlowTask.on_train_batch_start
     monkeypatch.setattr(FlowTask, "on_train_batch_start", lambda *given: (start(*given), ranks_in_turn(*given))[0])
@@ -169,38 +176,63 @@ def test_two_ranks_train_a_vqvae_and_its_prior(tmp_path, monkeypatch):
         assert_near(tmp_path / one, tmp_path / (name or "out"))
 
 
-def test_two_machines(tmp_path):
-    """Two ``torchrun``, as on two machines, train the RealNVP of one process, and resume it: 1e-9, as in test_training.py."""
+CONFIG = {"flatten": True, "couplings": 2, "hidden": 8, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def realnvp(tmp_path_factory) -> Path:
+    """A run of one process."""
+    out = tmp_path_factory.mktemp("realnvp")
+    plan = training.make_plan("realnvp", "digits", config=CONFIG, epochs=2, batch_size=331, ema=0.9)
+    train(plan, out, precision="64-true")
+    assert last(out)["global_step"] == 8
+    return out
+
+
+def command(out: Path, *more: str) -> list[str]:
+    """The command line of the same run on several ranks."""
+    arguments = [f"--out={out}", "--data=digits", "--batch-size=331", "--ema=0.9", "--strategy=ddp", "--accelerator=cpu"]
+    arguments += [f"--set={name}={json.dumps(value)}" for name, value in CONFIG.items()]
+    return ["train", "realnvp", *arguments, "--precision=64-true", "--draws=1", *more]
+
+
+def test_two_ranks_of_the_command_line(tmp_path, realnvp):
+    """Against one process: 1e-9, as in test_training.py."""
+    done = run("-m", "flowkern.cli", *command(tmp_path, "--epochs=2", "--devices=2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("test NLL") == 1, "only the first rank reports"
+    assert_near(realnvp, tmp_path)
+
+
+#: Trains for one epoch, and resumes for a second one.
+TWICE = """
+import sys
+from flowkern.cli import main
+sys.exit(main([*sys.argv[1:], "--epochs=1"]) or main([*sys.argv[1:], "--epochs=2", "--resume"]))
+"""
+
+
+def test_two_machines(tmp_path, realnvp):
+    """Two ``torchrun``, as on two machines, train the run of one process, and resume it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = {"flatten": True, "couplings": 2, "hidden": 8, "dropout": 0.0}
-    arguments = [f"--out={tmp_path / 'two'}", "--data=digits", "--batch-size=331", "--ema=0.9"]
-    arguments += [f"--set={name}={json.dumps(value)}" for name, value in config.items()]
-    arguments += ["--nodes=2", "--devices=1", "--strategy=ddp", "--accelerator=cpu", "--precision=64-true", "--draws=1"]
+    (tmp_path / "twice.py").write_text(TWICE)
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     launch += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    script = [str(tmp_path / "twice.py"), *command(tmp_path / "two", "--nodes=2", "--devices=1")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-
-    def both(*more: str) -> str:
-        command = ["-m", "flowkern.cli", "train", "realnvp", *arguments, *more]
-        machines = [subprocess.Popen([*launch, f"--node-rank={node}", *command], env=ONE_THREAD, **pipes) for node in (0, 1)]
-        try:
-            outputs = [machine.communicate(timeout=300) for machine in machines]
-        finally:
-            for machine in machines:
-                machine.kill()
-        assert [machine.returncode for machine in machines] == [0, 0], outputs
-        assert outputs[1][0] == "", "the second machine speaks"
-        assert "GLOBAL_RANK" not in outputs[0][1] + outputs[1][1], "Lightning speaks on every rank"
-        return outputs[0][0]
-
-    assert both("--epochs=1").count("test NLL") == 1
-    both("--epochs=2", "--resume")
-    plan = training.make_plan("realnvp", "digits", config=config, epochs=2, batch_size=331, ema=0.9)
-    train(plan, tmp_path / "one", precision="64-true")
-    assert last(tmp_path / "one")["global_step"] == 8
-    assert_near(tmp_path / "one", tmp_path / "two")
+    machines = [subprocess.Popen([*launch, f"--node-rank={node}", *script], env=ONE_THREAD, **pipes) for node in (0, 1)]
+    try:
+        outputs = [machine.communicate(timeout=300) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert outputs[1][0] == "", "the second machine speaks"
+    assert "GLOBAL_RANK" not in outputs[0][1] + outputs[1][1], "Lightning speaks on every rank"
+    assert outputs[0][0].count("test NLL") == 2
+    assert_near(realnvp, tmp_path / "two")
 
 
 def alive(pid: int) -> bool:
@@ -226,15 +258,10 @@ def test_no_rank_outlives_its_launcher(tmp_path, sent, where):
     """However that is ended: while it trains, and while it waits for another rank to come."""
     plan = {"model": "realnvp", "data": "digits", "epochs": 10**6, "config": {"flatten": True, "couplings": 2, "hidden": 8}}
     request = json.dumps({"plan": plan, "options": TWO, "stuck": where == "start"})
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), request]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": ONE_THREAD}
     # A shell starts background jobs with SIGINT ignored, and so do some that run tests.
-    launcher = subprocess.Popen(
-        command,
-        env=ONE_THREAD,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    quiet["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    launcher = subprocess.Popen([sys.executable, "-W", "ignore", SCRIPT, str(tmp_path), request], **quiet)
     rank = 0
     try:
         awaited = [tmp_path / "rank-1"] + ([tmp_path / "rank-0"] if where == "training" else [])

@@ -94,16 +94,11 @@ def test_whatever_is_raised_is_a_line(capsys, monkeypatch, error, code, line):
     assert capsys.readouterr().err == f"flowkern: error: {line}\n"
 
 
-def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def shell(command: str) -> subprocess.CompletedProcess[str]:
     """What ``flowkern command`` does in a shell, with redirections as they stand in there."""
-    return subprocess.run(
-        ["bash", "-c", f"{sys.executable} -W ignore -m flowkern.cli {command}"],
-        env={**{k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}, **environment},
-        capture_output=True,
-        check=False,
-        encoding="utf-8",
-        errors="surrogateescape",
-    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    line = f"{sys.executable} -W ignore -m flowkern.cli {command}"
+    return subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
 
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

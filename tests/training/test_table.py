@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import before_each_step, last, stop_after, train, train_until, without_pictures
+from training_runs import (
+    assert_refused,
+    before_each_step,
+    last,
+    signals_put_back,
+    stop_after,
+    train,
+    train_until,
+    without_pictures,
+)  # fmt: skip
 
 from flowkern import cli, data, models, training
 from flowkern.training import _table
@@ -191,26 +200,21 @@ def test_interrupt(tmp_path, monkeypatch, capsys, one_row, where) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         return torch.zeros(350)
 
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with monkeypatch.context() as patch:
-            if where == "training":
-                before_each_step(patch, interrupt)
-            else:
-                patch.setattr(_table, "importance_nlls", interrupt)
-            assert cli.main(["table", "digits", "--out", str(tmp_path), "--seeds", "1"]) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with signals_put_back(), monkeypatch.context() as patch:
+        if where == "training":
+            before_each_step(patch, interrupt)
+        else:
+            patch.setattr(_table, "importance_nlls", interrupt)
+        assert cli.main(["table", "digits", "--out", str(tmp_path), "--seeds", "1"]) == 130
     assert f"interrupted; the same command continues from {tmp_path}" in capsys.readouterr().err
     assert "| MADE | 1 |" in training.table("digits", tmp_path, seeds=1)
 
 
 def test_errors(tmp_path) -> None:
-    with pytest.raises(ValueError, match="rows: unknown name 'vaes'; expected some of realnvp"):
-        training.table("digits", tmp_path, rows=["vaes"])
-    with pytest.raises(ValueError, match="seeds: expected at least 1, got 0"):
-        training.table("digits", tmp_path, seeds=0)
+    assert_refused(
+        (lambda: training.table("digits", tmp_path, rows=["vaes"]), "rows: unknown name 'vaes'; expected some of realnvp"),
+        (lambda: training.table("digits", tmp_path, seeds=0), "seeds: expected at least 1, got 0"),
+    )
 
 
 @pytest.mark.parametrize("name", _table.ROWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -22,7 +23,17 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 np = pytest.importorskip("numpy")
 
-from training_runs import assert_near, before_each_step, last, stop_after, train, train_until  # noqa: E402
+from training_runs import (  # noqa: E402
+    assert_near,
+    assert_refused,
+    before_each_step,
+    last,
+    signals_put_back,
+    stop_after,
+    train,
+    train_until,
+    vectors_plan,
+)  # fmt: skip
 
 from flowkern import data, diagnostics, models, training  # noqa: E402
 from flowkern.data import noise  # noqa: E402
@@ -37,6 +48,10 @@ def small_plan(**given: Any) -> training.Plan:
     config = {**SMALL, **given.pop("config", {})}
     fields = {"epochs": 2, "batch_size": 250, "lr": 1e-2, "warmup": 3, "ema": 0.9, "clip": 50.0, **given}
     return training.make_plan("realnvp", "digits", config=config, **fields)
+
+
+def normal(*shape: int) -> Any:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 def assert_same_state(a: Any, b: Any, where: str) -> None:
@@ -177,8 +192,15 @@ def glow_plan(**given: Any) -> training.Plan:
     return training.make_plan("glow", "digits", config=config, **fields)
 
 
-@pytest.mark.parametrize(("model", "memory"), [("realnvp", None), ("glow", "store"), ("glow", "reversible")])
-def test_half_precision_run(tmp_path, monkeypatch, model, memory):
+IMAGES = {"couplings": 1, "depth": 1, "flatten": False}
+HALF = {
+    "realnvp": small_plan(epochs=1, config=IMAGES, optimizer="adamw", weight_decay=0.1),
+    **{f"glow-{memory}": glow_plan(config={"memory": memory}) for memory in ("store", "reversible")},
+}
+
+
+@pytest.mark.parametrize("plan", HALF.values(), ids=HALF)
+def test_half_precision_run(tmp_path, monkeypatch, plan):
     """Networks answer in bfloat16; what passes between the layers, log-determinants, loss and weights are float32."""
     from flowkern import nn
     from flowkern.nn.bijections.bijection import Bijection
@@ -201,11 +223,6 @@ def test_half_precision_run(tmp_path, monkeypatch, model, memory):
 
     monkeypatch.setattr(FlowTask, "training_step", step)
     monkeypatch.setattr(FlowTask, "configure_optimizers", watch)
-    if model == "realnvp":
-        config = {"couplings": 1, "hidden": 8, "depth": 1, "flatten": False}
-        plan = small_plan(epochs=1, config=config, optimizer="adamw", weight_decay=0.1)
-    else:
-        plan = glow_plan(config={"memory": memory})
     score = train(plan, tmp_path, precision="bf16-mixed")
     assert score is not None
     assert math.isfinite(score.nats)
@@ -257,19 +274,13 @@ def test_conditional_run_and_its_samples(tmp_path):
         assert np.load(tmp_path / "x.npy").shape == (5, 1, 8, 8)
     with pytest.raises(ValueError, match=r"unknown class 'x'; expected one of 0, 1"):
         training.save_samples(tmp_path / "best.ckpt", tmp_path / "x.npy", label="x")
-    with pytest.raises(ValueError, match="for 10 classes, and photos"):
-        training.evaluate(_reshaped(model), data.load("photos"), draws=1)
-
-
-def _reshaped(model: models.FlowModel) -> models.FlowModel:
     model.shape = (3, 32, 32)
-    return model
+    with pytest.raises(ValueError, match="for 10 classes, and photos"):
+        training.evaluate(model, data.load("photos"), draws=1)
 
 
 def test_continuous_data(tmp_path, capsys):
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32))
-    plan = training.make_plan("nice", f"npy:{tmp_path / 'x.npy'}", config={"couplings": 2, "hidden": 8}, epochs=2)
-    score = training.train(plan, tmp_path / "run")
+    score = training.train(vectors_plan(tmp_path / "x.npy", normal(200, 6), epochs=2), tmp_path / "run")
     # The entropy of N(0, I) in 6 dimensions is 8.51 nats; the mean over 20 samples has a standard error of 0.39.
     assert score is not None
     assert score.draws == 1
@@ -333,15 +344,10 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "step"),
-    [
-        *(("realnvp", step) for step in (3, 4, 6, 7)),
-        *(("accumulating", step) for step in (3, 7)),
-        *(("glow", step) for step in (1, 6)),
-        ("reversible", 3),
-    ],
-)
+KILLED_AT = {"realnvp": (3, 4, 6, 7), "accumulating": (3, 7), "glow": (1, 6), "reversible": (3,)}
+
+
+@pytest.mark.parametrize(("name", "step"), [(name, step) for name, steps in KILLED_AT.items() for step in steps])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, name, step):
     """Killed in the middle (step 3, 6), at the last batch (7) and at the first of an epoch (4), with dropout.
 
@@ -455,30 +461,17 @@ def test_a_killed_process_resumes(tmp_path, plan, saved, where):
 def test_ended_from_outside(tmp_path, monkeypatch, capsys, sent, code, saved):
     """Neither looks like success, and both say how to go on. SIGTERM lets the step end that it came in."""
     before_each_step(monkeypatch, lambda task, _: os.kill(os.getpid(), sent) if task.global_step == 5 else None)
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
-    try:
-        with pytest.raises(SystemExit) as end:
-            train(small_plan(), tmp_path, checkpoint_steps=2)
-    finally:
-        for s, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
-            signal.signal(s, handler)
+    with signals_put_back(), pytest.raises(SystemExit) as end:
+        train(small_plan(), tmp_path, checkpoint_steps=2)
     assert end.value.code == code
     assert "--resume continues from" in capsys.readouterr().out
     assert last(tmp_path)["global_step"] == saved
 
 
 def test_interrupted_before_anything_was_saved(tmp_path, monkeypatch, capsys):
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before_each_step(monkeypatch, interrupt)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit):
-            train(small_plan(), tmp_path)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    before_each_step(monkeypatch, lambda *_: signal.raise_signal(signal.SIGINT))
+    with signals_put_back(), pytest.raises(SystemExit):
+        train(small_plan(), tmp_path)
     assert "interrupted at step 0; there is no checkpoint to resume from yet" in capsys.readouterr().out
 
 
@@ -502,15 +495,6 @@ def test_full_disk(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.glob(".*")] == [".lock"]
 
 
-def vector_run(tmp_path: Path, values: Any, **options: Any) -> Path:
-    """A run on vectors of a file, of one epoch, or of two where it resumes."""
-    np.save(tmp_path / "x.npy", values)
-    epochs = 2 if options.get("resume") else 1
-    plan = training.make_plan("nice", f"npy:{tmp_path / 'x.npy'}", config={"couplings": 2, "hidden": 8}, epochs=epochs)
-    train(plan, tmp_path / "run", **options)
-    return tmp_path / "run"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -521,13 +505,13 @@ def vector_run(tmp_path: Path, values: Any, **options: Any) -> Path:
     ],
 )
 def test_resuming_refuses_other_data(tmp_path, change, message):
-    values = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
-    out = vector_run(tmp_path, values)
+    values, file, out = normal(200, 6), tmp_path / "x.npy", tmp_path / "run"
+    train(vectors_plan(file, values), out)
     before = (out / "last.ckpt").read_bytes()
     with pytest.raises(ValueError, match=f"run cannot resume: npy:.* has changed: {message}"):
-        vector_run(tmp_path, change(values), resume=True)
+        train(vectors_plan(file, change(values), epochs=2), out, resume=True)
     assert (out / "last.ckpt").read_bytes() == before
-    vector_run(tmp_path, values, resume=True)
+    train(vectors_plan(file, values, epochs=2), out, resume=True)
     assert last(out)["epoch"] == 1
 
 
@@ -543,9 +527,8 @@ def test_the_best_weights_are_missed(finished, tmp_path, epochs):
     """By a run that had ended and by one that goes on, before it does."""
     (tmp_path / "last.ckpt").write_bytes((finished[0] / "last.ckpt").read_bytes())
     plan = training.resumed_plan(tmp_path, {"epochs": epochs})
-    with pytest.raises(
-        ValueError, match=r"cannot resume: best.ckpt, the weights of its lowest validation NLL, [0-9.]+ nats, is miss"
-    ):
+    missing = r"cannot resume: best.ckpt, the weights of its lowest validation NLL, [0-9.]+ nats, is missing"
+    with pytest.raises(ValueError, match=missing):
         train(plan, tmp_path, resume=True)
     (tmp_path / "best.ckpt").write_bytes((finished[0] / "best.ckpt").read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"best.ckpt: not a checkpoint: the file is truncated"):
@@ -666,12 +649,10 @@ def test_diagnosis_names_parameters():
 
 
 def test_training_refuses_nan_and_names_the_batch(tmp_path, monkeypatch):
-    path = tmp_path / "x.npy"
-    np.save(path, np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32))
-    loaded = data.load(f"npy:{path}")
+    plan = vectors_plan(tmp_path / "x.npy", normal(40, 2), batch_size=8)
+    loaded = data.load(plan.data)
     loaded.train.values[3, 0] = np.inf
     monkeypatch.setattr("flowkern.training._run.load", lambda *a, **k: loaded)
-    plan = training.make_plan("nice", f"npy:{path}", config={"couplings": 2, "hidden": 8}, epochs=1, batch_size=8)
     batch, row = noise.order(0, 0, 32).tolist().index(3) // 8, loaded.train.origins[3]
     with pytest.raises(ValueError, match=f"x.npy: NaN or infinity in 1 of 8 samples of train batch {batch}, epoch 0: row {row}$"):
         train(plan, tmp_path / "run")
@@ -713,28 +694,23 @@ def test_presets_build_their_models():
 
 
 def test_models_are_checked(tmp_path):
-    with pytest.raises(ValueError, match=f"unknown name 'x'; expected one of {', '.join(models.MODELS)}"):
-        training.make_plan("x", "digits")
-    np.save(tmp_path / "x.npy", np.zeros((30, 2)))
-    vectors = f"npy:{tmp_path / 'x.npy'}"
-    for make, options, message in (
-        (lambda: small_plan(config={"hidden": "wide"}), {}, r"setting 'hidden': expected int \| None, got 'wide'"),
-        (lambda: glow_plan(config={"classes": 7}), {}, "glow: the model is for 7 classes, and digits has 10"),
-        (lambda: glow_plan(batch_size=1), {}, "the initialization needs a batch of at least 2 samples, got 1"),
-        (lambda: training.make_plan("nice", vectors, conditional=True), {}, "has no labels"),
-        (
-            lambda: training.make_plan("nice", vectors),
-            {"channels_last": True},
-            r"channels_last: expected images \(C, H, W\), and .* has \(2,\)",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train(make(), tmp_path / "run", **options)
+    out, plain = tmp_path / "run", vectors_plan(tmp_path / "x.npy", np.zeros((30, 2)))
+    labelled = dataclasses.replace(plain, conditional=True)
+    no_images = r"channels_last: expected images \(C, H, W\), and .* has \(2,\)"
+    assert_refused(
+        (lambda: training.make_plan("x", "digits"), f"unknown name 'x'; expected one of {', '.join(models.MODELS)}"),
+        (lambda: train(small_plan(config={"hidden": "wide"}), out), r"setting 'hidden': expected int \| None, got 'wide'"),
+        (lambda: train(glow_plan(config={"classes": 7}), out), "glow: the model is for 7 classes, and digits has 10"),
+        (lambda: train(glow_plan(batch_size=1), out), "the initialization needs a batch of at least 2 samples, got 1"),
+        (lambda: train(labelled, out), "has no labels"),
+        (lambda: train(plain, out, channels_last=True), no_images),
+    )
 
 
-@pytest.mark.parametrize(
-    "error", [TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StopIteration]
-)
+ERRORS = [TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, RuntimeError, StopIteration]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_settings_that_a_constructor_cannot_take(monkeypatch, error):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error("of another kind")
@@ -748,10 +724,7 @@ def test_settings_that_a_constructor_cannot_take(monkeypatch, error):
 def test_a_loop_that_ends_in_a_step_does_not_end_the_epoch(tmp_path, monkeypatch, method):
     """Lightning takes a StopIteration for the end of the batches: in training (objective) and in validation."""
 
-    def fail(self: Any, *arguments: Any) -> Any:
-        return next(iter(()))
-
-    monkeypatch.setattr(models.RealNVP, method, fail)
+    monkeypatch.setattr(models.RealNVP, method, lambda *_: next(iter(())))
     if method == "log_prob":
         monkeypatch.setattr(models.RealNVP, "objective", lambda self, x, context: self.bijection(x, context)[1])
     with pytest.raises(RuntimeError, match="StopIteration in RealNVP"):
@@ -782,14 +755,13 @@ def test_score_of_the_uniform_density():
 
 
 def test_score_refuses_nan():
-    model = _Uniform()
+    model, digits, photos = _Uniform(), data.load("digits"), data.load("photos")
     model.bad = 3
-    with pytest.raises(ValueError, match="of 6 of 447 samples is not a number"):
-        training.evaluate(model, data.load("digits"), draws=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"shape \(1, 8, 8\), and photos has \(3, 32, 32\)"):
-        training.evaluate(model, data.load("photos"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="draws: expected at least 1"):
-        training.evaluate(model, data.load("digits"), draws=0)  # type: ignore[arg-type]
+    assert_refused(
+        (lambda: training.evaluate(model, digits, draws=1), "of 6 of 447 samples is not a number"),
+        (lambda: training.evaluate(model, photos), r"shape \(1, 8, 8\), and photos has \(3, 32, 32\)"),
+        (lambda: training.evaluate(model, digits, draws=0), "draws: expected at least 1"),
+    )
 
 
 class _Seen(models.DiscreteModel):
@@ -974,19 +946,14 @@ def test_gallery(conditional, tmp_path):
 
     digits = data.load("digits")
     lines = _gallery.save_gallery(conditional, digits, tmp_path, seed=3)
-    assert [line.rpartition("/")[2] for line in lines] == [
-        "samples-0.6.png",
-        "samples-0.8.png",
-        "samples.png",
-        "interpolations.png",
-        "reconstructions.png",
-    ]
+    samples = ["samples-0.6.png", "samples-0.8.png", "samples.png"]
+    assert [line.rpartition("/")[2] for line in lines] == [*samples, "interpolations.png", "reconstructions.png"]
     assert "largest error" in lines[-1]
     context = training.context_of(conditional, torch.arange(64) % 10)
-    for temperature, name in zip(_gallery.TEMPERATURES, ("samples-0.6", "samples-0.8", "samples"), strict=True):
+    for temperature, name in zip(_gallery.TEMPERATURES, samples, strict=True):
         torch.manual_seed(3)
         images = training.to_pixels(conditional.sample(64, context, temperature), 17)
-        assert (_tiles(tmp_path / f"{name}.png") == images[..., 0]).all()
+        assert (_tiles(tmp_path / name) == images[..., 0]).all()
     tiles = _tiles(tmp_path / "reconstructions.png").reshape(4, 2, 8, 8, 8)
     real = np.round(digits.test.values[np.arange(32) * 447 // 32, 0] * (255.0 / 16)).astype(np.uint8).reshape(4, 8, 8, 8)
     assert (tiles[:, 0] == real).all()
@@ -1050,21 +1017,3 @@ def test_comparison_restores_the_model_and_prints_a_table(finished):
     assert "times as fast" in table
     with pytest.raises(ValueError, match=r"is for samples of shape \(1, 8, 8\)"):
         training.compare(str(out / "best.ckpt"), "photos")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Two ranks
-
-
-@pytest.mark.slow
-def test_two_ranks_train_the_same_model(tmp_path):
-    """Slices of unequal size: 166 and 165 of 331 samples, 4 and 3 of the last 7."""
-    plan = small_plan(batch_size=331)
-    ranks = ["--devices=2", "--strategy=ddp", "--accelerator=cpu", "--precision=64-true", "--draws=1"]
-    command = [sys.executable, "-W", "ignore", "-m", "flowkern.cli", *arguments(plan, tmp_path / "two"), *ranks]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("test NLL") == 1, "only the first rank reports"
-    train(plan, tmp_path / "one", precision="64-true")
-    assert last(tmp_path / "one")["global_step"] == 8
-    assert_near(tmp_path / "one", tmp_path / "two")

@@ -1,9 +1,10 @@
 """One run of the trainer, on one rank or several: ``python tests/training/training_ddp.py FOLDER REQUEST``, REQUEST in JSON.
 
-The request has the run's ``plan`` and ``options``, and in ``then`` plans of runs that follow, by name. Each rank leaves in FOLDER
-its process's number, rank-N, as soon as it trains, and what it saw: its losses, its weights after the first step and at the end,
-what it printed and which files it wrote. With ``poison``, [step, rank], its loss is NaN there; if ``stuck``, the first rank waits
-for the second one for ever. Not collected by pytest: Lightning starts the same script for each rank, so test_ddp.py runs it.
+The request has the run's ``plan`` and ``options``, and in ``then`` plans of runs that follow, by name. Each rank leaves in
+FOLDER its process's number, rank-N, as soon as it trains, and what it saw: its losses, its weights after the first step and at
+the end, what it printed and, as a process of its own, which files it wrote. With ``poison``, [step, rank], its loss is NaN
+there; if ``stuck``, the first rank waits for the second one for ever. Not collected by pytest: Lightning starts the same script
+for each rank, so test_ddp.py runs it.
 """
 
 import contextlib
@@ -61,12 +62,12 @@ def watch(folder: Path) -> Record:
         if Path(arguments[0]).is_relative_to(folder / "out"):
             record["written"].append(arguments[0])
 
-    sys.addaudithook(audit)
+    if __name__ == "__main__":
+        sys.addaudithook(audit)  # which stays until the process ends
     return record
 
 
 def main(folder: Path, request: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
     record = watch(folder)
     record["poison"] = request.get("poison")
     if request.get("stuck") and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -80,4 +81,5 @@ def main(folder: Path, request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ for package in ("numpy", "PIL", "sklearn"):
     pytest.importorskip(package)
 if importlib.util.find_spec("lightning") is None:
     pytest.skip("lightning is not installed", allow_module_level=True)
+
+import numpy as np  # noqa: E402
 
 from flowkern import models, training  # noqa: E402
 from flowkern.training import _run  # noqa: E402
@@ -64,6 +68,31 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
         trainer.should_stop = trainer.should_stop or (self._duration is not None and trainer.global_step >= steps)
 
     patch.setattr(Timer, "_check_time_remaining", check)
+
+
+@contextlib.contextmanager
+def signals_put_back() -> Iterator[None]:
+    """What is done about SIGTERM and SIGINT is as before at the end. A shell starts background jobs with SIGINT ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def vectors_plan(path: Path, values: Any, **given: Any) -> training.Plan:
+    """The plan of a small NICE on vectors, which are saved there."""
+    np.save(path, values)
+    return training.make_plan("nice", f"npy:{path}", config={"couplings": 2, "hidden": 8}, **{"epochs": 1, **given})
+
+
+def assert_refused(*cases: tuple[Callable[[], Any], str]) -> None:
+    """Each call says in a ValueError what is wrong."""
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def last(out: Path) -> dict[str, Any]:
