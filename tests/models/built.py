@@ -23,7 +23,7 @@ GLOWS: dict[str, dict[str, Any]] = {
 }
 _IMAGE = {"shape": (1, 4, 4), "hidden": 4, "depth": 1, "levels": 2, "couplings": 2}
 _RANDOM = {"layers": 3, "permutation": "random"}
-_LOGIT = {"logit": 0.05}
+_LOGIT, _RECIPE = {"logit": 0.05}, models.PRESETS["realnvp", "digits-recipe"]
 #: name -> (model, configuration)
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "nice-vector": ("nice", {"shape": 5, "hidden": 8}),
@@ -34,10 +34,7 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "realnvp-image": ("realnvp", _IMAGE),
     "realnvp-image-context": ("realnvp", {**_IMAGE, "shape": (2, 4, 2), "couplings": 1, "context": 3, "activation": "silu"}),
     "realnvp-logit": ("realnvp", {"shape": (1, 2, 3), "hidden": 8, "couplings": 2, "flatten": True, "preprocess": _LOGIT}),
-    "realnvp-recipe": (
-        "realnvp",
-        {**models.PRESETS["realnvp", "digits-recipe"], "shape": (1, 2, 4), "hidden": 8, "couplings": 2},
-    ),
+    "realnvp-recipe": ("realnvp", {**_RECIPE, "shape": (1, 2, 4), "hidden": 8, "couplings": 2}),
     **{f"glow-{name}": ("glow", {"shape": GLOW_SHAPE, **settings}) for name, settings in GLOWS.items()},
     "maf-batch-norm": ("maf", {"shape": 6, "hidden": [8], **_RANDOM, "seed": 3, "components": 3, "batch_norm": True}),
     "iaf-gated": ("iaf", {"shape": 5, "layers": 2, "hidden": [8, 6], "residual": True, "activation": "elu", "gated": True}),

@@ -16,6 +16,7 @@ import sys
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -93,16 +94,14 @@ def test_density_of_realnvp_integrates_to_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["realnvp-image-context", "glow-one-level", "glow-classes"])
+@pytest.mark.parametrize("name", ["realnvp-image-context", "glow-classes"])
 def test_compiles_in_one_graph(name: str) -> None:
     """A Glow once it is initialized."""
     model, x, context = built(name)
     compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
-    x.requires_grad_()
-    expected = torch.autograd.grad(model.log_prob(x, context).sum(), [x, *model.parameters()])
-    actual = torch.autograd.grad(compiled(x, context).sum(), [x, *model.parameters()])
-    for a, e in zip(actual, expected, strict=True):
-        assert_near(a, e)
+    leaves = [x.requires_grad_(), *model.parameters()]
+    found = [torch.autograd.grad(function(x, context).sum(), leaves) for function in (compiled, model.log_prob)]
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
 
 
 def test_multiscale_structure_is_that_of_dinh_et_al() -> None:
@@ -235,13 +234,6 @@ def test_errors_of_models() -> None:
     )
 
 
-def test_nan_in_the_data_is_counted() -> None:
-    x = torch.rand(5, 4)
-    x[2, 3] = math.nan
-    with pytest.raises(ValueError, match="1 of 5 log-probabilities are NaN"):
-        models.RealNVP(4, hidden=8).bits_per_dim(x, 256)
-
-
 def test_scale_map_survives_the_configuration() -> None:
     for scale in (ops.ScaleMap.soft_clip(1e-3), ops.ScaleMap.sigmoid(1.5, 1e-3), ops.ScaleMap.exp()):
         model = models.RealNVP(4, hidden=8, scale=scale)
@@ -273,6 +265,8 @@ def test_damaged_foreign_and_newer_files_are_refused(tmp_path) -> None:
         ([1, 2], "not written by flowkern"),
         (model, "damaged or foreign"),
         ({**good, "flowkern": "999.0.1"}, f"written by flowkern 999.0.1, newer than this one ({__version__})"),
+        ({**good, "plan": [1]}, "plan: expected a dict, got list"),
+        ({**good, "data": [1]}, "data: expected a dict, got list"),
         ({**good, "model": {"name": "nice"}}, "missing"),
         ({**good, "model": {"name": "glow2", "config": {}}}, "unknown name 'glow2'"),
         ({**good, "model": {"name": "nice", "config": {"shape": 4, "hidden": 9}}}, "size mismatch"),
@@ -322,9 +316,9 @@ def test_a_budget_is_kept_before_memory_is_taken(monkeypatch) -> None:
         models.build("nice", SETTINGS["nice"])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_weights_of_other_kinds_are_refused(tmp_path) -> None:
+    content, path = checkpoint(), tmp_path / "m.ckpt"
+    for change, message in (
         (lambda state: {name: value.int() for name, value in state.items()}, "expected a floating dtype, got torch.int32"),
         (lambda state: {name: value.to(torch.complex64) for name, value in state.items()}, "got torch.complex64"),
         (lambda state: {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}, "got torch.float8_e4m3fn"),
@@ -335,18 +329,13 @@ def test_a_budget_is_kept_before_memory_is_taken(monkeypatch) -> None:
         (lambda state: {name: value.to("meta") for name, value in state.items()}, "expected a dense tensor with values"),
         (lambda state: {name: value.to_sparse() for name, value in state.items()}, "expected a dense tensor with values"),
         (lambda state: [*state.values()], "state_dict is missing"),
-    ],
-)
-def test_weights_of_other_kinds_are_refused(tmp_path, change, message: str) -> None:
-    path = tmp_path / "m.ckpt"
-    content = checkpoint()
-    torch.save({**content, "state_dict": change(content["state_dict"])}, path)
-    assert re.search(message, refused(path))
+    ):
+        torch.save({**content, "state_dict": change(content["state_dict"])}, path)
+        assert re.search(message, refused(path))
 
 
-@pytest.mark.parametrize(
-    "described",
-    [
+def test_configurations_of_other_kinds_are_refused(tmp_path) -> None:
+    for described in (
         {"name": [], "config": {}},
         {"name": "nice", "config": 3},
         {"name": "nice", "config": {1: 2}},
@@ -354,11 +343,9 @@ def test_weights_of_other_kinds_are_refused(tmp_path, change, message: str) -> N
         {"name": "nice", "config": {"shape": 4, "preprocess": 3}},
         {"name": "glow", "config": {"shape": [1, 8, 8], "scale": "x"}},
         {"name": "vae", "config": {"shape": 4, "objective": {"kind": []}}},
-    ],
-)
-def test_configurations_of_other_kinds_are_refused(tmp_path, described: dict[str, Any]) -> None:
-    torch.save(checkpoint(model=described), tmp_path / "m.ckpt")
-    refused(tmp_path / "m.ckpt")
+    ):
+        torch.save(checkpoint(model=described), tmp_path / "m.ckpt")
+        refused(tmp_path / "m.ckpt")
 
 
 GLOW = ("glow", {"shape": (1, 4, 4), "steps": 1, "hidden": 4})
@@ -388,12 +375,6 @@ def test_buffers_that_mean_something_are_checked(tmp_path, described: Any, buffe
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(content["state_dict"])
     assert all(torch.equal(value, before[k]) for k, value in owner.state_dict().items())
-
-
-@pytest.mark.parametrize("entry", ["plan", "data"])
-def test_what_a_run_adds_is_a_dict(tmp_path, entry: str) -> None:
-    torch.save(checkpoint(**{entry: [1]}), tmp_path / "m.ckpt")
-    assert f"{entry}: expected a dict, got list" in refused(tmp_path / "m.ckpt")
 
 
 def test_compressed_files_are_refused(tmp_path) -> None:
@@ -463,10 +444,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     models.save(model, path)
     before = path.read_bytes()
 
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         models.save(models.NICE(4, hidden=16), path)
     assert path.read_bytes() == before

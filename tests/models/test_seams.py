@@ -102,9 +102,7 @@ def test_codes_of_another_quantizer(name: str, tmp_path: Path) -> None:
     assert (model.config["dim"], model.config["codes"], model.codes) == (3, 8, 8)
     again = assert_trains_and_comes_back(model, tmp_path / "model.pt")
     x = torch.rand(3, 1, 8, 8)
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.encode(again.reconstruct(x)), model.encode(model.reconstruct(x)), strict=True)
-    )
+    assert all(map(torch.equal, again.encode(again.reconstruct(x)), model.encode(model.reconstruct(x))))
     torch.testing.assert_close(again.render(again.embed(x)), again.reconstruct(x))
     assert all(0 < usage.used <= 1 for usage in model.usage(x))
     prior = models.build(name, model.config | {"prior": {"hidden": 8, "layers": 2}})
@@ -121,9 +119,7 @@ def test_what_cannot_be_saved_or_built_says_so(tmp_path: Path) -> None:
     for build in (models.RealNVP, models.MAF, models.IAF):
         with pytest.raises(ValueError, match="transformer: unknown kind 'spline'"):
             build(4, transformer={"kind": "spline"})
-    for wrong in (
-        Signs(3, channels_first=False),
-        {"kind": "residual_vector", "dim": 4, "codes": 5, "levels": 2, "channels_first": True},
-    ):
+    several = {"kind": "residual_vector", "dim": 4, "codes": 5, "levels": 2, "channels_first": True}
+    for wrong in (Signs(3, channels_first=False), several):
         with pytest.raises(ValueError, match="quantizer: expected one with channels_first=True and one code for each vector"):
             models.VQVAE((1, 8, 8), quantizer=wrong)

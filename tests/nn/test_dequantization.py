@@ -34,9 +34,8 @@ def test_noise_stays_in_the_cell() -> None:
     assert abs(u.double().mean() - 0.5) < 5 * (1 / 12 / u.numel()) ** 0.5
     without_parameters = nn.VariationalDequantization((1, 2, 2), 3, flow=nn.Permutation.reverse(1))
     u, log_q = without_parameters(torch.zeros(20, 1, 2, 2, dtype=torch.int64))
-    logit = torch.distributions.TransformedDistribution(
-        torch.distributions.Normal(0.0, 1.0), [torch.distributions.transforms.SigmoidTransform()]
-    )
+    normal = torch.distributions.Normal(0.0, 1.0)
+    logit = torch.distributions.TransformedDistribution(normal, [torch.distributions.SigmoidTransform()])
     torch.testing.assert_close(log_q, logit.log_prob(u).flatten(1).sum(1), rtol=1e-4, atol=1e-4)
 
 

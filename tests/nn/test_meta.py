@@ -400,10 +400,8 @@ def test_plu_refuses_permutations_that_are_none() -> None:
     square, vector = torch.randn(4, 4), torch.randn(4)
     factors = square, square, vector, vector.sign()
     for values in (*GARBAGE, 4):
-        for call in (
-            lambda p: torch.ops.flowkern.plu_weight.default(*factors, p),
-            lambda p: torch.ops.flowkern.plu_weight_backward.default(square, *factors, p),
-        ):
+        forward = functools.partial(torch.ops.flowkern.plu_weight.default, *factors)
+        for call in (forward, functools.partial(torch.ops.flowkern.plu_weight_backward.default, square, *factors)):
             call(torch.arange(4))
             for bad in (torch.full((4,), values), torch.arange(3), torch.arange(4).int()):
                 with pytest.raises(ValueError, match=r"^permutation: expected"):
@@ -506,7 +504,7 @@ def test_trained_in_a_dynamic_graph(name: str) -> None:
     """Several ops with one scale map stand in these graphs, whose constants are no variables."""
     torch._dynamo.reset()
     model = trained(name, DYNAMIC[name])
-    compiled = torch.compile(model.log_prob, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model.log_prob, dynamic=True, fullgraph=True, backend="aot_eager")
     for size in (4, 7):
         x, context = inputs(model, size)
         grads = [torch.autograd.grad(f(x, context).sum(), [*model.parameters()]) for f in (compiled, model.log_prob)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from typing import Any
 
@@ -44,11 +43,8 @@ def test_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BIJECTIONS)
-def test_float32_log_determinant_of_half_inputs_and_copies(name: str) -> None:
+def test_float32_log_determinant_of_half_inputs(name: str) -> None:
     layer, x, context = drawn(name)
-    twin = copy.deepcopy(layer)
-    twin.load_state_dict(layer.state_dict())
-    assert torch.equal(twin(x, context)[0], layer(x, context)[0])
     rows = None if context is None else context.bfloat16()
     z, logabsdet = layer.bfloat16()(x.bfloat16(), rows)
     assert z.dtype is torch.bfloat16
@@ -92,13 +88,6 @@ def test_couplings_keep_what_the_split_keeps() -> None:
     z = nn.AffineCoupling(nn.MLP(2, 6, (8,), zero_init=False), split=mask())(x)[0]
     assert torch.equal(z[:, [1, 2]], x[:, [1, 2]])
     assert (z != x)[:, [0, 3, 4]].all()
-
-
-def test_squeeze_order() -> None:
-    x = torch.arange(2 * 4 * 4.0).view(1, 2, 4, 4)
-    z = nn.Squeeze()(x)[0]
-    for c, i, j in itertools.product(range(2), repeat=3):
-        assert torch.equal(z[:, 4 * c + 2 * i + j], x[:, c, i::2, j::2])
 
 
 def test_multiscale_orders_latents_by_level() -> None:

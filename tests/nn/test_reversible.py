@@ -23,7 +23,7 @@ from layers import (
     redrawn,
     remade,
     trained,
-)  # fmt: skip
+)
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,11 +67,8 @@ def vectors(steps: int, context: int | None = None, dropout: float = 0.0, **opti
 def every_kind() -> nn.Compose:
     """Each layer of the library that takes images, among them containers."""
     inner = nn.Compose(nn.AdditiveCoupling(network(8, 8)), nn.Compose(coupling(16, "channel_swap")), nn.Permutation.reverse(16))
-    levels = nn.MultiScale(
-        nn.Compose(nn.Squeeze(), coupling(16), inner),
-        nn.Compose(coupling(8), nn.Scaling((8, 1, 1)), coupling(8, "channel_swap")),
-        shape=(4, 4, 4),
-    )
+    second = nn.Compose(coupling(8), nn.Scaling((8, 1, 1)), coupling(8, "channel_swap"))
+    levels = nn.MultiScale(nn.Compose(nn.Squeeze(), coupling(16), inner), second, shape=(4, 4, 4))
     mask = ops.FeatureMask(torch.arange(64) % 3 == 0)
     flat = nn.AffineCoupling(nn.MLP(42, 44, (8,), zero_init=False), split=mask, scale=BOUNDED, layout="interleaved_shift_scale")
     splits, how = ("checkerboard", "checkerboard_swap"), {"scale": BOUNDED, "shift_first": True}

@@ -167,10 +167,8 @@ def test_reversible_memory(name: str, inverse: bool) -> None:
 
     torch.manual_seed(0)
     transformers = [TRANSFORMERS[name]() for _ in range(2)]
-    couplings = [
-        nn.Coupling(Counted(2, 2 * t.params_per_feature), t, split=split)
-        for t, split in zip(transformers, ("channel", "channel_swap"), strict=True)
-    ]
+    pairs = zip(transformers, ("channel", "channel_swap"), strict=True)
+    couplings = [nn.Coupling(Counted(2, 2 * t.params_per_feature), t, split=split) for t, split in pairs]
     stored, x, results = nn.Compose(*couplings, autoregressive(name)[0]).double(), torch.randn(3, 4, dtype=torch.float64), []
     for chain in (stored, remade(stored, memory="reversible")):
         calls.clear()
@@ -265,11 +263,9 @@ def test_values_by_the_distribution_function() -> None:
 
 def test_far_from_every_component() -> None:
     """Where F is 0 or 1 to every bit the map is still linear, finite and invertible, in float32 too."""
-    coupling = logistic(2)[0].float()
-    x = torch.tensor([[0.0, 1e4], [0.0, -1e4]])
+    coupling, x = logistic(2)[0].float(), torch.tensor([[0.0, 1e4], [0.0, -1e4]])
     z, logabsdet = coupling(x)
-    assert z.isfinite().all()
-    assert logabsdet.isfinite().all()
+    assert all(t.isfinite().all() for t in (z, logabsdet))
     torch.testing.assert_close(coupling.inverse(z)[0], x, rtol=1e-5, atol=1e-3)
 
 
@@ -292,9 +288,8 @@ def test_roots() -> None:
         (lambda x: x**3, lambda x: 3 * x**2),
         (lambda x: x.sinh(), lambda x: x.cosh()),
     ):
-        root = solve_increasing(
-            lambda x, f=function, s=slope: (f(x) - target, s(x)), torch.full_like(target, -50.0), torch.full_like(target, 70.0)
-        )
+        bracket = torch.full_like(target, -50.0), torch.full_like(target, 70.0)
+        root = solve_increasing(lambda x, f=function, s=slope: (f(x) - target, s(x)), *bracket)
         torch.testing.assert_close(function(root), target, rtol=1e-9, atol=1e-9)
 
 
@@ -317,16 +312,14 @@ def test_derivatives_of_roots() -> None:
 
 
 def test_errors() -> None:
+    short = nn.MixtureLogisticCoupling(torch.nn.Identity(), K)
     other, direction = r"transformer: expected an nn\.Transformer, got ", "direction: unknown name 'backward'; expected one of "
     assert_refused(
         (lambda: nn.MixtureLogisticCoupling(torch.nn.Identity(), 0), "components: expected at least 1, got 0"),
         (lambda: nn.GatedAffine(ScaleMap.exp()), "gated: expected a sigmoid scale"),
         (lambda: nn.Affine(layout="rows"), "layout: unknown name 'rows'"),
         (lambda: nn.MixtureLogistic(K, scale="tanh"), r"scale: expected an ops\.ScaleMap", TypeError),
-        (
-            lambda: nn.MixtureLogisticCoupling(torch.nn.Identity(), K)(torch.zeros(2, 2)),
-            r"params: expected shape \(B, 11\), got \(2, 1\)",
-        ),
+        (lambda: short(torch.zeros(2, 2)), r"params: expected shape \(B, 11\), got \(2, 1\)"),
         (lambda: nn.Coupling(torch.nn.Identity(), "affine"), other + "str", TypeError),
         (lambda: nn.Autoregressive(3, ScaleMap.exp()), other + "ScaleMap", TypeError),
         (lambda: nn.Autoregressive(3, nn.Affine(), direction="backward"), direction + "'forward', 'inverse'"),

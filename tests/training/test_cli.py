@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -132,11 +133,8 @@ def test_names_that_are_no_text_on_a_terminal_of_ascii(tmp_path, environment):
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "", "meta", "xla", "0"])
 def test_devices_that_are_not_there(run, tmp_path, capsys, device):
-    for command in (
-        ["sample", run / "best.ckpt", "-o", tmp_path / "x.png"],
-        ["eval", run / "best.ckpt"],
-        ["compare", "realnvp", "--data=digits"],
-    ):
+    sample = ["sample", run / "best.ckpt", "-o", tmp_path / "x.png"]
+    for command in (sample, ["eval", run / "best.ckpt"], ["compare", "realnvp", "--data=digits"]):
         line = refusal(capsys, *command, f"--device={device}")
         assert f"device: expected one that torch can use here, got '{device}': " in line
     assert not (tmp_path / "x.png").exists()
@@ -293,23 +291,14 @@ def test_limits_on_time_are_checked(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def raising(error: BaseException):
-    """A function that does nothing else."""
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise error
-
-    return fail
-
-
 def test_interrupt(run, capsys, monkeypatch):
-    monkeypatch.setattr(training, "sample_nlls", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(training, "sample_nlls", mock.Mock(side_effect=KeyboardInterrupt))
     assert cli.main(["eval", f"{run / 'best.ckpt'}", "--data=digits"]) == 130
     assert capsys.readouterr().err == "flowkern: error: interrupted\n"
 
 
 def test_failure_on_the_way(run, capsys, monkeypatch):
-    monkeypatch.setattr(training, "train", raising(training.Diverged("the loss is not finite at step 3")))
+    monkeypatch.setattr(training, "train", mock.Mock(side_effect=training.Diverged("the loss is not finite at step 3")))
     arguments = ["train", "realnvp", "--data=digits", f"--out={run}", "--overwrite"]
     assert cli.main(arguments) == 1
     assert capsys.readouterr().err.startswith("flowkern: error: the loss is not finite at step 3")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -86,10 +87,7 @@ def test_usage(capsys):
     ],
 )
 def test_whatever_is_raised_is_a_line(capsys, monkeypatch, error, code, line):
-    def fail(arguments: object) -> None:
-        raise error
-
-    monkeypatch.setattr(cli, "_doctor", fail)
+    monkeypatch.setattr(cli, "_doctor", mock.Mock(side_effect=error))
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().err == f"flowkern: error: {line}\n"
 

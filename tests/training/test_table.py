@@ -21,7 +21,7 @@ from training_runs import (
     train,
     train_until,
     without_pictures,
-)  # fmt: skip
+)
 
 from flowkern import cli, data, models, training
 from flowkern.training import _table
@@ -64,11 +64,8 @@ def test_importance_of_latents_is_above_the_bound() -> None:
 
 @pytest.mark.slow
 def test_table_is_made_run_by_run(tmp_path, capsys, monkeypatch) -> None:
-    rows = {
-        "vae": _table.Row("VAE", "vae", config={"latent": 2, "hidden": [16]}),
-        "made": _table.Row("MADE", "made", "default", {"hidden": [16]}),
-    }
-    monkeypatch.setattr(_table, "ROWS", rows)
+    vae = _table.Row("VAE", "vae", config={"latent": 2, "hidden": [16]})
+    monkeypatch.setattr(_table, "ROWS", {"vae": vae, "made": MADE})
     monkeypatch.setattr(_table, "IMPORTANCE_SAMPLES", 5)
     stop_after(monkeypatch, 3)
     command = ["table", "digits", "--out", str(tmp_path), "--max-minutes", "1e-6", "--seeds"]

@@ -49,11 +49,8 @@ def toy() -> Iterator[type[models.Model]]:
 def test_trains_by_the_command_line(toy, tmp_path, capsys) -> None:
     assert cli.main(["train", "toy", "--data", "digits", "--out", str(tmp_path), "--draws", "1"]) == 0
     printed = capsys.readouterr().out
-    for line in (
-        "toy (1,088 parameters) on digits",
-        f"images and others like them in {tmp_path / 'toys.png'}",
-        "seen: 447 images",
-    ):
+    picture = f"images and others like them in {tmp_path / 'toys.png'}"
+    for line in ("toy (1,088 parameters) on digits", picture, "seen: 447 images"):
         assert line in printed
     model = flowkern.load(tmp_path / "best.ckpt")
     assert type(model) is toy

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from training_runs import (  # noqa: E402
     train,
     train_until,
     vectors_plan,
-)  # fmt: skip
+)
 
 from flowkern import data, diagnostics, models, training  # noqa: E402
 from flowkern.data import noise  # noqa: E402
@@ -431,17 +432,16 @@ main(sys.argv[1:])
 """
 
 
+REVERSIBLE = glow_plan(epochs=2, accumulate=2, config={"memory": "reversible", "dropout": 0.2})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "saved", "where"),
     [
         # Each save synchronizes a file and its folder: half of the third last.ckpt is written.
         (small_plan(), 2, "os.fsync = lambda file: next(calls) < 5 or (os.ftruncate(file, 1000), kill())"),
-        (
-            glow_plan(epochs=2, accumulate=2, config={"memory": "reversible", "dropout": 0.2}),
-            6,
-            "FlowTask.training_step = lambda task, *batch: kill() if task.global_step == 6 else step(task, *batch)",
-        ),
+        (REVERSIBLE, 6, "FlowTask.training_step = lambda task, *given: kill() if task.global_step == 6 else step(task, *given)"),
     ],
     ids=["mid-write", "mid-epoch"],
 )
@@ -666,9 +666,8 @@ def test_validation_that_is_not_finite(tmp_path, monkeypatch):
     assert not (tmp_path / "last.ckpt").exists()
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_plans_are_checked():
+    for given, message in (
         ({"lr": 0.0}, "lr: expected more than 0"),
         ({"lr": float("nan")}, "lr: expected more than 0"),
         ({"weight_decay": math.inf}, "weight_decay: expected a finite number"),
@@ -678,11 +677,9 @@ def test_validation_that_is_not_finite(tmp_path, monkeypatch):
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"accumulate": 9, "batch_size": 8}, r"accumulate: expected at most batch_size \(8\), got 9"),
         ({"seed": -1}, "seed: expected at least 0"),
-    ],
-)
-def test_plans_are_checked(given, message):
-    with pytest.raises(ValueError, match=message):
-        training.make_plan("realnvp", "digits", **given)
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.make_plan("realnvp", "digits", **given)
 
 
 def test_presets_build_their_models():
@@ -712,10 +709,7 @@ ERRORS = [TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError, Ru
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_settings_that_a_constructor_cannot_take(monkeypatch, error):
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise error("of another kind")
-
-    monkeypatch.setattr(models, "build", fail)
+    monkeypatch.setattr(models, "build", mock.Mock(side_effect=error("of another kind")))
     with pytest.raises(ValueError, match=r"realnvp: .*of another kind"):
         small_plan().build(data.load("digits"))
 
@@ -816,10 +810,8 @@ def test_score_and_its_error_by_hand(finished):
     out, _, _ = finished
     model, digits = models.load(out / "best.ckpt"), data.load("digits")
     one, two = (training.evaluate(model, digits, "val", draws=d, batch_size=b) for d, b in ((1, 350), (2, 33)))
-    nll = [
-        64 * math.log(17) - model.log_prob(data.batch_of(digits, "val", np.arange(350), seed=2**63, epoch=e).x).detach().double()
-        for e in (0, 1)
-    ]
+    batches = (data.batch_of(digits, "val", np.arange(350), seed=2**63, epoch=e) for e in (0, 1))
+    nll = [64 * math.log(17) - model.log_prob(batch.x).detach().double() for batch in batches]
     for score, values in ((one, nll[0]), (two, (nll[0] + nll[1]) / 2)):
         # Float32 log-densities of about 1e2, summed in another order.
         assert math.isclose(score.nats, values.mean(), rel_tol=1e-5)
@@ -863,12 +855,8 @@ def test_mosaics_hold_each_image_once(shape):
     pictures = _codecs.mosaics(images)
     assert max(max(p.shape[:2]) for p in pictures) <= 4096
     assert len(pictures) <= 4
-    tiles = [
-        picture[y : y + shape[1], x : x + shape[2]]
-        for picture in pictures
-        for y in range(0, picture.shape[0], shape[1])
-        for x in range(0, picture.shape[1], shape[2])
-    ]
+    corners = ((p, y, x) for p in pictures for y in range(0, p.shape[0], shape[1]) for x in range(0, p.shape[1], shape[2]))
+    tiles = [picture[y : y + shape[1], x : x + shape[2]] for picture, y, x in corners]
     assert len(tiles) == len(images)
     assert all((tile == image).all() for tile, image in zip(tiles, images, strict=True))
 
@@ -910,9 +898,8 @@ def test_codec_table_of_other_data(tmp_path):
 @pytest.fixture(scope="module")
 def conditional() -> models.FlowModel:
     torch.manual_seed(0)
-    model = models.RealNVP(
-        (1, 8, 8), couplings=1, hidden=8, depth=1, zero_init=False, scale={"kind": "tanh", "a": 0.1, "b": 0.0}, context=10
-    )
+    scale = {"kind": "tanh", "a": 0.1, "b": 0.0}
+    model = models.RealNVP((1, 8, 8), couplings=1, hidden=8, depth=1, zero_init=False, scale=scale, context=10)
     return model.double().eval()
 
 
