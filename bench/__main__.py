@@ -17,7 +17,7 @@ import torch
 from .cases import CASES
 from .comparison import FLOWKERN, Options
 from .docs import write_docs
-from .row import Row, Target, describe, line, slug, write_csv
+from .row import Row, describe, line, slug, write_csv
 from .timing import pages_here
 from .worker import FILES, module_of, run, run_in_worker
 
@@ -122,15 +122,11 @@ def _printed(items: Iterator[Row | str]) -> Iterator[Row]:
         if (item.subject, item.pages) != table:
             table = item.subject, item.pages
             print(describe(item))
-        print(line(item, _target(item)), flush=True)
+        target = None  # what a fused op is to reach in this case
+        if item.variant == FLOWKERN and item.subject in CASES:
+            target = next(case for case in CASES[item.subject] if case.name == item.case).target(item.direction, item.pages)
+        print(line(item, target), flush=True)
         yield item
-
-
-def _target(row: Row) -> Target | None:
-    """What a fused op is to reach in this case."""
-    if row.variant != FLOWKERN or row.subject not in CASES:
-        return None
-    return next(case for case in CASES[row.subject] if case.name == row.case).target(row.direction, row.pages)
 
 
 def _pictures(rows: Sequence[Row], folder: Path) -> Iterator[Path]:

@@ -84,27 +84,6 @@ def by_peer(codebook: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: layer(x[None])[1][0]
 
 
-def compared(x: torch.Tensor, codebook: torch.Tensor) -> tuple[dict[str, Call], dict[str, str]]:
-    """(the calls, what is wrong with them)."""
-    expected = OPS["nearest_code"].reference(x[:_COMPARED], codebook)[0]
-    calls: dict[str, Call] = {}
-    failures: dict[str, str] = {}
-    results = {}
-    for name, search in searches().items():
-        calls[name] = functools.partial(search, x, codebook)
-        results[name] = calls[name]()
-        wrong = int((results[name][:_COMPARED] != expected).sum())
-        wrong = wrong or int((results[name] != results[f"{FLOWKERN}-torch"]).sum())
-        failures[name] = f"another index for {wrong} rows" if wrong else ""
-    for name, make in peers_of("code_search").items():
-        calls[name] = functools.partial(make(codebook), x)
-        other = int((calls[name]() != results[f"{FLOWKERN}-torch"]).sum())
-        if other:
-            print(f"{name}: not the nearest code for {other} of {len(x)} rows", file=sys.stderr)
-        failures[name] = "another index for most rows" if other > len(x) / 100 else ""
-    return calls, failures
-
-
 def peak_resident(call: Call, device: torch.device) -> int | None:
     """The most bytes that the process holds during the call, above what it held before; None where the system does not say."""
     try:
@@ -127,6 +106,20 @@ def searched(case: str, rows: int, codes: int, depth: int) -> Comparison:
     """The searches at one size."""
     generator = torch.Generator().manual_seed(0)
     x, codebook = (torch.randn(n, depth, generator=generator) for n in (rows, codes))
-    calls, failures = compared(x, codebook)
-    calls = {"GEMM": lambda: torch.mm(x, codebook.t()), **calls}
+    expected = OPS["nearest_code"].reference(x[:_COMPARED], codebook)[0]
+    calls: dict[str, Call] = {"GEMM": lambda: torch.mm(x, codebook.t())}
+    failures: dict[str, str] = {}
+    results = {}
+    for name, search in searches().items():
+        calls[name] = functools.partial(search, x, codebook)
+        results[name] = calls[name]()
+        wrong = int((results[name][:_COMPARED] != expected).sum())
+        wrong = wrong or int((results[name] != results[f"{FLOWKERN}-torch"]).sum())
+        failures[name] = f"another index for {wrong} rows" if wrong else ""
+    for name, make in peers_of("code_search").items():
+        calls[name] = functools.partial(make(codebook), x)
+        other = int((calls[name]() != results[f"{FLOWKERN}-torch"]).sum())
+        if other:
+            print(f"{name}: not the nearest code for {other} of {len(x)} rows", file=sys.stderr)
+        failures[name] = "another index for most rows" if other > len(x) / 100 else ""
     return Comparison(case, "forward", calls, "GEMM", failures=failures, seconds=6.0, memory=peak_resident)

@@ -16,10 +16,10 @@ import torch
 from flowkern import nn
 
 from ..comparison import FLOWKERN, Comparison, Options
-from ..glows import Architecture, by_normflows, copy_weights, differs, glow, perturbed, training_step
 from ..peers import peer, peers_of
 from ..pictures import plot
 from ..row import Row
+from .glow import Architecture, by_normflows, copy_weights, differs, glow, perturbed, training_step
 
 __all__ = ["DEVICES", "comparisons", "draw"]
 
@@ -75,14 +75,11 @@ def disagreement(stored: nn.Flow, reversible: nn.Flow, x: torch.Tensor) -> str:
     One parameter's may differ by more: a ReLU whose argument is zero to rounding falls on the other side, as between
     storing in float32 and in float64.
     """
-    exact, ours = ([g.double() for g in _gradients(m, x)] for m in (stored, reversible))
+    losses = ((m, -m.log_prob(x).mean()) for m in (stored, reversible))
+    exact, ours = ([g.double() for g in torch.autograd.grad(loss, [*m.parameters()])] for m, loss in losses)
     difference = sum(float((a - b).square().sum()) for a, b in zip(exact, ours, strict=True))
     error = (difference / sum(float(g.square().sum()) for g in exact)) ** 0.5
     return "" if error < 1e-4 else f"the gradient differs by {error:.1e} of its size"
-
-
-def _gradients(model: nn.Flow, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(-model.log_prob(x).mean(), [*model.parameters()])
 
 
 def draw(rows: Sequence[Row], where: str, path: Path) -> None:
@@ -94,11 +91,11 @@ def draw(rows: Sequence[Row], where: str, path: Path) -> None:
         return int(levels) * int(steps)
 
     labels = {STORE: "flowkern, storing", REVERSIBLE: "flowkern, reversible", PEER: "normflows"}
-    lines: list[dict[str, list[tuple[float, float]]]] = [{}, {}]
-    for variant, label in labels.items():
-        own = [row for row in rows if row.variant == variant]
-        lines[0][label] = [(depth(row), (row.peak_extra_bytes or 0) / 2**20) for row in own]
-        lines[1][label] = [(depth(row), (row.median_us or 0.0) / 1000) for row in own]
-    names = [f"{quantity} of a training step" for quantity in ("peak memory, MB,", "time, ms,")]
+    own = {label: [row for row in rows if row.variant == variant] for variant, label in labels.items()}
+    panels = {
+        "peak memory, MB, of a training step": lambda row: (row.peak_extra_bytes or 0) / 2**20,
+        "time, ms, of a training step": lambda row: (row.median_us or 0.0) / 1000,
+    }
+    lines = {name: {label: [(depth(r), y(r)) for r in own[label]] for label in own} for name, y in panels.items()}
     title = f"Glow, {rows[0].case.split('-', 2)[2]}; {where}"
-    plot(path, title, "steps of flow", dict(zip(names, lines, strict=True)))
+    plot(path, title, "steps of flow", lines)

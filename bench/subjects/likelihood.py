@@ -106,11 +106,8 @@ def mixture(case: str, size: tuple[int, ...], device: str) -> Iterator[Compariso
     granted = {"published": 1e-2, compat: 1e-3}
 
     def forward(function: Callable[..., torch.Tensor], kwargs: dict[str, Any]) -> Call:
-        def call() -> Tensors:
-            with torch.no_grad():
-                return (function(x, params, **kwargs),)
-
-        return call
+        alone = torch.no_grad()(function)
+        return lambda: (alone(x, params, **kwargs),)
 
     both = {name: loss_and_gradient(function, x, params, **kwargs) for name, (function, kwargs) in variants.items()}
     alone = {name: forward(*variant) for name, variant in variants.items()}

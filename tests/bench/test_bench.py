@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import json
@@ -21,7 +20,7 @@ from flowkern.bench.baselines import BASELINES
 from flowkern.bench.cases import BOTH, CASES, FORWARD, NEVER_SLOWER, Case, cases_of
 from flowkern.bench.comparison import Options, WrongResult, check, poisoned
 from flowkern.bench.memory import peak_extra_bytes
-from flowkern.bench.row import COLUMNS, Row, Target, describe, line, slug, verdict, write_atomically, write_csv
+from flowkern.bench.row import COLUMNS, Row, Target, describe, line, read_csv, slug, verdict, write_atomically, write_csv
 from flowkern.bench.subjects import ops
 from torch._subclasses import FakeTensorMode
 
@@ -58,11 +57,6 @@ def test_cases_are_valid_calls(name: str) -> None:
             with FakeTensorMode():
                 args = case.inputs(lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype))
                 assert all(b >= 0 for b in case.traffic(*args))
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def test_what_a_coupling_must_move() -> None:
@@ -145,7 +139,7 @@ def test_a_wrong_result_has_no_figure(
         assert says in by_direction[direction]
         assert " us" not in by_direction[direction]
     (path,) = tmp_path.iterdir()
-    for cells in table(path):
+    for cells in read_csv(path):
         failed = cells["variant"] == "flowkern" and cells["direction"] in by_direction and cells["failure"]
         assert (cells["median_us"] == "") == bool(failed)
         assert not (cells["ratio"] and failed)
@@ -224,7 +218,7 @@ def test_compile_is_measured_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     arguments = ["additive_coupling", *HERE[:-2], "--compile", "all", "--csv", str(tmp_path)]
     assert main(arguments) == 0
     (path,) = tmp_path.iterdir()
-    rows = {(r["direction"], r["variant"]): r for r in table(path)}
+    rows = {(r["direction"], r["variant"]): r for r in read_csv(path)}
     assert {variant for _, variant in rows} == {"flowkern", "eager", "compile", "copy"}
     for direction in DIRECTIONS:
         eager, fused = rows[direction, "eager"], rows[direction, "flowkern"]
@@ -241,7 +235,7 @@ def test_both_states_of_pages_are_measured_and_recorded(capsys: Any, tmp_path: P
     assert out.index("fresh: ") < out.index("retained: ")
     assert out.count(">= 1x eager: ") == 4
     (path,) = tmp_path.iterdir()
-    rows = table(path)
+    rows = read_csv(path)
     assert tuple(rows[0]) == COLUMNS
     assert {row["pages"] for row in rows} == {"fresh", "retained"}
     assert len(rows) == 2 * 2 * 3
@@ -267,7 +261,7 @@ def test_csv_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
     write_csv(tmp_path, [example_row(), example_row(pages="fresh")])
     (path,) = write_csv(tmp_path, [example_row(median_us=None, failure='wrong, "very"')])
     assert path.name == "affine_coupling-a-cpu.csv"
-    rows = table(path)
+    rows = read_csv(path)
     assert [(row["pages"], row["median_us"], row["failure"]) for row in rows] == [
         ("retained", "", 'wrong, "very"'),
         ("fresh", "2", ""),

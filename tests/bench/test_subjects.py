@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from flowkern.bench import comparison
 from flowkern.bench.__main__ import main
 from flowkern.bench.comparison import Options, off_by
 from flowkern.bench.peers import peer, peers_of
+from flowkern.bench.row import read_csv
 from flowkern.bench.subjects import code_search, depth, install, likelihood, roundtrip, vector_quantizer
 from flowkern.bench.worker import FILES
 
@@ -49,7 +49,7 @@ def measured(subject: str, folder: Path) -> list[dict[str, str]]:
     assert main([subject, "--quick", "--here", "--device", "cpu", "--csv", str(folder)]) == 0
     (path,) = folder.glob("*.csv")
     assert path.name.startswith(f"{subject}-")
-    return [*csv.DictReader(path.read_text().splitlines())]
+    return read_csv(path)
 
 
 @pytest.mark.slow
