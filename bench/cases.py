@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -53,10 +52,9 @@ class Case:
         return self.targets.get((direction, pages), NEVER_SLOWER)
 
 
-def cases_of(op: str, device: str, pattern: str = "*") -> Iterator[Case]:
-    """The op's cases for a device type whose name matches one of the shell patterns, which commas part."""
-    patterns = pattern.split(",")
-    return (c for c in CASES[op] if device in c.devices and any(fnmatch.fnmatch(c.name, pattern) for pattern in patterns))
+def cases_of(op: str, device: str) -> list[Case]:
+    """The op's cases for a device type."""
+    return [case for case in CASES[op] if device in case.devices]
 
 
 def size(x: torch.Tensor) -> int:
@@ -65,24 +63,21 @@ def size(x: torch.Tensor) -> int:
 
 
 def affine_traffic(x: torch.Tensor, params: torch.Tensor) -> Traffic:
-    """Channel split: 6 per transformed value forward (x, y twice, u, t), 8 backward (x, u, du, dt, dy and dx twice)."""
-    return 2 * size(x) + size(params), 2.5 * size(x) + 1.5 * size(params)
+    """Channel split: 6 per transformed value forward (x, y twice, u, t), 8 backward (x, u, du, dt, dy and dx twice).
 
-
-def affine_checkerboard_traffic(x: torch.Tensor, params: torch.Tensor) -> Traffic:
-    """Checkerboard: kept and transformed values share every cache line, so that x and all of params count whole."""
-    return 2 * size(x) + size(params), 3 * size(x) + 1.5 * size(params)
+    Checkerboard: kept and transformed values share every cache line, so that x and all of params count whole.
+    """
+    of_x = 3.0 if params.shape[1] > x.shape[1] else 2.5
+    return 2 * size(x) + size(params), of_x * size(x) + 1.5 * size(params)
 
 
 def additive_traffic(x: torch.Tensor, shift: torch.Tensor) -> Traffic:
-    """Channel split: 5 values in the forward (x twice, t, y twice); the gradients are views of the given one, but for a cast."""
+    """Channel split: 5 values in the forward (x twice, t, y twice); the gradients are views of the given one, but for a cast.
+
+    Checkerboard: the shift's gradient has zeros at the kept places, so that it is written.
+    """
     cast = 0 if x.dtype == shift.dtype else size(x) / 2 + size(shift)
-    return 2 * size(x) + size(shift), cast
-
-
-def additive_checkerboard_traffic(x: torch.Tensor, shift: torch.Tensor) -> Traffic:
-    """Checkerboard: the shift's gradient has zeros at the kept places, so that it is written."""
-    return 2 * size(x) + size(shift), size(x) + size(shift)
+    return 2 * size(x) + size(shift), size(x) + size(shift) if shift.shape == x.shape else cast
 
 
 def linear_traffic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Traffic:
@@ -113,9 +108,7 @@ def _by_size(
     return tuple(map(case, (*small, *large)))
 
 
-def _coupling_cases(
-    params_per_channel: float, traffic: Callable[..., Traffic], checkerboard: Callable[..., Traffic]
-) -> tuple[Case, ...]:
+def _coupling_cases(params_per_channel: float, traffic: Callable[..., Traffic]) -> tuple[Case, ...]:
     """The cases of a coupling whose conditioner gives ``params_per_channel`` values per channel of x under a channel split."""
 
     float32, bfloat16 = torch.float32, torch.bfloat16
@@ -131,11 +124,10 @@ def _coupling_cases(
         rest = {"traffic": traffic, "targets": _AT_COPY_SPEED, **(rest or {})}
         return _by_size(partial(inputs, **how), large=(shape,), suffix=suffix, **rest)
 
-    whole = {"kwargs": {"split": "checkerboard"}, "traffic": checkerboard}
     return (
         *large(rest={"targets": _FUSED}),
         *large("-channels-last", last=True),
-        *large("-checkerboard", rest=whole, factor=2 * params_per_channel),
+        *large("-checkerboard", rest={"kwargs": {"split": "checkerboard"}}, factor=2 * params_per_channel),
         *large("-bf16-params", dtypes=(float32, bfloat16)),
         *large(shape=(128, 96, 64, 64), rest=_GPU),
         *large("-bf16", (128, 96, 64, 64), _GPU, dtypes=(bfloat16, bfloat16)),
@@ -256,8 +248,8 @@ def _autoregressive_cases() -> tuple[Case, ...]:
 
 #: Every op of ``flowkern.OPS``, with what is measured of it.
 CASES: dict[str, tuple[Case, ...]] = {
-    "affine_coupling": _coupling_cases(1.0, affine_traffic, affine_checkerboard_traffic),
-    "additive_coupling": _coupling_cases(0.5, additive_traffic, additive_checkerboard_traffic),
+    "affine_coupling": _coupling_cases(1.0, affine_traffic),
+    "additive_coupling": _coupling_cases(0.5, additive_traffic),
     "invertible_linear": _linear_cases(),
     "plu_weight": _plu_cases(),
     "gaussian_kl": _latent_cases(),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import flowkern
+
 from .memory import peak_extra_bytes
 from .row import Row, Target
 from .timing import Call, Graph, Samples, cpu_samples, gpu_samples
@@ -30,6 +32,7 @@ __all__ = [
     "measure",
     "off_by",
     "poisoned",
+    "running",
     "seeded",
 ]
 
@@ -233,6 +236,16 @@ def by_norm(truth: Mapping[str, Tensors], granted: Mapping[str, float] | None = 
     """
     allowed = granted or {}
     return lambda name, call: off_by(seeded(call), truth[name], allowed.get(name, 1e-5)) if name in truth else ""
+
+
+def running(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on one backend."""
+
+    def run(*args: torch.Tensor) -> Any:
+        with flowkern.backend(backend):
+            return function(*args)
+
+    return run
 
 
 @contextmanager

@@ -18,17 +18,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-import flowkern
 from flowkern import nn, ops
 from flowkern._core import backend
 
-from ..comparison import FLOWKERN, Comparison, Options
+from ..comparison import FLOWKERN, Comparison, Options, running
 from ..peers import peer, peers_of
 from ..pictures import plot
 from ..row import Row
 from ..timing import Call
 
-__all__ = ["DEVICES", "comparisons", "dense", "differs", "draw", "running"]
+__all__ = ["DEVICES", "comparisons", "dense", "differs", "draw"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -73,16 +72,6 @@ def dense(layer: nn.MaskedAutoregressive, parameters: Any = None) -> Callable[[t
         u, t = F.linear(h, weights[-1], biases[-1]).unflatten(1, (-1, 2)).unbind(-1)
         s, log_s = layer.scale(u)
         return s * x + t, log_s.sum(1)
-
-    return run
-
-
-def running(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on one backend."""
-
-    def run(*args: torch.Tensor) -> Any:
-        with flowkern.backend(backend):
-            return function(*args)
 
     return run
 

@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-import flowkern
 from flowkern import OPS, nn, ops
 from flowkern._core import backend
 
-from ..comparison import Comparison, Options
+from ..comparison import Comparison, Options, running
 from ..timing import Call
-from .autoregressive import case_of, dense, differs, running
+from .autoregressive import case_of, dense, differs
 
 __all__ = ["comparisons"]
 
@@ -70,26 +69,23 @@ def layer(case: str, batch: int, inputs: int, outputs: int, dtype: torch.dtype, 
     masked = (weight * mask.dense()).detach().requires_grad_()
     g = torch.randn(batch, outputs, device=device).to(dtype)
 
-    def forward(name: str) -> torch.Tensor:
-        if name == "dense":
-            return F.linear(x, masked, bias)
-        with flowkern.backend(name):
-            return ops.masked_linear(x, weight, bias, mask)
+    names = serving("masked_linear", x)
+    forward: dict[str, Call] = {name: partial(running(name, ops.masked_linear), x, weight, bias, mask) for name in names}
+    forward = {"dense": partial(F.linear, x, masked, bias), **forward}
 
-    def both(name: str) -> tuple[torch.Tensor, ...]:
-        y = forward(name)
+    def with_gradients(name: str) -> tuple[torch.Tensor, ...]:
+        y = forward[name]()
         return y, *torch.autograd.grad(y, (x, masked if name == "dense" else weight, bias), g)
 
-    names = serving("masked_linear", x)
-    expected = both("dense")
+    both: dict[str, Call] = {name: partial(with_gradients, name) for name in forward}
+    expected = both["dense"]()
     exact = (*expected[:2], expected[2] * mask.dense(), expected[3])
     allowed = 64 * torch.finfo(dtype).eps
     failures = {
-        name: "" if all(_error(a, b) <= allowed for a, b in zip(both(name), exact, strict=True)) else "differs" for name in names
+        name: "" if all(_error(a, b) <= allowed for a, b in zip(both[name](), exact, strict=True)) else "differs"
+        for name in names
     }
-    functions: dict[str, Callable[[str], object]] = {"forward": forward, "forward+backward": both}
-    for direction, function in functions.items():
-        calls = {name: partial(function, name) for name in ("dense", *names)}
+    for direction, calls in (("forward", forward), ("forward+backward", both)):
         yield Comparison(case, direction, calls, "dense", failures=failures, seconds=0.5)
 
 

@@ -32,8 +32,8 @@ _SEED = 7
 def comparisons(options: Options, names: tuple[str, ...] = ()) -> Iterator[Comparison]:
     """Those of the ops named, or of all."""
     for name in names or CASES:
-        for case in cases_of(name, options.device, options.only):
-            for direction in case.directions:
+        for case in cases_of(name, options.device):
+            for direction in case.directions if options.wants(case.name) else ():
                 yield compared(name, case, direction, options)
 
 

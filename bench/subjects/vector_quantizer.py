@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-import flowkern
 from flowkern import nn
 from flowkern._core import backend
 
-from ..comparison import FLOWKERN, Comparison, Options
+from ..comparison import FLOWKERN, Comparison, Options, Tensors, running
 from ..peers import peer, peers_of
 from ..timing import Call
 
@@ -31,7 +30,8 @@ QUICK = ((96, 64, 16),)
 PEER = "vector-quantize-pytorch"
 DECAY, COMMITMENT, COMPARED_STEPS = 0.99, 0.25, 3
 
-Step = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+Step = Callable[[torch.Tensor], Tensors]
+Variant = tuple[Step, Callable[[], torch.Tensor]]
 
 
 def comparisons(options: Options) -> Iterator[Comparison]:
@@ -56,20 +56,15 @@ class Subjects:
         self.x, self.gradient = torch.randn(rows, features), torch.randn(rows, features)
         self.codebook = torch.randn(codes, features)
 
-    def ours(self, name: str) -> tuple[Step, Callable[[], torch.Tensor]]:
+    def ours(self, name: str) -> Variant:
         """(a step, the codebook as it is)."""
         made = nn.VectorQuantizer(self.x.shape[1], len(self.codebook), decay=DECAY, commitment=COMMITMENT, init="uniform")
         for state in (made.codebook, made.sums):
             state.copy_(self.codebook)
-
-        def forward(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            with flowkern.backend(name):
-                return made(x)
-
-        return self.step(forward), lambda: made.codebook[0]
+        return self.step(running(name, made)), lambda: made.codebook[0]
 
     @peer("vector_quantizer", PEER)
-    def by_peer(self) -> tuple[Step, Callable[[], torch.Tensor]]:
+    def by_peer(self) -> Variant:
         """As ``ours``. Without smoothing its codes are the quotients of its averages too."""
         from vector_quantize_pytorch import VectorQuantize
 
@@ -81,8 +76,8 @@ class Subjects:
         own.cluster_size.fill_(1.0)
         return self.step(lambda x: made(x[None])), lambda: own.embed[0]
 
-    def step(self, forward: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> Step:
-        def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def step(self, forward: Step) -> Step:
+        def run(x: torch.Tensor) -> Tensors:
             x = x.detach().requires_grad_()
             quantized, index, loss = forward(x)
             (gradient,) = torch.autograd.grad((quantized, loss), x, (self.gradient.view_as(quantized), torch.ones_like(loss)))
@@ -90,14 +85,14 @@ class Subjects:
 
         return run
 
-    def variants(self) -> dict[str, tuple[Step, Callable[[], torch.Tensor]]]:
+    def variants(self) -> dict[str, Variant]:
         found = {f"{FLOWKERN}-torch": self.ours("torch")}
         if backend.native is not None:
             found[f"{FLOWKERN}-cpp"] = self.ours("cpp")
         return found | {name: make(self) for name, make in peers_of("vector_quantizer").items()}
 
 
-def differences(subjects: Subjects, variants: dict[str, tuple[Step, Callable[[], torch.Tensor]]]) -> dict[str, str]:
+def differences(subjects: Subjects, variants: dict[str, Variant]) -> dict[str, str]:
     """What each variant has otherwise than the first, after several steps on other batches. Its empty string is a pass.
 
     The peer takes the nearest code by distances that are rounded: a code as near as the nearest one is no difference.
