@@ -1,4 +1,4 @@
-"""A figure with where it comes from: as a line for people, as a line of JSON, and in the CSV files of ``bench/results``."""
+"""A figure with where it comes from: as a line for people, as one of JSON, in the CSV files of ``bench/results``, and drawn."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Row", "describe", "duration", "line", "read_csv", "size", "slug", "verdict", "write_atomically", "write_csv"]
+__all__ = ["Row", "describe", "duration", "line", "plot", "read_csv", "size", "slug", "write_atomically", "write_csv"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def write_csv(folder: Path, rows: Iterable[Row]) -> list[Path]:
     for row in rows:
         path = folder / f"{row.subject}-{slug(row.device)}.csv"
         table = tables.setdefault(path, {_key(cells): cells for cells in read_csv(path)})
-        cells = {name: _cell(value) for name, value in asdict(row).items()}
+        values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in asdict(row).items()}
+        cells = {name: "" if value is None else str(value) for name, value in values.items()}
         table[_key(cells)] = cells
     for path, table in tables.items():
         text = io.StringIO()
@@ -140,8 +142,33 @@ def _key(cells: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(cells[name] for name in ("subject", "case", "direction", "pages", "variant"))
 
 
-def _cell(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def plot(
+    path: Path,
+    title: str,
+    x: str,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    log: bool = False,
+    dashed: Sequence[str] = (),
+) -> None:
+    """Draw lines against a size into a PNG file: one panel for each quantity, with a line for each label."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 4.0 * len(panels), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (quantity, lines) in zip(axes, panels.items(), strict=True):
+        for label, points in lines.items():
+            if points:
+                xs, ys = zip(*sorted(points), strict=True)
+                axis.plot(xs, ys, marker="o", label=label, linestyle="--" if label in dashed else "-")
+        axis.set(xlabel=x, ylabel=quantity)
+        axis.set(xscale="log", yscale="log") if log else axis.set(ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title, fontsize="medium")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def slug(name: str) -> str:

@@ -23,8 +23,7 @@ from flowkern._core import backend
 
 from ..comparison import FLOWKERN, Comparison, Options, running
 from ..peers import peer, peers_of
-from ..pictures import plot
-from ..row import Row
+from ..row import Row, plot
 from ..timing import Call
 
 __all__ = ["DEVICES", "comparisons", "dense", "differs", "draw"]
@@ -162,30 +161,28 @@ def _failures(s: _Subjects) -> dict[str, str]:
     return found | {name: differs(theirs.density(s.x), own(s.x)) for name, (theirs, own) in s.peers.items()}
 
 
+def _passes(s: _Subjects) -> dict[str, tuple[Callable[[torch.Tensor], Pair], Sequence[torch.Tensor]]]:
+    """The density passes that are compared, each with what it trains."""
+    weights, biases = masked(s.ours)
+    return {
+        "dense": (dense(s.ours, (weights, biases)), [t.requires_grad_() for t in (*weights, *biases)]),
+        f"{FLOWKERN}-density": (s.ours.forward, [*s.ours.parameters()]),
+        **{name: (theirs.density, theirs.parameters) for name, (theirs, _) in s.peers.items()},
+    }
+
+
 def density(s: _Subjects, direction: str) -> Comparison:
     """The density pass."""
-    functions = {"dense": dense(s.ours), f"{FLOWKERN}-density": s.ours.forward}
-    functions |= {name: theirs.density for name, (theirs, _) in s.peers.items()}
-    calls = {name: functools.partial(torch.no_grad()(function), s.x) for name, function in functions.items()}
+    calls = {name: functools.partial(torch.no_grad()(function), s.x) for name, (function, _) in _passes(s).items()}
     return Comparison(s.case, direction, calls, "dense", failures=_failures(s))
 
 
 def density_training(s: _Subjects, direction: str) -> Comparison:
     """The density pass, and the gradients of x and of the parameters."""
-    calls = _density_calls(s)
-    calls |= {name: training(theirs.density, s.x, theirs.parameters) for name, (theirs, _) in s.peers.items()}
+    calls = {name: training(function, s.x, parameters) for name, (function, parameters) in _passes(s).items()}
     expected, got = calls["dense"]()[0], calls[f"{FLOWKERN}-density"]()[0]
     failures = _failures(s) | {f"{FLOWKERN}-density": differs((got,), (expected,))}
     return Comparison(s.case, direction, calls, "dense", failures=failures)
-
-
-def _density_calls(s: _Subjects) -> dict[str, Call]:
-    weights, biases = masked(s.ours)
-    tensors = [t.requires_grad_() for t in (*weights, *biases)]
-    return {
-        "dense": training(dense(s.ours, (weights, biases)), s.x, tensors),
-        f"{FLOWKERN}-density": training(s.ours.forward, s.x, [*s.ours.parameters()]),
-    }
 
 
 def training(function: Callable[[torch.Tensor], Pair], x: torch.Tensor, parameters: Sequence[torch.Tensor]) -> Call:
@@ -206,12 +203,13 @@ def _backends() -> tuple[str, ...]:
 def inverse_training(s: _Subjects, direction: str) -> Comparison:
     """The inverse and the gradients of z and of the parameters through it, beside those of the density pass."""
     z = s.ours(s.x)[0].detach()
-    own = [*s.ours.parameters()]
-    inverses = {f"{FLOWKERN}-{name}": running(name, training(s.ours.inverse, z, own)) for name in _backends()}
+    backward = training(s.ours.inverse, z, [*s.ours.parameters()])
+    inverses = {f"{FLOWKERN}-{name}": running(name, backward) for name in _backends()}
     exact = copy.deepcopy(s.ours).double()
     expected = running("torch", training(exact.inverse, exact(s.x.double())[0].detach(), [*exact.parameters()]))()
     failures = {name: differs(call(), expected) for name, call in inverses.items()}
-    return Comparison(s.case, direction, {**_density_calls(s), **inverses}, "dense", failures=failures)
+    passes = {name: training(function, s.x, given) for name, (function, given) in _passes(s).items() if name not in s.peers}
+    return Comparison(s.case, direction, {**passes, **inverses}, "dense", failures=failures)
 
 
 @torch.no_grad()

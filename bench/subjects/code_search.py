@@ -54,24 +54,20 @@ def comparisons(options: Options) -> Iterator[Comparison]:
 
 def searches() -> dict[str, Search]:
     """The index by every way this library has."""
-    found: dict[str, Search] = {f"{FLOWKERN}-torch": _on("torch", None, False)}
+    found: dict[str, Search] = {f"{FLOWKERN}-torch": functools.partial(_search, "torch", None, False)}
     if backend.native is not None:
-        found |= {f"{FLOWKERN}-{isa}": _on("cpp", isa, False) for isa in backend.native.isas()}
-        found[f"{FLOWKERN}-bf16"] = _on("cpp", backend.native.isas()[0], True)
+        found |= {f"{FLOWKERN}-{isa}": functools.partial(_search, "cpp", isa, False) for isa in backend.native.isas()}
+        found[f"{FLOWKERN}-bf16"] = functools.partial(_search, "cpp", backend.native.isas()[0], True)
     return found
 
 
-def _on(name: str, isa: str | None, pairs: bool) -> Search:
-    """The search on one backend, with one instruction set and screen."""
-
-    def run(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        if isa is not None:
-            backend.native.use_isa(isa)  # type: ignore[union-attr]
-        backend.multiply_bfloat16 = pairs
-        with flowkern.backend(name):
-            return ops.nearest_code(x, codebook)[0]
-
-    return run
+def _search(name: str, isa: str | None, pairs: bool, x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The index by one backend, with one instruction set and screen."""
+    if isa is not None:
+        backend.native.use_isa(isa)  # type: ignore[union-attr]
+    backend.multiply_bfloat16 = pairs
+    with flowkern.backend(name):
+        return ops.nearest_code(x, codebook)[0]
 
 
 @peer("code_search", PEER)

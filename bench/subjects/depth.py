@@ -17,8 +17,7 @@ from flowkern import nn
 
 from ..comparison import FLOWKERN, Comparison, Options
 from ..peers import peer, peers_of
-from ..pictures import plot
-from ..row import Row
+from ..row import Row, plot
 from .glow import Architecture, by_normflows, copy_weights, differs, glow, perturbed, training_step
 
 __all__ = ["DEVICES", "comparisons", "draw"]

@@ -67,21 +67,9 @@ def _nflows(channels: int) -> Any:
 def _normflows(channels: int) -> Any:
     from normflows.flows.mixing import Invertible1x1Conv
 
-    return _Reversed(Invertible1x1Conv(channels, use_lu=True))
-
-
-class _Reversed(torch.nn.Module):
-    """A layer of normflows, whose ``forward`` runs latent to data, the way round that this library has."""
-
-    def __init__(self, layer: Any):
-        super().__init__()
-        self.layer: Any = layer
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.layer.inverse(x)
-
-    def inverse(self, z: torch.Tensor) -> Any:
-        return self.layer(z)
+    layer = Invertible1x1Conv(channels, use_lu=True)
+    layer.forward, layer.inverse = layer.inverse, layer.forward  # which ran latent to data, the other way round
+    return layer
 
 
 def wrong(layer: Any, x: torch.Tensor) -> str:

@@ -44,7 +44,7 @@ def compared(name: str, case: Case, direction: str, options: Options) -> Compari
     sets = input_sets(first.traffic or 0.0) if device.type == "cuda" else 1
     others = [Problem(op, case, direction, device, seed) for seed in range(1, sets)]
     truth = _TRUTHS.get(name, _by_reference)(first)
-    functions = {EAGER: first.plain(), FLOWKERN: op.function}
+    functions = {EAGER: BASELINES[name](*first.args, **case.kwargs), FLOWKERN: op.function}
     if case.compiles and (options.compile == "all" or (options.compile == "large" and not case.small)):
         torch._dynamo.reset()
         functions[COMPILED] = torch.compile(functions[EAGER], fullgraph=True, dynamic=False)
@@ -113,10 +113,6 @@ class Problem:
             with torch.no_grad():
                 outputs = _tuple(op.reference(*self.args, **case.kwargs))
             self.gradients = tuple(torch.empty_like(y).normal_(generator=generator) for y in outputs if y.is_floating_point())
-
-    def plain(self) -> Callable[..., Any]:
-        """The plain code, with what it prepares for these inputs."""
-        return BASELINES[self.op.name](*self.args, **self.case.kwargs)
 
     def call(self, function: Callable[..., Any], **kwargs: Any) -> Call:
         """``function`` on the inputs; with the backward, also the gradients of the inputs that have one."""
