@@ -45,11 +45,6 @@ def _checkerboard(x: torch.Tensor) -> torch.Tensor:
     return ((h[:, None] + w) % 2).to(torch.float32)
 
 
-def _wide(params: torch.Tensor) -> torch.Tensor:
-    """Parameters in 16 bits as float32: log-determinants are sums of many of them."""
-    return params.float() if params.dtype in (torch.bfloat16, torch.float16) else params
-
-
 @_prepared
 def affine_coupling(x: torch.Tensor, params: torch.Tensor, *, split: str = "channel") -> Run:
     """y = x sigmoid(u + 2) + t on half of the values."""
@@ -57,7 +52,8 @@ def affine_coupling(x: torch.Tensor, params: torch.Tensor, *, split: str = "chan
     mask = None if split == "channel" else _checkerboard(x)
 
     def run(x: torch.Tensor, params: torch.Tensor, *, split: str = "channel") -> Pair:
-        u, t = _wide(params).chunk(2, 1)
+        # In 16 bits they are taken as float32: log-determinants are sums of many of them.
+        u, t = params.to(torch.promote_types(params.dtype, torch.float32)).chunk(2, 1)
         log_s = F.logsigmoid(u + 2.0)
         if mask is None:
             moved = x[:, kept:] * log_s.exp() + t

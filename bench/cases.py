@@ -157,23 +157,13 @@ def _linear_cases() -> tuple[Case, ...]:
 
 
 def _plu_cases() -> tuple[Case, ...]:
-    def traffic(lower: torch.Tensor, *_: torch.Tensor) -> Traffic:
-        return 3 * size(lower), 5 * size(lower)
-
     def inputs(draw: Draw, channels: int, _: int) -> tuple[torch.Tensor, ...]:
         lower, upper = (draw(channels, channels) / channels**0.5 for _ in range(2))
         sign, permutation = torch.ones_like(lower[0]), torch.arange(channels, device=lower.device).flip(0)
         return lower, upper, 0.1 * draw(channels), sign, permutation
 
     sizes = tuple((channels, channels) for channels in (2, 8, 12, 48, 96, 192))
-    return _by_size(inputs, sizes[:4], sizes[4:], traffic=traffic, constants=(3,))
-
-
-def _latent_cases() -> tuple[Case, ...]:
-    def traffic(mean: torch.Tensor, log_scale: torch.Tensor) -> Traffic:
-        return 3 * size(mean), 5 * size(mean)
-
-    return _by_size(lambda draw, *shape: (draw(*shape), draw(*shape)), _VECTORS, ((64, 65536),), traffic=traffic)
+    return _by_size(inputs, sizes[:4], sizes[4:], traffic=lambda lower, *_: (3 * size(lower), 5 * size(lower)), constants=(3,))
 
 
 def _levels(draw: Draw, *shape: int) -> torch.Tensor:
@@ -182,27 +172,22 @@ def _levels(draw: Draw, *shape: int) -> torch.Tensor:
 
 
 def _image_cases(suffix: str = "", **kwargs: float) -> tuple[Case, ...]:
-    def traffic(v: torch.Tensor) -> Traffic:
-        return 5 * size(v), 0
-
-    rest: dict[str, Any] = {"traffic": traffic, "kwargs": kwargs, "directions": (FORWARD,)}
+    rest: dict[str, Any] = {"traffic": lambda v: (5 * size(v), 0), "kwargs": kwargs, "directions": (FORWARD,)}
     return _by_size(lambda draw, *shape: (_levels(draw, *shape),), _VECTORS, ((64, 3, 64, 64),), suffix=suffix, **rest)
 
 
 def _mixture_cases() -> tuple[Case, ...]:
     """Scales of a trained model's order."""
 
-    def traffic(x: torch.Tensor, params: torch.Tensor) -> Traffic:
-        return size(x) + size(params), size(params)
-
     def inputs(draw: Draw, batch: int, side: int, components: int) -> tuple[torch.Tensor, ...]:
         params = draw(batch, 10 * components, side, side)
         params[:, components:].unflatten(1, (3, 3, components))[:, :, 1] -= 2.0
         return _levels(draw, batch, 3, side, side), params
 
-    cases = partial(_by_size, inputs, name="{0}x3x{1}x{1}-mixture{2}", traffic=traffic)
+    rest: dict[str, Any] = {"traffic": lambda x, params: (size(x) + size(params), size(params))}
+    cases = partial(_by_size, inputs, name="{0}x3x{1}x{1}-mixture{2}", **rest)
     small = ((1, 1, 2), (4, 2, 2), (16, 4, 5), (64, 4, 5))
-    return *cases(small, ((32, 32, 10),)), *cases(large=((256, 32, 10),), **_GPU)
+    return *cases(small=small, large=((32, 32, 10),)), *cases(large=((256, 32, 10),), **_GPU)
 
 
 def _code_cases(directions: tuple[str, ...], large: Sizes) -> tuple[Case, ...]:
@@ -252,7 +237,12 @@ CASES: dict[str, tuple[Case, ...]] = {
     "additive_coupling": _coupling_cases(0.5, additive_traffic),
     "invertible_linear": _linear_cases(),
     "plu_weight": _plu_cases(),
-    "gaussian_kl": _latent_cases(),
+    "gaussian_kl": _by_size(
+        lambda draw, *shape: (draw(*shape), draw(*shape)),
+        _VECTORS,
+        ((64, 65536),),
+        traffic=lambda x, _: (3 * size(x), 5 * size(x)),
+    ),
     "dequantize": tuple(itertools.chain(*zip(_image_cases(), _image_cases("-logit", alpha=0.05), strict=True))),
     "discretized_logistic_mixture": _mixture_cases(),
     "masked_linear": _masked_cases(),

@@ -92,7 +92,7 @@ def benchmarks(results: Path = RESULTS) -> str:
     for path in sorted(results.glob("*.md")):
         text = f"`flowkern table {path.stem}` trains the models on it, five seeds each. It takes some hours on two cores."
         parts += [f"## {path.stem.capitalize()}\n\n{text} The rows are in [{path.name}](../bench/results/{path.name}):\n"]
-        parts += _pictures(path.stem, [path.with_suffix(".png")])
+        parts += _pictures(path.with_suffix(".png"))
     return "\n".join(parts)
 
 
@@ -122,11 +122,11 @@ def _tables(subject: str, path: Path) -> Iterator[str]:
             cells = [first["case"], first["direction"], first["pages"], *map(_cell, group)]
             lines.append("| " + " | ".join(cells) + " |")
         yield "\n".join(lines) + "\n"
-    yield from _pictures(subject, [path.with_suffix(".png")])
+    yield from _pictures(path.with_suffix(".png"))
 
 
-def _pictures(name: str, paths: Sequence[Path]) -> list[str]:
-    return [f"![{name}](../bench/results/{path.name})\n" for path in paths if path.exists()]
+def _pictures(path: Path) -> list[str]:
+    return [f"![{path.stem.split('-')[0]}](../bench/results/{path.name})\n"] if path.exists() else []
 
 
 def _cell(row: Cells) -> str:

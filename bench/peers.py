@@ -28,17 +28,11 @@ def peer(subject: str, package: str) -> Callable[[Callable[..., Any]], Callable[
     return register
 
 
+@functools.cache
 def peers_of(subject: str) -> dict[str, Callable[..., Any]]:
     """What makes the variants of the packages that are installed, by package."""
-    found = {}
-    for package, make in _PEERS.get(subject, {}).items():
-        if installed(package):
-            found[package] = make
-        else:
-            _left_out(subject, package)
-    return found
-
-
-@functools.cache
-def _left_out(subject: str, package: str) -> None:
-    print(f"{subject}: {package} is not installed (pip install {package}): it is left out", file=sys.stderr)
+    found = _PEERS.get(subject, {})
+    for package in found:
+        if not installed(package):
+            print(f"{subject}: {package} is not installed (pip install {package}): it is left out", file=sys.stderr)
+    return {package: make for package, make in found.items() if installed(package)}

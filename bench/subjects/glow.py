@@ -143,10 +143,6 @@ class Architecture:
     def name(self) -> str:
         return f"glow-{self.levels}x{self.steps}-hidden{self.hidden}-{self.batch}x3x{self.side}x{self.side}"
 
-    def channels(self, level: int) -> int:
-        """Of the steps of a level, 0 nearest to the data."""
-        return 12 * 2**level
-
 
 def conditioner(channels: int, hidden: int) -> torch.nn.Sequential:
     """3x3, 1x1 and 3x3 convolutions, from one half of the channels to two numbers for each of the other half."""
@@ -162,7 +158,7 @@ def conditioner(channels: int, hidden: int) -> torch.nn.Sequential:
 def glow(a: Architecture, memory: str) -> nn.Flow:
     """This library's."""
     levels, net = [], {"layout": "interleaved_shift_scale", "shift_first": True}
-    for c in map(a.channels, range(a.levels)):
+    for c in (12 * 2**level for level in range(a.levels)):
         steps = [nn.GlowStep(c, conditioner(c, a.hidden), **net) for _ in range(a.steps)]  # type: ignore[arg-type]
         levels.append(nn.Compose(nn.Squeeze(), *steps, memory=memory))
     shape = (3, a.side, a.side)
@@ -175,7 +171,7 @@ def by_normflows(a: Architecture) -> Any:
 
     bases, flows, merges = [], [], []
     for level in reversed(range(a.levels)):
-        c, side = a.channels(level), a.side // 2 ** (level + 1)
+        c, side = 12 * 2**level, a.side // 2 ** (level + 1)
         flows.append([*(nf.flows.GlowBlock(c, a.hidden) for _ in range(a.steps)), nf.flows.Squeeze()])
         last = level == a.levels - 1
         bases.append(nf.distributions.DiagGaussian((c if last else c // 2, side, side), trainable=False))

@@ -7,6 +7,7 @@ same noise. "published" is the algorithm of PixelCNN++'s code, whose values ``co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,11 +46,11 @@ def comparisons(options: Options) -> Iterator[Comparison]:
         *(("dequantize-" + "x".join(map(str, shape)), images, shape) for shape in of_images),
     ]
     if options.device == "cpu" and not options.quick:
-        shapes = ((name, shape) for name, (_, shape) in ELEMENTWISE.items())
-        parts += [(f"{name}-" + "x".join(map(str, shape)), elementwise, (name,)) for name, shape in shapes]
+        parts += [(f"{name}-" + "x".join(map(str, what[1])), elementwise, what) for name, what in ELEMENTWISE.items()]
     for case, part, size in parts:
-        if options.wants(case):
-            yield from part(case, size, options.device)
+        for comparison in part(case, size, options.device) if options.wants(case) else ():
+            # Only on a GPU there is a copy beside the op.
+            yield comparison if options.device == "cuda" else replace(comparison, traffic=None)
 
 
 def published(x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
@@ -118,12 +119,7 @@ def mixture(case: str, size: tuple[int, ...], device: str) -> Iterator[Compariso
         ("forward", alone, values, traffic),
     ):
         check = by_norm(truth, granted)
-        yield Comparison(case, direction, calls, "published", check=check, traffic=_on_gpu(moved, device), seconds=10.0)
-
-
-def _on_gpu(traffic: int, device: str) -> int | None:
-    """The bytes that a copy moves beside the op, on a GPU."""
-    return traffic if device == "cuda" else None
+        yield Comparison(case, direction, calls, "published", check=check, traffic=moved, seconds=10.0)
 
 
 def latents(case: str, shape: tuple[int, ...], device: str) -> Iterator[Comparison]:
@@ -147,8 +143,7 @@ def latents(case: str, shape: tuple[int, ...], device: str) -> Iterator[Comparis
         FLOWKERN: seeded(both(lambda m, s: reference(m, s, philox.as_seed(None, m.device)), torch.float64)),
     }
     calls = {"eager": both(plain), FLOWKERN: both(ops.gaussian_kl)}
-    traffic = _on_gpu(8 * mean.nbytes, device)
-    yield Comparison(case, "forward+backward", calls, "eager", check=by_norm(exact), traffic=traffic, seconds=10.0)
+    yield Comparison(case, "forward+backward", calls, "eager", check=by_norm(exact), traffic=8 * mean.nbytes, seconds=10.0)
 
 
 def images(case: str, shape: tuple[int, ...], device: str) -> Iterator[Comparison]:
@@ -166,14 +161,12 @@ def images(case: str, shape: tuple[int, ...], device: str) -> Iterator[Compariso
         FLOWKERN: seeded(lambda: reference(v, philox.as_seed(None, v.device), alpha=0.05, dtype=torch.float64)),
     }
     calls: dict[str, Call] = {"eager": plain, FLOWKERN: lambda: ops.dequantize(v, alpha=0.05)}
-    traffic = _on_gpu(5 * v.nbytes, device)
-    yield Comparison(case, "forward", calls, "eager", check=by_norm(exact), traffic=traffic, seconds=10.0)
+    yield Comparison(case, "forward", calls, "eager", check=by_norm(exact), traffic=5 * v.nbytes, seconds=10.0)
 
 
-def elementwise(case: str, names: tuple[str, ...], device: str) -> Iterator[Comparison]:
+def elementwise(case: str, what: tuple[nn.Likelihood, tuple[int, ...]], device: str) -> Iterator[Comparison]:
     """A likelihood that is left to torch: what it would gain from fusion, by torch.compile."""
-    (name,) = names
-    likelihood, shape = ELEMENTWISE[name]
+    likelihood, shape = what
     torch.manual_seed(0)
     x = torch.randint(likelihood.levels, shape) if likelihood.discrete else torch.randn(shape)
     params = torch.randn(*shape, likelihood.params)
