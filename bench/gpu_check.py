@@ -169,14 +169,13 @@ class Check:
     def bench(self, seconds: float, name: str = "bench", **options: Any) -> Outcome:
         """Measure subjects, all ops where none is named. A wrong row among those printed, or none, is a failure."""
         options |= {"compile": "none", "quick": True} if self.dry else {"compile": "large"}
-        given = json.dumps({"device": self.device, **options})
-        ran = self.python(seconds, name, "-m", "flowkern.bench.worker", given)
+        ran = self.python(seconds, name, "-m", "flowkern.bench.worker", json.dumps({"device": self.device, **options}))
         rows = _rows(ran.output)
         self.rows += rows
         wrong = [f"{row['subject']} {row['case']} {row['direction']} {row['variant']}" for row in rows if row["failure"]]
-        if wrong:
-            return Outcome(FAILED, f"{len(rows)} rows, of which wrong: {', '.join(dict.fromkeys(wrong))}", log=ran.log())
-        return Outcome(ran.status() if rows or ran.code != 0 else FAILED, f"{len(rows)} rows", log=ran.log())
+        summary = f"{len(rows)} rows" + (f", of which wrong: {', '.join(dict.fromkeys(wrong))}" if wrong else "")
+        failed = wrong or (not rows and ran.code == 0)
+        return Outcome(FAILED if failed else ran.status(), summary, log=ran.log())
 
     def smoke(self, seconds: float) -> Outcome:
         """The calls that compute-sanitizer watches, without it."""
@@ -186,18 +185,14 @@ class Check:
 
     def sanitize(self, seconds: float, tool: str) -> Outcome:
         """The calls under one tool of compute-sanitizer."""
-        program = _sanitizer()
+        homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+        folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+        program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
         if program is None:
             return Outcome(NOT_RUN, "compute-sanitizer was not found")
         command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "flowkern.bench.smoke", "--every", "4"]
         # Without torch's cache each tensor is an allocation of its own, whose ends the tool knows.
         return _judge(run(command, seconds, self.library, tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
-
-
-def _sanitizer() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
 def _judge(ran: Ran) -> Outcome:
@@ -239,13 +234,10 @@ def perform(check: Check, total: float = _TOTAL) -> None:
     for name, seconds, stage in check.stages():
         start = time.monotonic()
         left = min(seconds, end - start)
-        if left < 5.0:
-            outcome = Outcome(NOT_RUN, "the time was up")
-        else:
-            try:
-                outcome = stage(left)
-            except (OSError, ValueError, subprocess.SubprocessError) as error:
-                outcome = Outcome(FAILED, f"{type(error).__name__}: {error}")
+        try:
+            outcome = stage(left) if left >= 5.0 else Outcome(NOT_RUN, "the time was up")
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            outcome = Outcome(FAILED, f"{type(error).__name__}: {error}")
         outcome.seconds = round(time.monotonic() - start, 1)
         check.outcomes[name] = outcome
         print(f"{name:<10}{outcome.status:<12}{outcome.seconds:>6.1f} s  {outcome.summary}", flush=True)
