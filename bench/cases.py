@@ -57,18 +57,13 @@ def cases_of(op: str, device: str) -> list[Case]:
     return [case for case in CASES[op] if device in case.devices]
 
 
-def size(x: torch.Tensor) -> int:
-    """Bytes of the values of x."""
-    return x.numel() * x.element_size()
-
-
 def affine_traffic(x: torch.Tensor, params: torch.Tensor) -> Traffic:
     """Channel split: 6 per transformed value forward (x, y twice, u, t), 8 backward (x, u, du, dt, dy and dx twice).
 
     Checkerboard: kept and transformed values share every cache line, so that x and all of params count whole.
     """
     of_x = 3.0 if params.shape[1] > x.shape[1] else 2.5
-    return 2 * size(x) + size(params), of_x * size(x) + 1.5 * size(params)
+    return 2 * x.nbytes + params.nbytes, of_x * x.nbytes + 1.5 * params.nbytes
 
 
 def additive_traffic(x: torch.Tensor, shift: torch.Tensor) -> Traffic:
@@ -76,13 +71,13 @@ def additive_traffic(x: torch.Tensor, shift: torch.Tensor) -> Traffic:
 
     Checkerboard: the shift's gradient has zeros at the kept places, so that it is written.
     """
-    cast = 0 if x.dtype == shift.dtype else size(x) / 2 + size(shift)
-    return 2 * size(x) + size(shift), size(x) + size(shift) if shift.shape == x.shape else cast
+    cast = 0 if x.dtype == shift.dtype else x.nbytes / 2 + shift.nbytes
+    return 2 * x.nbytes + shift.nbytes, x.nbytes + shift.nbytes if shift.shape == x.shape else cast
 
 
 def linear_traffic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Traffic:
     """x and y in the forward; dy, x and dx in the backward. What belongs to the channels alone is little beside them."""
-    return 2 * size(x), 3 * size(x)
+    return 2 * x.nbytes, 3 * x.nbytes
 
 
 _FUSED = {
@@ -163,7 +158,7 @@ def _plu_cases() -> tuple[Case, ...]:
         return lower, upper, 0.1 * draw(channels), sign, permutation
 
     sizes = tuple((channels, channels) for channels in (2, 8, 12, 48, 96, 192))
-    return _by_size(inputs, sizes[:4], sizes[4:], traffic=lambda lower, *_: (3 * size(lower), 5 * size(lower)), constants=(3,))
+    return _by_size(inputs, sizes[:4], sizes[4:], traffic=lambda lower, *_: (3 * lower.nbytes, 5 * lower.nbytes), constants=(3,))
 
 
 def _levels(draw: Draw, *shape: int) -> torch.Tensor:
@@ -172,7 +167,7 @@ def _levels(draw: Draw, *shape: int) -> torch.Tensor:
 
 
 def _image_cases(suffix: str = "", **kwargs: float) -> tuple[Case, ...]:
-    rest: dict[str, Any] = {"traffic": lambda v: (5 * size(v), 0), "kwargs": kwargs, "directions": (FORWARD,)}
+    rest: dict[str, Any] = {"traffic": lambda v: (5 * v.nbytes, 0), "kwargs": kwargs, "directions": (FORWARD,)}
     return _by_size(lambda draw, *shape: (_levels(draw, *shape),), _VECTORS, ((64, 3, 64, 64),), suffix=suffix, **rest)
 
 
@@ -184,7 +179,7 @@ def _mixture_cases() -> tuple[Case, ...]:
         params[:, components:].unflatten(1, (3, 3, components))[:, :, 1] -= 2.0
         return _levels(draw, batch, 3, side, side), params
 
-    rest: dict[str, Any] = {"traffic": lambda x, params: (size(x) + size(params), size(params))}
+    rest: dict[str, Any] = {"traffic": lambda x, params: (x.nbytes + params.nbytes, params.nbytes)}
     cases = partial(_by_size, inputs, name="{0}x3x{1}x{1}-mixture{2}", **rest)
     small = ((1, 1, 2), (4, 2, 2), (16, 4, 5), (64, 4, 5))
     return *cases(small=small, large=((32, 32, 10),)), *cases(large=((256, 32, 10),), **_GPU)
@@ -241,7 +236,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         lambda draw, *shape: (draw(*shape), draw(*shape)),
         _VECTORS,
         ((64, 65536),),
-        traffic=lambda x, _: (3 * size(x), 5 * size(x)),
+        traffic=lambda x, _: (3 * x.nbytes, 5 * x.nbytes),
     ),
     "dequantize": tuple(itertools.chain(*zip(_image_cases(), _image_cases("-logit", alpha=0.05), strict=True))),
     "discretized_logistic_mixture": _mixture_cases(),

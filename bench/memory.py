@@ -16,20 +16,14 @@ __all__ = ["peak_extra_bytes"]
 
 def peak_extra_bytes(call: Call, device: torch.device) -> int:
     """The most memory that the call holds at a time, above what it returns: what torch's allocators hand out."""
-    return _on_gpu(call) if device.type == "cuda" else _on_cpu(call)
-
-
-def _on_gpu(call: Call) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    results = call()
-    torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-    del results
-    return extra
-
-
-def _on_cpu(call: Call) -> int:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        results = call()
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        del results
+        return extra
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces every profile on stderr
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
