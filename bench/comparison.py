@@ -1,8 +1,10 @@
-"""What a subject yields: calls that compute the same, their check, and how they become rows."""
+"""What a subject yields: calls that compute the same, other libraries' too, their check, and how they become rows."""
 
 from __future__ import annotations
 
 import fnmatch
+import functools
+import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +33,8 @@ __all__ = [
     "check",
     "measure",
     "off_by",
+    "peer",
+    "peers_of",
     "poisoned",
     "running",
     "seeded",
@@ -59,6 +63,31 @@ class Options:
     def wants(self, *labels: str) -> bool:
         """Whether one of the labels of a case matches one of the patterns, which commas part."""
         return any(fnmatch.fnmatch(label, pattern) for label in labels for pattern in self.only.split(","))
+
+
+_PEERS: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+def peer(subject: str, package: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that registers what makes another library's variant in a subject."""
+
+    def register(make: Callable[..., Any]) -> Callable[..., Any]:
+        _PEERS.setdefault(subject, {})[package] = make
+        return make
+
+    return register
+
+
+@functools.cache
+def peers_of(subject: str) -> dict[str, Callable[..., Any]]:
+    """What makes the variants of the packages that are installed, by package; a missing one is left out."""
+    found = {}
+    for package, make in _PEERS.get(subject, {}).items():
+        if importlib.util.find_spec(package.replace("-", "_")):
+            found[package] = make
+        else:
+            print(f"{subject}: {package} is not installed (pip install {package}): it is left out", file=sys.stderr)
+    return found
 
 
 @dataclass

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from flowkern import nn, ops
 from flowkern._core import backend
 
-from ..comparison import FLOWKERN, Comparison, Options, running
-from ..peers import peer, peers_of
+from ..comparison import FLOWKERN, Comparison, Options, peer, peers_of, running
 from ..row import Row, plot
 from ..timing import Call
 
@@ -31,6 +30,7 @@ __all__ = ["DEVICES", "comparisons", "dense", "differs", "draw"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 DEVICES = ("cpu",)
+BACKENDS = ("cpp", "torch") if backend.native is not None else ("torch",)
 #: (features, hidden widths, batch).
 SIZES = ((784, (1024, 1024), 64), (64, (256, 256), 64), (3072, (512, 512), 64), (3072, (512, 512), 1))
 QUICK = ((24, (32, 32), 8),)
@@ -196,15 +196,11 @@ def training(function: Callable[[torch.Tensor], Pair], x: torch.Tensor, paramete
     return call
 
 
-def _backends() -> tuple[str, ...]:
-    return ("cpp", "torch") if backend.native is not None else ("torch",)
-
-
 def inverse_training(s: _Subjects, direction: str) -> Comparison:
     """The inverse and the gradients of z and of the parameters through it, beside those of the density pass."""
     z = s.ours(s.x)[0].detach()
     backward = training(s.ours.inverse, z, [*s.ours.parameters()])
-    inverses = {f"{FLOWKERN}-{name}": running(name, backward) for name in _backends()}
+    inverses = {f"{FLOWKERN}-{name}": running(name, backward) for name in BACKENDS}
     exact = copy.deepcopy(s.ours).double()
     expected = running("torch", training(exact.inverse, exact(s.x.double())[0].detach(), [*exact.parameters()]))()
     failures = {name: differs(call(), expected) for name, call in inverses.items()}
@@ -216,7 +212,7 @@ def inverse_training(s: _Subjects, direction: str) -> Comparison:
 def inverse(s: _Subjects, direction: str, seconds: float = 5.0) -> Comparison:
     """The inverse, beside the density pass."""
     z, density = s.ours(s.x)[0], dense(s.ours)
-    inverses = {f"{FLOWKERN}-{name}": running(name, s.ours.inverse) for name in _backends()}
+    inverses = {f"{FLOWKERN}-{name}": running(name, s.ours.inverse) for name in BACKENDS}
     failures = {name: differs(inverse(z), (s.x, -density(s.x)[1])) for name, inverse in inverses.items()}
     slow: dict[str, list[float]] = {}
     for name, (theirs, own) in s.peers.items():

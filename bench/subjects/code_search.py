@@ -21,8 +21,7 @@ import flowkern
 from flowkern import OPS, ops
 from flowkern._core import backend
 
-from ..comparison import FLOWKERN, Comparison, Options
-from ..peers import peer, peers_of
+from ..comparison import FLOWKERN, Comparison, Options, peer, peers_of
 from ..timing import Call
 
 __all__ = ["DEVICES", "comparisons"]

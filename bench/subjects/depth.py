@@ -15,8 +15,7 @@ import torch
 
 from flowkern import nn
 
-from ..comparison import FLOWKERN, Comparison, Options
-from ..peers import peer, peers_of
+from ..comparison import FLOWKERN, Comparison, Options, peer, peers_of
 from ..row import Row, plot
 from .glow import Architecture, by_normflows, copy_weights, differs, glow, perturbed, training_step
 

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 
 from flowkern import nn
 
-from ..comparison import FLOWKERN, Comparison, Options
-from ..peers import installed, peer, peers_of
+from ..comparison import FLOWKERN, Comparison, Options, peer, peers_of
 from ..timing import Call
 
 __all__ = ["DEVICES", "Architecture", "by_normflows", "comparisons", "copy_weights", "differs", "glow", "perturbed"]
@@ -42,7 +41,7 @@ def comparisons(options: Options) -> Iterator[Comparison]:
         if options.wants(case):
             yield boundary(case, size, 8 if options.quick else 128)
     architecture = Architecture(steps=2, hidden=8, side=8, batch=2) if options.quick else Architecture()
-    if options.wants(architecture.name) and installed("normflows"):
+    if options.wants(architecture.name) and "normflows" in peers_of("glow"):
         yield whole_model(architecture)
 
 

@@ -29,9 +29,7 @@ def comparisons(options: Options) -> Iterator[Comparison | str]:
     variant = "without-kernels" if options.quick else "with-kernels"
     with tempfile.TemporaryDirectory() as folder:
         failure, seconds = _installed(Path(folder), "0" if options.quick else "1")
-    failures = {variant: failure} if failure else {}
-    slow = {} if failure else {variant: [seconds]}
-    yield Comparison("sdist", "install", {}, variant, failures=failures, slow=slow)
+    yield Comparison("sdist", "install", {}, variant, failures={variant: failure}, slow={variant: [seconds]})
 
 
 def _installed(folder: Path, kernels: str) -> tuple[str, float]:

@@ -17,8 +17,7 @@ import torch
 from flowkern import nn
 from flowkern._core import backend
 
-from ..comparison import FLOWKERN, Comparison, Options, Tensors, running
-from ..peers import peer, peers_of
+from ..comparison import FLOWKERN, Comparison, Options, Tensors, peer, peers_of, running
 from ..timing import Call
 
 __all__ = ["DEVICES", "comparisons"]

@@ -221,8 +221,7 @@ def test_compile_is_measured_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the variables are those of the GNU C library")
 def test_both_states_of_pages_are_measured_and_recorded(capsys: Any, tmp_path: Path) -> None:
-    arguments = ["affine_coupling", "--quick", "--device", "cpu", "--only", "4x8", "--compile", "none", "--threads", "1"]
-    assert main([*arguments, "--pages", "both", "--csv", str(tmp_path)]) == 0
+    assert main(["affine_coupling", *HERE[1:], "--threads", "1", "--pages", "both", "--csv", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.index("fresh: ") < out.index("retained: ")
     assert out.count(">= 1x eager: ") == 4

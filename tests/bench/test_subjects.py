@@ -11,8 +11,7 @@ import pytest
 import torch
 from flowkern.bench import comparison
 from flowkern.bench.__main__ import main
-from flowkern.bench.comparison import Options, off_by
-from flowkern.bench.peers import peer, peers_of
+from flowkern.bench.comparison import Options, off_by, peer, peers_of
 from flowkern.bench.row import read_csv
 from flowkern.bench.subjects import code_search, depth, install, likelihood, roundtrip, vector_quantizer
 from flowkern.bench.worker import FILES
