@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -270,6 +271,15 @@ def assert_same(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
     """The same bits, NaN for NaN."""
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_refused(function: Callable[..., Any], cases: dict[str, tuple[Any, ...]]) -> None:
+    """``cases``: patterns of "type: message", and the arguments that raise such an error, keywords as a dict at their end."""
+    for pattern, given in cases.items():
+        args, keywords = (given[:-1], given[-1]) if given and isinstance(given[-1], dict) else (given, {})
+        with pytest.raises((TypeError, ValueError)) as caught:
+            function(*args, **keywords)
+        assert re.match(pattern, f"{caught.typename}: {caught.value}"), (pattern, str(caught.value))
 
 
 def assert_threads_do_not_matter(call: Callable[[], Sequence[torch.Tensor]]) -> None:

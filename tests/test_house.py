@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).parent.parent
 #: The folders of the code, and the package that each one is.
@@ -78,5 +77,6 @@ def test_importing_flowkern_is_light() -> None:
     """Neither the trainer's libraries nor Triton are loaded before they are used."""
     heavy = ["triton", "lightning", "matplotlib", "sklearn", "PIL", "rich"]
     code = f"import sys, flowkern; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

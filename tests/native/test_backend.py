@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from processes import python
 
 import flowkern
 from flowkern import OPS, nn, ops
 from flowkern._core import backend as _backend
 
+ENVIRONMENT = """
+import importlib, os
+for name in ("FLOWKERN_BACKEND", "FLOWKERN_ISA"):
+    os.environ[name] = "mmx"
+    try:
+        import flowkern
+    except ValueError as error:
+        print(error)
+    del os.environ[name]
+os.environ["FLOWKERN_BACKEND"] = "torch"
+import flowkern
+print(flowkern.explain("affine_coupling"))
+from flowkern._core import backend as _backend
+for os.environ["FLOWKERN_ISA"] in _backend.native.isas() if _backend.native else []:
+    print("chosen:", importlib.reload(_backend).native.isa())
+"""
+
 
 @pytest.mark.slow
-def test_an_unknown_backend_is_named() -> None:
+def test_the_environment_chooses_backend_and_isa() -> None:
+    """And importing the library fails where it names none of them."""
+    done = python("-c", ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "backend: unknown name 'mmx'" in done.stdout
+    assert "asked for 'torch'" in done.stdout
+    assert "torch  serves" in done.stdout
+    if _backend.native is not None:
+        assert "FLOWKERN_ISA: this machine does not run 'mmx'" in done.stdout
+        assert re.findall("chosen: (.*)", done.stdout) == [*_backend.native.isas()]
+
+
+def test_unknown_names_are_named() -> None:
     with pytest.raises(ValueError, match="backend: unknown name 'cudnn'"), flowkern.backend("cudnn"):
         pass
-    env = {**os.environ, "FLOWKERN_BACKEND": "cudnn"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import flowkern"], env=env, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "backend: unknown name 'cudnn'" in done.stderr
+    if _backend.native is not None:
+        with pytest.raises(ValueError, match=r"FLOWKERN_ISA: this machine does not run 'mmx'; expected one of .*baseline"):
+            _backend.native.use_isa("mmx")
 
 
 @pytest.mark.skipif(_backend.interpreting(), reason="Triton's interpreter serves CPU tensors")
@@ -41,15 +68,6 @@ def test_the_context_restores_what_was_asked_for() -> None:
             raise KeyError
         assert _backend.requested() == "torch"
     assert _backend.requested() == before
-
-
-@pytest.mark.slow
-def test_the_environment_chooses_the_backend() -> None:
-    script = "import flowkern; print(flowkern.explain('affine_coupling'))"
-    env = {**os.environ, "FLOWKERN_BACKEND": "torch"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True)
-    assert "asked for 'torch'" in done.stdout
-    assert "torch  serves" in done.stdout
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)

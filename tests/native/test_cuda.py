@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,10 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_accurate
+from networks import change_batch, contexts_of, density, made, parameters_of, tensors_of
+from processes import python
 from scale_maps import MAPS, check_sweep
+from torch.utils._pytree import tree_map_only
 
 import flowkern
 from flowkern import ops
@@ -89,18 +91,6 @@ def use_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
 # Samples
 
 
-def made(features: int, *widths: int, **options: Any) -> AutoregressiveNetwork:
-    hidden = tuple(tuple(i % max(1, features - 1) + 1 for i in range(width)) for width in widths)
-    return AutoregressiveNetwork(tuple(range(1, features + 1)), hidden, **options)
-
-
-def parameters_of(network: AutoregressiveNetwork, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    found = []
-    for columns, rows in zip(network.widths[:-1], network.widths[1:], strict=True):
-        found += [0.5 * torch.randn(rows, columns, dtype=dtype) / columns**0.5, 0.3 * torch.randn(rows, dtype=dtype)]
-    return found
-
-
 def further(dtype: torch.dtype) -> Iterator[Sample]:
     """Shapes in which the kernel goes other ways: more rows in a step than threads, and more columns than one thread takes."""
     one_step = AutoregressiveNetwork((1,) * 300, ((0,) * 40, (0,) * 600))
@@ -114,7 +104,7 @@ def further(dtype: torch.dtype) -> Iterator[Sample]:
     for name, network in (("one-step", one_step), ("few-steps", few), ("few-steps-residual", residual), ("random", shuffled)):
         z = torch.randn(7, network.features, dtype=torch.float64).to(dtype)
         context = torch.randn(7, network.widths[1], dtype=torch.float64).to(dtype)
-        parameters = [p.to(dtype) for p in parameters_of(network, torch.float64)]
+        parameters = [p.to(dtype) for p in parameters_of(network, 0.5, torch.float64)]
         yield Sample(name, (z, parameters, [network]), {"contexts": [context]})
 
 
@@ -124,25 +114,10 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Sam
 
 
 def to(sample: Sample, device: str) -> Sample:
-    z, parameters, networks = sample.args
-    contexts = [None if c is None else c.to(device) for c in contexts_of(sample)]
-    return Sample(sample.name, (z.to(device), [p.to(device) for p in parameters], networks), {"contexts": contexts})
+    return Sample(sample.name, *tree_map_only(torch.Tensor, lambda t: t.to(device), (sample.args, sample.kwargs)))
 
 
-def parametrized() -> list[Any]:
-    return [pytest.param(s, id=s.name) for s in samples()]
-
-
-def contexts_of(sample: Sample) -> list[torch.Tensor | None]:
-    return sample.kwargs.get("contexts", [None] * len(sample.args[2]))
-
-
-def tensors_of(sample: Sample) -> list[torch.Tensor]:
-    """What the registered op takes: the contexts among the parameters."""
-    remaining, found = iter(sample.args[1]), []
-    for network, context in zip(sample.args[2], contexts_of(sample), strict=True):
-        found += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
-    return found
+every_sample = pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.name)
 
 
 def run(sample: Sample) -> Pair:
@@ -191,7 +166,7 @@ def test_scale_maps(host: Host, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("tile", [1, 4])
-@pytest.mark.parametrize("sample", parametrized())
+@every_sample
 def test_the_order_of_the_threads_does_not_matter(host: Host, sample: Sample, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads that meet in a place without a barrier between them would."""
     use_tile(monkeypatch, tile)
@@ -200,7 +175,7 @@ def test_the_order_of_the_threads_does_not_matter(host: Host, sample: Sample, ti
     assert all(torch.equal(a, b) for a, b in zip(run(sample), expected, strict=True))
 
 
-@pytest.mark.parametrize("sample", parametrized())
+@every_sample
 def test_what_does_not_fit_in_shared_memory_lies_in_a_scratch_buffer(host: Host, sample: Sample, monkeypatch: Any) -> None:
     monkeypatch.setattr(cuda, "RESIDENT", 1)  # blocks take several tiles, and use the buffer again
     host.processors = 2
@@ -212,7 +187,7 @@ def test_what_does_not_fit_in_shared_memory_lies_in_a_scratch_buffer(host: Host,
         assert all(torch.equal(a, b) for a, b in zip(run(sample), expected, strict=True))
 
 
-@pytest.mark.parametrize("sample", parametrized())
+@every_sample
 def test_outputs_are_written_whole_and_nothing_else(host: Host, sample: Sample, canaries: Any) -> None:
     for memory in (1 << 20, 0):
         host.memory = memory
@@ -240,7 +215,7 @@ def test_nan_stays_in_its_sample(host: Host, name: str, memory: int) -> None:
     assert torch.equal(logabsdet[others], clean[1][others])
 
 
-@pytest.mark.parametrize("sample", parametrized())
+@every_sample
 def test_masked_weights_do_not_matter(host: Host, sample: Sample) -> None:
     expected, poisoned = run(sample), copy.deepcopy(sample)
     weights = iter(poisoned.args[1][0::2])
@@ -252,12 +227,12 @@ def test_masked_weights_do_not_matter(host: Host, sample: Sample) -> None:
 
 def test_a_large_layer_and_a_batch_that_tiles_do_not_divide(host: Host) -> None:
     network = made(200, 300, 300)
-    parameters, z = parameters_of(network), torch.randn(21, 200)
+    parameters, z = parameters_of(network, 0.5), torch.randn(21, 200)
     z[:, ::2] *= 3
     for batch in (1, 2, 3, 21):
         sample = Sample("", (z[:batch], parameters, [network]))
         actual = run(sample)
-        back, total = op.density(actual[0], parameters, [network], [False])
+        back, total = density(Sample("", (actual[0], parameters, [network])))
         assert (back - z[:batch]).abs().max() <= 1e-5 * z.abs().max()
         torch.testing.assert_close(total, -actual[1])
         with flowkern.backend("torch"):
@@ -325,31 +300,10 @@ print("every sample ran")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs the sanitizers' runtimes")
-def test_the_kernel_under_address_and_undefined_behaviour_sanitizers(library: Path, tmp_path: Path) -> None:
-    runtimes = [
-        subprocess.run(["g++", f"-print-file-name={lib}"], capture_output=True, text=True).stdout.strip()
-        for lib in ("libasan.so", "libubsan.so")
-    ]
-    if not all(Path(r).is_absolute() for r in runtimes):
-        pytest.skip("the sanitizer runtimes are not installed")
+def test_the_kernel_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path, sanitized: Callable[..., None]) -> None:
     flags = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
     built = build(tmp_path / "host.so", *flags)
-    # Leaks are not looked for: the interpreter and torch keep memory until the process ends.
-    env = {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        EVERY_SAMPLE,
-        str(built),
-        str(ROOT / "tests"),
-        str(ROOT / "tests" / "native"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "every sample ran" in done.stdout
+    sanitized("-c", EVERY_SAMPLE, *map(str, (built, ROOT / "tests", ROOT / "tests" / "native")), cwd=ROOT)
 
 
 @functools.cache
@@ -362,9 +316,7 @@ def no_nvcc() -> str:
 def built(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """The CUDA extension alone, as setup.py builds it."""
     options = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "objects")]
-    command = [sys.executable, "setup.py", "-q", "build_ext", *options]
-    variables = {**os.environ, "FLOWKERN_EXT": "0", **env}
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    return python("setup.py", "-q", "build_ext", *options, cwd=ROOT, **{"FLOWKERN_EXT": "0", **env})
 
 
 @pytest.mark.slow
@@ -381,14 +333,15 @@ def test_the_extension_compiles_without_spills_and_loads_without_a_gpu(tmp_path:
     assert len(found) == 3 * kernels
     assert set(found) == {("0", "0", "0")}
     script = f"import sys; sys.path.insert(0, {str(tmp_path / 'lib' / 'flowkern')!r}); import _native_cuda as m; print(m.__doc__)"
-    loaded = subprocess.run([sys.executable, "-c", script], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True)
-    assert loaded.stdout.startswith(b"CUDA kernels of flowkern"), loaded.stderr
+    loaded = python("-c", script, CUDA_VISIBLE_DEVICES="")
+    assert loaded.stdout.startswith("CUDA kernels of flowkern"), loaded.stderr
 
 
 def test_what_is_asked_for_and_cannot_be_built_is_an_error(tmp_path: Path) -> None:
-    done = built(tmp_path, FLOWKERN_CUDA="yes")
-    assert done.returncode != 0
-    assert "FLOWKERN_CUDA: unknown value 'yes'; expected one of auto, 0, 1" in done.stderr
+    for name in ("FLOWKERN_CUDA", "FLOWKERN_EXT"):
+        done = built(tmp_path, **{name: "yes"})
+        assert done.returncode != 0
+        assert f"{name}: unknown value 'yes'; expected one of auto, 0, 1" in done.stderr
     nowhere = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere", "CUDA_PATH": "/nowhere", "CXX": shutil.which("c++") or "c++"}
     if not Path("/usr/local/cuda/bin/nvcc").exists():
         done = built(tmp_path, FLOWKERN_CUDA="1", **nowhere)
@@ -456,13 +409,6 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(pytest.mark.skipif(missing, reason=reason)(test))
 
 
-def moved(sample: Sample, repeats: int) -> Sample:
-    """The sample with its batch repeated, so that there is work for all multiprocessors."""
-    z, parameters, networks = sample.args
-    contexts = [None if c is None else c.repeat(repeats, 1) for c in contexts_of(sample)]
-    return Sample(sample.name, (z.repeat(repeats, 1), parameters, networks), {"contexts": contexts})
-
-
 @on_gpu
 @pytest.mark.parametrize(("dtype", "tile"), EVERY_TILE, ids=str)
 def test_the_kernel_is_accurate_on_a_gpu(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,7 +420,7 @@ def test_the_kernel_is_accurate_on_a_gpu(dtype: torch.dtype, tile: int, monkeypa
 def test_scratch_and_several_tiles_of_a_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = cuda._limits(torch.device("cuda"))
     for sample in samples(torch.float32, "cuda"):
-        many = moved(sample, 40)
+        many = change_batch(sample, lambda t: t.repeat(40, 1))
         expected = run(many)
         for a, b in zip(run(many), expected, strict=True):
             assert torch.equal(a, b)
@@ -501,30 +447,10 @@ def test_nan_stays_in_its_sample_on_a_gpu(name: str) -> None:
 def test_large_layers_agree_with_the_cpu() -> None:
     for features, widths, batch in ((784, (1024, 1024), 64), (3072, (512, 512), 100)):
         network = made(features, *widths)
-        parameters, z = parameters_of(network), torch.randn(batch, features)
+        parameters, z = parameters_of(network, 0.5), torch.randn(batch, features)
         expected = ops.autoregressive_inverse(z.double(), parameters, network)
         plain = ops.autoregressive_inverse(z, parameters, network)
         with flowkern.backend("cuda"):
             actual = ops.autoregressive_inverse(z.cuda(), [p.cuda() for p in parameters], network)
         for got, truth, same_dtype in zip(actual, expected, plain, strict=True):
             assert_accurate(got.cpu(), truth, same_dtype, ulps=8)
-
-
-@on_gpu
-def test_gradients_and_graphs_on_a_gpu() -> None:
-    sample = next(s for s in samples(torch.float32, "cuda") if s.name == "several-panels")
-    z, *parameters = (t.detach().requires_grad_() for t in (sample.args[0], *sample.args[1]))
-    with flowkern.backend("cuda"):
-        x, logabsdet = ops.autoregressive_inverse(z, parameters, sample.args[2])
-        actual = torch.autograd.grad(x.square().sum() + logabsdet.sum(), (z, *parameters))
-    other, total = op.reference(z, parameters, sample.args[2], [False, False])
-    expected = torch.autograd.grad(other.square().sum() + total.sum(), (z, *parameters))
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(sample)
-        sample.args[0].mul_(0.5)
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, run(sample), strict=True))

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from comparison import Tensors, assert_threads_do_not_matter, needs_native, results
+from comparison import (
+    assert_refused,
+    assert_same,
+    assert_threads_do_not_matter,
+    call_of,
+    leaves,
+    needs_native,
+    outputs_of,
+    results,
+    samples,
+)
+from networks import change_batch, density, made, parameters_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowkern
@@ -17,6 +28,8 @@ from flowkern._core import backend as _backend
 from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
 from flowkern.ops.autoregressive import definition, inverse as op
+
+OP = OPS["autoregressive_inverse"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,105 +41,50 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def samples(dtype: torch.dtype = torch.float64) -> list[Sample]:
-    torch.manual_seed(0)
-    return [*OPS["autoregressive_inverse"].samples("cpu", dtype)]
+def named(name: str) -> Sample:
+    return next(s for s in samples(OP) if s.name == name)
 
 
-def named(name: str, dtype: torch.dtype = torch.float64) -> Sample:
-    return next(s for s in samples(dtype) if s.name == name)
+every_sample = pytest.mark.parametrize("sample", samples(OP, torch.float64), ids=lambda sample: sample.name)
 
 
-def parametrized(dtype: torch.dtype = torch.float64, limit: int | None = None) -> list[Any]:
-    return [pytest.param(s, id=s.name) for s in samples(dtype) if limit is None or 0 < size(s) <= limit]
-
-
-def size(sample: Sample) -> int:
-    return sample.args[0].numel() and sum(t.numel() for t in leaves(sample))
-
-
-def leaves(sample: Sample, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-    """z, the parameters and the contexts, as leaves that record gradients, their strides kept."""
-    given = [sample.args[0], *sample.args[1], *(c for c in sample.kwargs.get("contexts", ()) if c is not None)]
-    return [(t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_() for t in given]
-
-
-def rebuilt(sample: Sample, tensors: Any) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
-    """(z, parameters, contexts) of leaves."""
-    z, *rest = tensors
-    count, remaining = len(sample.args[1]), iter(rest[len(sample.args[1]) :])
-    return z, rest[:count], [None if c is None else next(remaining) for c in contexts_of(sample)]
-
-
-def contexts_of(sample: Sample) -> list[torch.Tensor | None]:
-    return sample.kwargs.get("contexts", [None] * len(sample.args[2]))
-
-
-def call(sample: Sample, *tensors: torch.Tensor) -> Tensors:
-    z, parameters, contexts = rebuilt(sample, tensors)
-    return ops.autoregressive_inverse(z, parameters, sample.args[2], contexts=contexts)
-
-
-def forward(sample: Sample, x: torch.Tensor, *tensors: torch.Tensor) -> Tensors:
-    """The density pass, which the op inverts."""
-    return op.density(x, flat(sample, tensors), sample.args[2], [c is not None for c in contexts_of(sample)])
-
-
-def flat(sample: Sample, tensors: Any) -> list[torch.Tensor]:
-    _, parameters, contexts = rebuilt(sample, tensors)
-    remaining, found = iter(parameters), []
-    for network, context in zip(sample.args[2], contexts, strict=True):
-        found += [next(remaining) for _ in range(2 * network.layers)] + ([] if context is None else [context])
-    return found
-
-
-@pytest.mark.parametrize("sample", parametrized())
+@every_sample
 def test_it_inverts_the_density_pass(sample: Sample) -> None:
-    tensors = leaves(sample, torch.float64)
-    x, logabsdet = call(sample, *tensors)
-    z, total = forward(sample, x, *tensors)
-    torch.testing.assert_close(z, tensors[0], rtol=1e-9, atol=1e-9)
+    (z, *rest), options = call_of(sample, torch.float64)
+    x, logabsdet = ops.autoregressive_inverse(z, *rest, **options)
+    back, total = density(Sample("", (x, *rest), options))
+    torch.testing.assert_close(back, z, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(total, -logabsdet)
 
 
 def test_only_the_output_is_kept() -> None:
-    sample = named("several-panels", torch.float32)
-    tensors = leaves(sample)
+    call = call_of(named("several-panels"))
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        x, _ = call(sample, *tensors)
-    given = {t.data_ptr() for t in tensors[1:]}
+        x, _ = outputs_of(ops.autoregressive_inverse, call)
+    given = {t.data_ptr() for t in leaves(call)[1:]}
     assert [t.shape for t in kept if t.data_ptr() not in given] == [x.shape]
 
 
 @needs_native
 @pytest.mark.parametrize("name", ["several-panels", "residual-panels", "chain"])
 def test_same_bits_for_any_number_of_threads_and_any_company(name: str) -> None:
-    sample = named(name, torch.float32)
-    tensors = [t.detach() for t in leaves(sample)]
-    repeats = -(-1200 // len(tensors[0]))
-    z, parameters, contexts = rebuilt(sample, tensors)
-    many = [None if c is None else c.repeat(repeats, 1) for c in contexts]
-    grown = Sample(name, (z.repeat(repeats, 1), parameters, sample.args[2]), {"contexts": many})
+    sample = named(name)
+    count = len(sample.args[0])
+    grown = change_batch(sample, lambda t: t.repeat(-(-1200 // count), 1))
     assert_threads_do_not_matter(lambda: results(ops.autoregressive_inverse, grown))
-    outputs = ops.autoregressive_inverse(*grown.args, **grown.kwargs)
-    for a, b in zip(outputs, call(sample, *tensors), strict=True):  # one tile among many, and alone
-        assert torch.equal(a[: len(z)], b)
+    many, alone = (ops.autoregressive_inverse(*s.args, **s.kwargs) for s in (grown, sample))
+    assert_same([y[:count] for y in many], alone)
 
 
 @needs_native
-@pytest.mark.parametrize("sample", parametrized())
+@every_sample
 def test_few_samples_and_many_agree(sample: Sample) -> None:
     """Few samples take a path of their own."""
-    z, parameters, contexts = rebuilt(sample, [t.detach() for t in leaves(sample)])
-
-    def inverse(of: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
-        given = [None if c is None else of(c) for c in contexts]
-        return ops.autoregressive_inverse(of(z), parameters, sample.args[2], contexts=given)
-
-    many = inverse(lambda t: t.repeat(5, 1))
-    for count in (1, 3):
-        few = inverse(lambda t, n=count: t[:n])
+    changes = [lambda t: t.repeat(5, 1), lambda t: t[:1], lambda t: t[:3]]
+    given = [change_batch(sample, change) for change in changes]
+    many, *others = (ops.autoregressive_inverse(*s.args, **s.kwargs) for s in given)
+    for few in others:
         torch.testing.assert_close(few, tuple(y[: len(few[0])] for y in many), rtol=1e-12, atol=1e-12)
 
 
@@ -140,18 +98,6 @@ def test_both_directions_run_in_the_extension(monkeypatch: pytest.MonkeyPatch) -
     assert called.count("autoregressive_inverse") == 1
     assert called.count("autoregressive_inverse_backward") == len(sample.args[2])
     assert called.count("masked_linear_backward") == sum(network.layers for network in sample.args[2])
-
-
-def made(features: int, *widths: int, **options: Any) -> AutoregressiveNetwork:
-    hidden = tuple(tuple(i % max(1, features - 1) + 1 for i in range(width)) for width in widths)
-    return AutoregressiveNetwork(tuple(range(1, features + 1)), hidden, **options)
-
-
-def parameters_of(network: AutoregressiveNetwork, gain: float = 1.0) -> list[torch.Tensor]:
-    found = []
-    for columns, rows in zip(network.widths[:-1], network.widths[1:], strict=True):
-        found += [gain * torch.randn(rows, columns) / columns**0.5, 0.1 * torch.randn(rows)]
-    return found
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -244,7 +190,7 @@ def test_depth_is_bounded_by_the_degrees() -> None:
 
 
 def test_plans_visit_every_unit_once_and_never_read_ahead() -> None:
-    for sample in samples():
+    for sample in samples(OP):
         for network in sample.args[2]:
             (plan,) = op.plans(network.text)
             known = [0] * (network.layers)
@@ -261,7 +207,7 @@ def test_plans_visit_every_unit_once_and_never_read_ahead() -> None:
 
 
 def test_text_holds_the_network() -> None:
-    for sample in samples():
+    for sample in samples(OP):
         for network in sample.args[2]:
             assert AutoregressiveNetwork.from_text(network.text) == network
 
@@ -283,25 +229,25 @@ def test_leading_batch_dimensions() -> None:
 def test_bad_input_is_named() -> None:
     network = made(4, 6)
     z, parameters = torch.randn(3, 4), parameters_of(network)
-    inverse = ops.autoregressive_inverse
-    with pytest.raises(TypeError, match=r"z: expected a floating dtype .* got torch.int64"):
-        inverse(z.long(), parameters, network)
-    with pytest.raises(ValueError, match=r"z: expected shape \(..., 4\) for network 0, got \(3, 5\)"):
-        inverse(torch.randn(3, 5), parameters, network)
-    with pytest.raises(ValueError, match=r"parameters: expected 4 .* got 3"):
-        inverse(z, parameters[:-1], network)
-    with pytest.raises(ValueError, match=r"weight 1 of network 0: expected shape \(8, 6\), got \(8, 5\)"):
-        inverse(z, [*parameters[:2], parameters[2][:, :5], parameters[3]], network)
-    with pytest.raises(ValueError, match=r"bias 0 of network 0: expected device cpu .* got meta"):
-        inverse(z, [parameters[0], parameters[1].to("meta"), *parameters[2:]], network)
-    with pytest.raises(ValueError, match=r"context of network 0: expected shape \(3, 6\), got \(3, 5\)"):
-        inverse(z, parameters, network, contexts=[torch.randn(3, 5)])
-    with pytest.raises(ValueError, match="contexts: expected one for each of 1 networks, got 2"):
-        inverse(z, parameters, network, contexts=[None, None])
-    with pytest.raises(TypeError, match="networks: expected AutoregressiveNetworks, got str at 0"):
-        inverse(z, parameters, ["made"])
-    with pytest.raises(ValueError, match="networks: expected at least one"):
-        inverse(z, [], [])
+    w, b, *rest = parameters
+    cases = {
+        r"TypeError: z: expected a floating dtype .* got torch.int64": (z.long(), parameters, network),
+        r"ValueError: z: expected shape \(..., 4\) for network 0, got \(3, 5\)": (torch.randn(3, 5), parameters, network),
+        r"ValueError: parameters: expected 4 .* got 3": (z, parameters[:-1], network),
+        r"ValueError: weight 1 of network 0: expected shape \(8, 6\), got \(8, 5\)": (z, [w, b, rest[0][:, :5], b], network),
+        r"ValueError: bias 0 of network 0: expected device cpu .* got meta": (z, [w, b.to("meta"), *rest], network),
+        r"ValueError: context of network 0: expected shape \(3, 6\), got \(3, 5\)": (
+            *(z, parameters, network),
+            {"contexts": [torch.randn(3, 5)]},
+        ),
+        "ValueError: contexts: expected one for each of 1 networks, got 2": (
+            *(z, parameters, network),
+            {"contexts": [None, None]},
+        ),
+        "TypeError: networks: expected AutoregressiveNetworks, got str at 0": (z, parameters, ["made"]),
+        "ValueError: networks: expected at least one": (z, [], []),
+    }
+    assert_refused(ops.autoregressive_inverse, cases)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +32,7 @@ from comparison import (
     traceable,
     ways,
 )
+from processes import python
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -230,11 +229,7 @@ def test_meta_tensors(op: Op) -> None:
 def test_distributed_tensors(tmp_path: Path) -> None:
     """Values or torch's own refusal, at every argument of every op; models sharded by FSDP and called past its hooks."""
     script = Path(__file__).with_name("dtensor_ops.py")
-    command, env = (
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path)],
-        {**os.environ, "PYTHONPATH": str(script.parents[1])},
-    )
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = python(str(script), str(tmp_path), PYTHONPATH=str(script.parents[1]))
     assert done.returncode == 0, done.stderr[-4000:]
     counts = json.loads(done.stdout.splitlines()[-1])
     assert sum(counts.values()) > 200
@@ -289,8 +284,7 @@ def test_memory_that_runs_out_is_an_error() -> None:
     """Python's MemoryError or torch's own error, wherever in a call it happens; the next call is right again."""
     script = f"TESTS, STEPS = {str(Path(__file__).parents[1])!r}, 24\n{LIMITED}"
     # Whatever is larger than a page comes from the system, and goes back to it.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=env, capture_output=True, text=True)
+    done = python("-c", script, MALLOC_MMAP_THRESHOLD_="4096", MALLOC_TRIM_THRESHOLD_="0", OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     failures = {name: int(memory) + int(runtime) for name, memory, runtime in map(str.split, done.stdout.splitlines())}
     assert failures.keys() == OPS.keys()

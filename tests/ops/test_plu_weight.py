@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparison import assert_refused
 
 from flowkern import ops
 from flowkern._core import backend as _backend
-
-
-def factors(channels: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """Factors with values that must not count, in places that must not count."""
-    lower = torch.randn(channels, channels, dtype=torch.float64) / max(1, channels) ** 0.5
-    upper = torch.randn(channels, channels, dtype=torch.float64) / max(1, channels) ** 0.5
-    log_diagonal = 0.3 * torch.randn(channels, dtype=torch.float64)
-    sign = torch.randn(channels, dtype=torch.float64).sign()
-    permutation = torch.randperm(channels)
-    floating = tuple(f.to(dtype) for f in (lower, upper, log_diagonal, sign))
-    return *floating, permutation
 
 
 def test_the_factors_give_the_matrix_and_its_determinant() -> None:
@@ -33,17 +23,17 @@ def test_the_factors_give_the_matrix_and_its_determinant() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    lower, upper, log_diagonal, sign, permutation = factors(4, torch.float32)
-    with pytest.raises(ValueError, match=r"lower: expected a square matrix, got shape \(4, 3\)"):
-        ops.plu_weight(lower[:, :3], upper, log_diagonal, sign, permutation)
-    with pytest.raises(ValueError, match=r"sign: expected shape \(4,\) for lower of shape \(4, 4\), got \(3,\)"):
-        ops.plu_weight(lower, upper, log_diagonal, sign[:3], permutation)
-    with pytest.raises(TypeError, match=r"permutation: expected an int64 tensor, got torch.int32"):
-        ops.plu_weight(lower, upper, log_diagonal, sign, permutation.int())
-    with pytest.raises(TypeError, match=r"upper: expected a floating dtype .* got torch.int64"):
-        ops.plu_weight(lower, upper.long(), log_diagonal, sign, permutation)
-    with pytest.raises((ValueError, IndexError)):
-        ops.plu_weight(lower, upper, log_diagonal, sign, permutation + 1)
-    if _backend.native is not None:
-        with pytest.raises(ValueError, match="permutation: expected row numbers under 4, got 4"):
-            ops.plu_weight(lower, upper, log_diagonal, sign, permutation + 1)
+    matrix, log_diagonal, sign, permutation = torch.eye(4), torch.zeros(4), torch.ones(4), torch.arange(4)
+    rest = log_diagonal, sign, permutation
+    wrong = "expected row numbers under 4, got 4" if _backend.native is not None else ""
+    cases = {
+        r"ValueError: lower: expected a square matrix, got shape \(4, 3\)": (matrix[:, :3], matrix, *rest),
+        r"ValueError: sign: expected shape \(4,\) for lower of shape \(4, 4\), got \(3,\)": (
+            *(matrix, matrix, log_diagonal, sign[:3], permutation),
+        ),
+        r"TypeError: permutation: expected an int64 tensor, got torch.int32": (matrix, matrix, *rest[:2], permutation.int()),
+        r"TypeError: upper: expected a floating dtype .* got torch.int64": (matrix, matrix.long(), *rest),
+    }
+    assert_refused(ops.plu_weight, cases)
+    with pytest.raises((ValueError, IndexError), match=wrong):
+        ops.plu_weight(matrix, matrix, log_diagonal, sign, permutation + 1)
