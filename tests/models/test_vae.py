@@ -308,6 +308,24 @@ def test_errors() -> None:
         (lambda: linear().importance_log_prob(torch.zeros(1, DATA), samples=1), "samples, chunk"),
         (lambda: models.VAE(3, latent=2).render(torch.zeros(1, 5)), r"z: expected shape \(B, 2\), got \(1, 5\)"),
     )
+    halved = "hidden: expected widths, for each of which 4 x 6 pixels can be halved once, got 2"
+    for shape, settings, message in (
+        (3, {"likelihood": "categorical"}, "likelihood: 'categorical' is for discrete values"),
+        (3, {"prior": "flat"}, "prior: unknown name 'flat'"),
+        (3, {"posterior": "flat"}, "posterior: unknown name 'flat'"),
+        (3, {"levels": 17, "likelihood": "bernoulli"}, "likelihood: 'bernoulli' is for 2 levels, got 17"),
+        (3, {"objective": "iwae"}, r"objective: expected the fields of nn\.Objective, got 'iwae'"),
+        (3, {"levels": 0}, "levels: expected at least 2, got 0"),
+        (3, {"prior": "realnvp", "flow_hidden": []}, "flow_hidden: 'realnvp' needs at least one width"),
+        (3, {"prior": "realnvp", "latent": 1}, "latent: 'realnvp' couples one part"),
+        ((1, 4, 4), {"network": "transformer"}, "network: unknown name 'transformer'"),
+        (3, {"network": "conv"}, "network: 'conv' is for images"),
+        ((1, 4, 6), {"network": "conv", "hidden": [4, 4]}, halved),
+        (3, {"upper": 2, "prior": "mixture"}, "upper: two layers have a standard prior"),
+        (3, {"context": 2, "prior": "vamp"}, "'vamp' has no context"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.VAE(shape, **settings)
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -363,26 +381,6 @@ def test_discrete_bound_is_below_the_probability_of_all_values() -> None:
     assert sum(model.elbo(v, samples=500).exp()) < 1.0
     probability, error = model.importance_log_prob(v, samples=20_000, chunk=20_000)
     assert abs(probability.exp().sum() - 1.0) < 5 * (error * probability.exp()).square().sum().sqrt()
-
-
-def test_errors_of_models() -> None:
-    for shape, settings, message in (
-        (3, {"likelihood": "categorical"}, "likelihood: 'categorical' is for discrete values"),
-        (3, {"prior": "flat"}, "prior: unknown name 'flat'"),
-        (3, {"posterior": "flat"}, "posterior: unknown name 'flat'"),
-        (3, {"levels": 17, "likelihood": "bernoulli"}, "likelihood: 'bernoulli' is for 2 levels, got 17"),
-        (3, {"objective": "iwae"}, r"objective: expected the fields of nn\.Objective, got 'iwae'"),
-        (3, {"levels": 0}, "levels: expected at least 2, got 0"),
-        (3, {"prior": "realnvp", "flow_hidden": []}, "flow_hidden: 'realnvp' needs at least one width"),
-        (3, {"prior": "realnvp", "latent": 1}, "latent: 'realnvp' couples one part"),
-        ((1, 4, 4), {"network": "transformer"}, "network: unknown name 'transformer'"),
-        (3, {"network": "conv"}, "network: 'conv' is for images"),
-        ((1, 4, 6), {"network": "conv", "hidden": [4, 4]}, "hidden: expected widths, .* 4 x 6 pixels can be halved once, got 2"),
-        (3, {"upper": 2, "prior": "mixture"}, "upper: two layers have a standard prior"),
-        (3, {"context": 2, "prior": "vamp"}, "'vamp' has no context"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            models.VAE(shape, **settings)
 
 
 def test_trained_by_the_trainer(tmp_path) -> None:

@@ -116,7 +116,7 @@ def test_permutation_does_not_touch_the_global_random_state() -> None:
 NO_SCALE_MAP = r"scale: expected an ops\.ScaleMap, such as ScaleMap\.tanh\(2\.0\), got 'tanh'"
 
 
-def test_errors_of_layers() -> None:
+def test_errors_of_layers_and_conditioners() -> None:
     orders = ([0, 0, 1], [1, 2], [], [[0, 1]], [0.0, 1.0])
     assert_refused(
         *((lambda order=order: nn.Permutation(order), "order must hold each") for order in orders),
@@ -137,11 +137,6 @@ def test_errors_of_layers() -> None:
         (lambda: nn.MultiScale(nn.Compose(), nn.Compose(), shape=(1, 4, 4)), "squeeze first"),
         (lambda: small_multiscale()(torch.rand(1, 1, 8, 8)), "expected images of shape"),
         (lambda: small_multiscale().inverse(torch.rand(1, 15)), r"latents \(B, 16\)"),
-    )
-
-
-def test_errors_of_conditioners() -> None:
-    assert_refused(
         (lambda: nn.MLP(2, 2)(torch.rand(1, 2), torch.rand(1, 3)), "built without"),
         (lambda: nn.MLP(2, 2, context=3)(torch.rand(4, 2)), r"expected shape \(4, 3\), got none"),
         (lambda: nn.ResNet(2, 2, context=3)(torch.rand(4, 2, 4, 4), torch.rand(1, 3)), r"expected shape \(4, 3\), got \(1, 3\)"),

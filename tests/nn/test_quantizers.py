@@ -447,7 +447,9 @@ def test_two_processes_have_the_codebooks_of_one(in_two_processes: Callable[...,
 # --- errors ---
 
 
-def test_bad_arguments_are_named() -> None:
+def test_bad_arguments_and_input_are_named() -> None:
+    made, first = nn.VectorQuantizer(4, 8, heads=2), nn.VectorQuantizer(4, 8, channels_first=True)
+    residual = nn.ResidualVectorQuantizer(4, 8, 2)
     assert_refused(
         (lambda: nn.VectorQuantizer(0, 8), "dim, codes and heads must be at least 1, got 0, 8 and 1"),
         (lambda: nn.VectorQuantizer(4, 0), "dim, codes and heads must be at least 1, got 4, 0 and 1"),
@@ -457,13 +459,6 @@ def test_bad_arguments_are_named() -> None:
         (lambda: nn.VectorQuantizer(4, 8, revive_below=1.5), "expected revive_below between 0 and 1, or None, got 1.5"),
         (lambda: nn.VectorQuantizer(4, 8, revive_below=0.1, decay=None), "revive_below needs the counts of moving averages"),
         (lambda: nn.ResidualVectorQuantizer(4, 8, 0), "levels must be at least 1, got 0"),
-    )
-
-
-def test_bad_input_is_named() -> None:
-    made, first = nn.VectorQuantizer(4, 8, heads=2), nn.VectorQuantizer(4, 8, channels_first=True)
-    residual = nn.ResidualVectorQuantizer(4, 8, 2)
-    assert_refused(
         (lambda: made(torch.ones(3, 4, dtype=torch.int64)), r"x: expected a floating dtype .* got torch.int64", TypeError),
         (lambda: made(torch.randn(3, 5)), r"x: expected shape \(B, ..., 4\), got \(3, 5\)"),
         (lambda: first(torch.randn(3, 5, 4)), r"x: expected shape \(B, 4, ...\), channels first, got \(3, 5, 4\)"),

@@ -6,6 +6,7 @@ see the samples, in the order and with the noise, of one rank with batches of B.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -243,17 +244,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+#: At the start Python comes to SIGINT only when the wait in torch's store is over.
+ENDS = [*itertools.product((signal.SIGKILL, signal.SIGTERM), ("start", "training")), (signal.SIGINT, "training")]
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize(
-    ("sent", "where"),
-    [
-        (signal.SIGKILL, "start"),
-        (signal.SIGKILL, "training"),
-        (signal.SIGTERM, "start"),
-        (signal.SIGTERM, "training"),
-        (signal.SIGINT, "training"),  # at the start Python comes to it only when the wait in torch's store is over
-    ],
-)
+@pytest.mark.parametrize(("sent", "where"), ENDS)
 def test_no_rank_outlives_its_launcher(tmp_path, sent, where):
     """However that is ended: while it trains, and while it waits for another rank to come."""
     plan = {"model": "realnvp", "data": "digits", "epochs": 10**6, "config": {"flatten": True, "couplings": 2, "hidden": 8}}
