@@ -30,7 +30,7 @@ def test_digits_are_split_in_file_order():
 
     digits = data.load("digits")
     assert (digits.levels, digits.shape, len(digits.classes)) == (17, (1, 8, 8), 10)
-    assert _sizes(digits) == [1000, 350, 447]
+    assert [len(s) for s in (digits.train, digits.val, digits.test)] == [1000, 350, 447]
     values = np.concatenate([s.values for s in (digits.train, digits.val, digits.test)])
     assert values.dtype == np.uint8
     assert (values.reshape(-1, 64) == load_digits().data).all()
@@ -75,27 +75,18 @@ def _refused(source: str, message: str, **options: object) -> None:
         data.load(source, **options)
 
 
-def _damage(path: Path) -> bytes:
-    """The file with other bytes near its end."""
-    whole = path.read_bytes()
-    return whole[:-30] + bytes(255 - b for b in whole[-30:])
-
-
-def _sizes(loaded: data.Dataset) -> list[int]:
-    return [len(split) for split in (loaded.train, loaded.val, loaded.test)]
-
-
 def test_folder_reads_what_it_can_and_reports_the_rest(tmp_path):
     _write_images(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(10)])
     (tmp_path / "cat" / "text.png").write_text("no image")
-    (tmp_path / "dog" / "cut.png").write_bytes(_damage(tmp_path / "dog" / "0.png"))
+    whole = (tmp_path / "dog" / "0.png").read_bytes()
+    (tmp_path / "dog" / "cut.png").write_bytes(whole[:-30] + bytes(255 - b for b in whole[-30:]))
     Image.fromarray(np.full((9, 9), 70_000 % 65536, np.uint16)).save(tmp_path / "deep.png")
     (tmp_path / "readme.txt").write_text("not looked at")
     (tmp_path / "dog" / "._0.png").write_bytes(b"left by a file system")
     lines: list[str] = []
     folder = data.load(f"folder:{tmp_path}", size=16, report=lines.append)
     assert (folder.shape, folder.levels, folder.classes) == ((3, 16, 16), 256, ("cat", "dog"))
-    assert _sizes(folder) == [16, 2, 2]
+    assert [len(s) for s in (folder.train, folder.val, folder.test)] == [16, 2, 2]
     assert len(lines) == 4
     for name in ("cat/text.png", "dog/cut.png", "deep.png"):
         assert sum(name in line for line in lines) == 1, name
@@ -132,7 +123,8 @@ def test_images_of_kinds_that_the_decoder_does_not_know(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     if features.check("avif"):
         Image.new("RGB", (40, 40), (9, 99, 200)).save(tmp_path / "x.avif")
-        (tmp_path / "x.avif").write_bytes(_damage(tmp_path / "x.avif"))
+        whole = (tmp_path / "x.avif").read_bytes()
+        (tmp_path / "x.avif").write_bytes(whole[:-30] + bytes(255 - b for b in whole[-30:]))
         names.append("x.avif")
     lines: list[str] = []
     data.load(f"folder:{tmp_path}", size=4, report=lines.append)
@@ -190,7 +182,7 @@ def test_cifar10(tmp_path, monkeypatch):
     for folder in (tmp_path, root):
         cifar = data.load(f"cifar10:{folder}")
         assert (cifar.shape, cifar.levels) == ((3, 32, 32), 256)
-        assert _sizes(cifar) == [90, 10, 20]
+        assert [len(s) for s in (cifar.train, cifar.val, cifar.test)] == [90, 10, 20]
         assert cifar.train.labels[[0, 20, 40, 60, 80]].tolist() == [0, 1, 2, 3, 4]
         assert cifar.test.values[3, :, 5, 6].tolist() == [30, 5, 5], "the first plane is red"
     (root / "data_batch_3.bin").write_bytes(b"\x0b" * 20 * 3073)
@@ -217,7 +209,7 @@ def test_mnist(tmp_path, packed):
     _write_mnist(tmp_path / "m", packed)
     mnist = data.load(f"mnist:{tmp_path / 'm'}")
     assert (mnist.shape, mnist.levels) == ((1, 28, 28), 256)
-    assert _sizes(mnist) == [36, 4, 7]
+    assert [len(s) for s in (mnist.train, mnist.val, mnist.test)] == [36, 4, 7]
     assert mnist.val.values[:, 0, 0, 0].tolist() == [36, 37, 38, 39]
     assert mnist.val.labels.tolist() == [6, 7, 8, 9]
 
@@ -251,7 +243,7 @@ def test_npy_images(tmp_path, shape):
     np.save(tmp_path / "x.npy", values)
     loaded = data.load(f"npy:{tmp_path / 'x.npy'}")
     assert (loaded.levels, loaded.shape) == (256, shape[1:] if len(shape) == 4 else (1, *shape[1:]))
-    assert _sizes(loaded) == [16, 2, 2]
+    assert [len(s) for s in (loaded.train, loaded.val, loaded.test)] == [16, 2, 2]
     rows = {row.tobytes() for s in (loaded.train, loaded.val, loaded.test) for row in s.values}
     assert rows == {row.tobytes() for row in values}
 
@@ -329,14 +321,11 @@ def test_npy_in_any_order_of_memory(tmp_path):
                 assert torch.equal(*batches)
 
 
-def test_npy_is_a_file(tmp_path):
+def test_sources_that_are_not_there(tmp_path):
     (tmp_path / "folder.npy").mkdir()
     os.mkfifo(tmp_path / "pipe.npy")
     for name in ("folder", "pipe"):
         _refused(f"npy:{tmp_path / name}.npy", rf"{name}\.npy is not a file")
-
-
-def test_unknown_sources(tmp_path):
     for source in ("", "nope", "digits:x", "folder", "folder:", "mnist"):
         _refused(source, "unknown source")
     _refused(f"folder:{tmp_path / 'no'}", "does not exist")
@@ -524,4 +513,5 @@ def test_epochs_differ_and_validation_does_not(digits):
 @pytest.mark.parametrize(("n", "kept"), [(3, 1), (5, 1), (6, 2), (12, 2), (29, 2), (30, 3)])
 def test_small_folders_have_enough_for_a_standard_error(tmp_path, n, kept):
     _write_images(tmp_path, [f"{i}.png" for i in range(n)])
-    assert _sizes(data.load(f"folder:{tmp_path}", size=4)) == [n - 2 * kept, kept, kept]
+    found = data.load(f"folder:{tmp_path}", size=4)
+    assert (len(found.train), len(found.val), len(found.test)) == (n - 2 * kept, kept, kept)
