@@ -903,16 +903,9 @@ def conditional() -> models.FlowModel:
     return model.double().eval()
 
 
-def test_interpolations_go_from_image_to_image(conditional):
-    digits = data.load("digits")
-    batch = data.batch_of(digits, "test", np.arange(6), seed=0, epoch=0)
+def test_reconstructions_are_the_images(conditional):
+    batch = data.batch_of(data.load("digits"), "test", np.arange(6), seed=0, epoch=0)
     x, context = batch.x.double(), training.context_of(conditional, batch.labels)
-    lines = conditional.interpolate(x[:3], x[3:], 5, context[:3])
-    assert lines.shape == (3, 5, 1, 8, 8)
-    torch.testing.assert_close(lines[:, 0], x[:3], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(lines[:, 4], x[3:], rtol=1e-10, atol=1e-10)
-    z = [conditional.bijection(images, context[:3])[0] for images in (x[:3], x[3:], lines[:, 2])]
-    torch.testing.assert_close(z[2], (z[0] + z[1]) / 2, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(_gallery.reconstruct(conditional, x, context), x, rtol=1e-10, atol=1e-10)
 
 
