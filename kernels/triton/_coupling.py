@@ -129,6 +129,11 @@ class Launch(NamedTuple):
             self.kernel[(self.grid.programs,)](*self.arguments(), **self.grid.keywords)
 
 
+def constants(double: bool, num_warps: int, **others: Any) -> dict[str, Any]:
+    """A kernel's constants, the dtype of its arithmetic, and the compiler's options: the default of fusion differs by release."""
+    return {**others, "ACC": tl.float64 if double else tl.float32, "num_warps": num_warps, "enable_fp_fusion": True}
+
+
 def sample_strides(strides: Strides) -> Strides:
     """Strides of (sample, channel, line, column); a vector has one line of one column."""
     return strides if len(strides) == 4 else (*strides, 0, 0)
@@ -182,13 +187,7 @@ def _tiling(samples: int, elements: int, per_thread: int) -> tuple[int, int, int
 
 
 def grid(
-    shape: tuple[int, ...],
-    channels_last: bool,
-    double: bool,
-    split: int,
-    moved: int,
-    whole: Sequence[Strides],
-    parts: Sequence[Strides],
+    shape: Strides, channels_last: bool, double: bool, split: int, moved: int, whole: Sequence[Strides], parts: Sequence[Strides]
 ) -> Grid:
     """The grid for x of this shape, ``moved`` transformed channels, and outputs in memory order (H, W, C) or (C, H, W).
 
@@ -223,19 +222,20 @@ def grid(
     # As much as 16-byte accesses need; elsewhere an address each, or two registers for each value, would crowd a thread.
     rows, columns, num_warps = _tiling(samples, elements, 2 if double else 8 if linear else 4)
     tiles = triton.cdiv(elements, columns)
-    keywords = {
-        "SPLIT": name,
-        "CHANNELS_LAST": channels_last,
-        "LINEAR": linear,
-        # Tiles that are kept whole are worth a branch; they occur where a sample has several.
-        "SKIP": tiles > 1 and name in ("channel", "channel_swap") and not channels_last,
-        "WIDE": max(elements + columns, *reach) >= 2**31,
-        "ROWS": rows,
-        "ELEMENTS": columns,
-        "ACC": tl.float64 if double else tl.float32,
-        "num_warps": num_warps,
-        "enable_fp_fusion": True,  # the default differs between releases
-    }
+    # Tiles that are kept whole are worth a branch; they occur where a sample has several.
+    skip = tiles > 1 and name in ("channel", "channel_swap") and not channels_last
+    wide = max(elements + columns, *reach) >= 2**31
+    keywords = constants(
+        double,
+        num_warps,
+        SPLIT=name,
+        CHANNELS_LAST=channels_last,
+        LINEAR=linear,
+        SKIP=skip,
+        WIDE=wide,
+        ROWS=rows,
+        ELEMENTS=columns,
+    )
     flat = [x for s, steps in zip((*whole, *parts), strides, strict=True) for x in (s[0], *steps, *s[4:])]
     integers = (samples, elements, channels, height, width, kept, tiles, *flat)
     return Grid(triton.cdiv(samples, rows) * tiles, tiles, integers, keywords)

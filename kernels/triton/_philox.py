@@ -5,12 +5,15 @@ word w belongs to the elements 64 g + 16 w + i.
 """
 
 # mypy: allow-untyped-defs
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from ._coupling import Grid, constants
 from .lang import log1p
 
-__all__ = ["GROUP", "elements", "normal_noise", "words"]
+__all__ = ["elements", "noise_grid", "normal_noise", "words"]
 
 #: Elements that 16 counters serve.
 GROUP = 64
@@ -68,3 +71,11 @@ def normal_noise(p_seed, offset, i_b, i_tile, GROUPS: tl.constexpr, ACC: tl.cons
     n0, n1 = box_muller(a, b, ACC)
     n2, n3 = box_muller(c, d, ACC)
     return n0, n1, n2, n3
+
+
+def noise_grid(shape: tuple[int, ...], double: bool, offset: int, *strides: int, **others: Any) -> Grid:
+    """For tensors (B, N): a program has up to 16 groups of elements of one sample."""
+    batch, length = shape
+    groups = min(16, triton.next_power_of_2(triton.cdiv(length, GROUP)))
+    tiles = triton.cdiv(length, GROUP * groups)
+    return Grid(batch * tiles, tiles, (length, tiles, offset, *strides), constants(double, 4, GROUPS=groups, **others))

@@ -144,41 +144,27 @@ def _paired(parts: Sequence[Strides]) -> tuple[bool, Sequence[Strides]]:
 
 @functools.lru_cache(maxsize=4096)
 def _grid(
-    shape: tuple[int, ...],
+    shape: Strides,
     channels_last: bool,
     double: bool,
-    whole: tuple[Strides, ...],
-    parts: tuple[Strides, ...],
+    whole: Sequence[Strides],
+    parts: Sequence[Strides],
     width: int,
-    split: int,
-    scale: int,
-    a: float,
-    b: float,
-    layout: int,
-    shift_first: bool,
-    inverse: bool,
+    *settings: Any,
 ) -> Grid:
     """How to launch a kernel on tensors of x's shape and tensors of params' shape with ``width`` channels."""
+    split, scale, a, b, layout, shift_first, inverse = settings
     name = LAYOUTS[layout]
     moved = width if name.startswith("pair") else width // 2
     adjacent, steps = _paired([param_strides(strides, name, moved) for strides in parts])
     how = grid(shape, channels_last, double, split, moved, [sample_strides(strides) for strides in whole], steps)
-    constants = {
-        "KIND": KINDS[scale],
-        "SCALE_A": a,
-        "SCALE_B": b,
-        "ADJACENT": adjacent,
-        "SCALE_FIRST": name.endswith("scale_shift"),
-        "SHIFT_FIRST": shift_first,
-        "INVERSE": inverse,
-    }
-    return how._replace(keywords={**how.keywords, **constants})
+    by_map = {"KIND": KINDS[scale], "SCALE_A": a, "SCALE_B": b, "SHIFT_FIRST": shift_first, "INVERSE": inverse}
+    by_layout = {"ADJACENT": adjacent, "SCALE_FIRST": name.endswith("scale_shift")}
+    return how._replace(keywords={**how.keywords, **by_map, **by_layout})
 
 
-def _forward_launch(
-    x: torch.Tensor, params: torch.Tensor, configuration: Sequence[Any], y: torch.Tensor, logabsdet: torch.Tensor
-) -> Launch:
-    place, *settings = configuration
+def _forward_launch(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> Launch:
+    place, *settings, y, logabsdet = rest
     double = torch.float64 in (x.dtype, params.dtype)
     how = _grid(x.shape, not y.is_contiguous(), double, (x.stride(),), (params.stride(),), params.shape[1], *settings)
     sums = logabsdet if how.tiles == 1 else logabsdet.new_empty((len(x), how.tiles))
@@ -186,15 +172,9 @@ def _forward_launch(
 
 
 def _backward_launch(
-    x: torch.Tensor,
-    params: torch.Tensor,
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
-    configuration: Sequence[Any],
-    dx: torch.Tensor,
-    dparams: torch.Tensor,
+    x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None, *rest: Any
 ) -> Launch:
-    place, *settings = configuration
+    place, *settings, dx, dparams = rest
     double = torch.float64 in (x.dtype, params.dtype)
     whole, parts = ((x if grad is None else grad).stride(), x.stride()), (params.stride(), dparams.stride())
     how = _grid(x.shape, not dx.is_contiguous(), double, whole, parts, params.shape[1], *settings)
@@ -205,23 +185,20 @@ def _backward_launch(
 
 def forward(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> None:
     """``flowkern::affine_coupling``: fills y and logabsdet."""
-    *configuration, y, logabsdet = rest
+    logabsdet = rest[-1]
     if x.numel() == 0:
         logabsdet.zero_()
         return
-    launch = _forward_launch(x, params, configuration, y, logabsdet)
+    launch = _forward_launch(x, params, *rest)
     launch.run()
     if launch.grid.tiles > 1:
         torch.sum(launch.tensors[-1], 1, out=logabsdet)
 
 
-def backward(
-    x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None, *rest: Any
-) -> None:
+def backward(x: torch.Tensor, *rest: Any) -> None:
     """``flowkern::affine_coupling_backward``: fills dx and dparams."""
-    *configuration, dx, dparams = rest
     if x.numel() > 0:
-        _backward_launch(x, params, grad, grad_logabsdet, configuration, dx, dparams).run()
+        _backward_launch(x, *rest).run()
 
 
 _SCALES = {
@@ -255,7 +232,7 @@ def compile_cases(
     s = _SCALES[scale]
     configuration = place, code, s.code, s.a, s.b, LAYOUTS.index(layout), shift_first, inverse
     y, logabsdet = KERNELS["affine_coupling"].outputs(x, params)
-    yield "forward", _forward_launch(x, params, configuration, y, logabsdet)
+    yield "forward", _forward_launch(x, params, *configuration, y, logabsdet)
     gradients = KERNELS["affine_coupling_backward"].outputs(x, params)
-    yield "backward", _backward_launch(x, params, y, logabsdet, configuration, *gradients)
-    yield "backward-of-logabsdet", _backward_launch(x, params, None, logabsdet, configuration, *gradients)
+    yield "backward", _backward_launch(x, params, y, logabsdet, *configuration, *gradients)
+    yield "backward-of-logabsdet", _backward_launch(x, params, None, logabsdet, *configuration, *gradients)

@@ -12,8 +12,8 @@ import triton.language as tl
 from flowkern._core.checks import accumulation_dtype
 from flowkern._core.op import KERNELS
 
-from ._coupling import Grid, Launch, example
-from ._philox import GROUP, elements, words
+from ._coupling import Launch, example
+from ._philox import elements, noise_grid, words
 from .lang import narrow
 
 __all__ = ["forward"]
@@ -78,45 +78,23 @@ def kernel(
     tl.store(p_partial + tl.program_id(0), tl.sum(total))
 
 
-def _launch(
-    v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float, x: torch.Tensor
-) -> tuple[Launch, torch.Tensor]:
-    """The launch, and where each of its programs leaves the sum of its logarithms: (B, tiles)."""
-    batch, length = v.shape
-    groups = min(16, triton.next_power_of_2(triton.cdiv(length, GROUP)))
-    tiles = triton.cdiv(length, GROUP * groups)
-    accumulate = accumulation_dtype(x)
-    keywords = {
-        "LEVELS": float(levels),
-        "ALPHA": None if alpha < 0 else alpha,
-        "GROUPS": groups,
-        "ACC": tl.float64 if accumulate is torch.float64 else tl.float32,
-        "num_warps": 4,
-        "enable_fp_fusion": True,
-    }
-    partial = v.new_empty((batch, tiles), dtype=accumulate)
-    grid = Grid(batch * tiles, tiles, (length, tiles, offset, *v.stride()), keywords)
-    return Launch(kernel, (v, seed, x, partial), grid), partial
+def _launch(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float, x: torch.Tensor) -> Launch:
+    """The launch; of its tensors the last has each program's sum of logarithms: (B, tiles)."""
+    accumulate, chosen = accumulation_dtype(x), None if alpha < 0 else alpha
+    how = noise_grid(v.shape, accumulate is torch.float64, offset, *v.stride(), LEVELS=float(levels), ALPHA=chosen)
+    return Launch(kernel, (v, seed, x, v.new_empty((v.shape[0], how.tiles), dtype=accumulate)), how)
 
 
-def forward(
-    v: torch.Tensor,
-    seed: torch.Tensor,
-    offset: int,
-    levels: int,
-    alpha: float,
-    dtype: torch.dtype,
-    x: torch.Tensor,
-    logabsdet: torch.Tensor,
-) -> None:
+def forward(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float, *rest: Any) -> None:
     """``flowkern::dequantize``: fills x and logabsdet."""
+    _, x, logabsdet = rest
     if not v.numel():
         logabsdet.zero_()
         return
-    launch, partial = _launch(v, seed, offset, levels, alpha, x)
+    launch = _launch(v, seed, offset, levels, alpha, x)
     launch.run()
     each = (0.0 if alpha < 0 else math.log1p(-2.0 * alpha)) - math.log(levels)
-    torch.sum(partial, 1, out=logabsdet)
+    torch.sum(launch.tensors[-1], 1, out=logabsdet)
     logabsdet.neg_().add_(v.shape[1] * each)
 
 
@@ -135,4 +113,4 @@ def compile_cases(length: int, form: str, integers: torch.dtype, alpha: float, d
     v = example((64, length), integers, form)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     x, _ = KERNELS["dequantize"].outputs(v, seed, 0, 256, alpha, _DTYPES[dtypes])
-    yield "forward", _launch(v, seed, 0, 256, alpha, x)[0]
+    yield "forward", _launch(v, seed, 0, 256, alpha, x)

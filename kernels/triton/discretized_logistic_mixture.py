@@ -17,7 +17,7 @@ import triton.language as tl
 from flowkern._core.mixture import per_component
 from flowkern._core.op import KERNELS
 
-from ._coupling import DTYPES, Grid, Launch, example
+from ._coupling import DTYPES, Grid, Launch, constants, example
 from .lang import exp, expm1, log1p, narrow
 
 __all__ = ["backward", "forward"]
@@ -262,14 +262,9 @@ def kernel(
 
 
 def _launch(
-    x: torch.Tensor,
-    params: torch.Tensor,
-    grad: torch.Tensor | None,
-    gradient: torch.Tensor | None,
-    levels: int,
-    compat: bool,
-) -> tuple[Launch, torch.Tensor]:
-    """The launch, and where each of its programs leaves its part of log_prob: (B, tiles)."""
+    x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, gradient: torch.Tensor | None, levels: int, compat: bool
+) -> Launch:
+    """The launch; of its tensors the fourth has each program's part of log_prob: (B, tiles)."""
     batch, channels, pixels = x.shape
     components = params.shape[1] // per_component(channels)
     block = max(2, triton.next_power_of_2(components))
@@ -279,48 +274,26 @@ def _launch(
     strides = (*x.stride(), *params.stride(), 0 if grad is None else grad.stride(0))
     integers = (pixels, components, tiles, *strides, *((0, 0, 0) if gradient is None else gradient.stride()))
     partial = x.new_empty((batch, tiles), dtype=torch.float64 if double else torch.float32)
-    keywords = {
-        "CHANNELS": channels,
-        "LAST": float(levels - 1),
-        "LOG_BIN": math.log(2.0 / (levels - 1)),
-        "COMPAT": compat,
-        "GRADIENT": gradient is not None,
-        "COMPONENTS": block,
-        "PIXELS": width,
-        "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 8,
-        "enable_fp_fusion": True,
-    }
-    grid = Grid(batch * tiles, tiles, integers, keywords)
-    return Launch(kernel, (x, params, grad, partial, gradient), grid), partial
-
-
-def _run(
-    x: torch.Tensor,
-    params: torch.Tensor,
-    grad: torch.Tensor | None,
-    levels: int,
-    compat: bool,
-    log_prob: torch.Tensor,
-    gradient: torch.Tensor | None,
-) -> None:
-    if not params.numel():
-        log_prob.zero_()
-        return
-    flat = None if gradient is None else gradient.flatten(2)
-    launch, partial = _launch(x.flatten(2), params.flatten(2), grad, flat, levels, compat)
-    launch.run()
-    torch.sum(partial, 1, out=log_prob)
+    bins = {"LAST": float(levels - 1), "LOG_BIN": math.log(2.0 / (levels - 1)), "COMPAT": compat}
+    keywords = constants(double, 8, CHANNELS=channels, GRADIENT=gradient is not None, COMPONENTS=block, PIXELS=width, **bins)
+    return Launch(kernel, (x, params, grad, partial, gradient), Grid(batch * tiles, tiles, integers, keywords))
 
 
 def forward(x: torch.Tensor, params: torch.Tensor, levels: int, compat: bool, log_prob: torch.Tensor) -> None:
     """``flowkern::discretized_logistic_mixture``: fills log_prob."""
-    _run(x, params, None, levels, compat, log_prob, None)
+    backward(x, params, None, levels, compat, log_prob, None)
 
 
-def backward(*arguments: Any) -> None:
-    """``flowkern::discretized_logistic_mixture_backward``: fills log_prob and the gradient of params."""
-    _run(*arguments)
+def backward(x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, levels: int, compat: bool, *outputs: Any) -> None:
+    """``flowkern::discretized_logistic_mixture_backward``: fills log_prob and, unless it is None, the gradient of params."""
+    log_prob, gradient = outputs
+    if not params.numel():
+        log_prob.zero_()
+        return
+    flat = None if gradient is None else gradient.flatten(2)
+    launch = _launch(x.flatten(2), params.flatten(2), grad, flat, levels, compat)
+    launch.run()
+    torch.sum(launch.tensors[3], 1, out=log_prob)
 
 
 FACTORS: dict[str, Any] = {
@@ -340,5 +313,5 @@ def compile_cases(channels: int, components: int, compat: bool, form: str, dtype
     params = example((32, per_component(channels) * components, 32, 32), dtype, form)
     grad, gradient = KERNELS["discretized_logistic_mixture_backward"].outputs(x, params)
     flat = x.flatten(2), params.flatten(2)
-    yield "forward", _launch(*flat, None, None, 256, compat)[0]
-    yield "backward", _launch(*flat, grad, gradient.flatten(2), 256, compat)[0]
+    yield "forward", _launch(*flat, None, None, 256, compat)
+    yield "backward", _launch(*flat, grad, gradient.flatten(2), 256, compat)

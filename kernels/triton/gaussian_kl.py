@@ -11,8 +11,8 @@ import triton.language as tl
 from flowkern._core.checks import accumulation_dtype
 from flowkern._core.op import KERNELS
 
-from ._coupling import DTYPES, Grid, Launch, example
-from ._philox import GROUP, elements, normal_noise
+from ._coupling import DTYPES, Launch, example
+from ._philox import elements, noise_grid, normal_noise
 from .lang import exp, narrow
 
 __all__ = ["backward", "forward"]
@@ -106,52 +106,30 @@ def backward_kernel(
         )  # fmt: skip
 
 
-def _grid(mean: torch.Tensor, offset: int, double: bool, strides: tuple[int, ...]) -> Grid:
-    batch, length = mean.shape
-    groups = min(16, triton.next_power_of_2(triton.cdiv(length, GROUP)))
-    tiles = triton.cdiv(length, GROUP * groups)
-    keywords = {"GROUPS": groups, "ACC": tl.float64 if double else tl.float32, "num_warps": 4, "enable_fp_fusion": True}
-    return Grid(batch * tiles, tiles, (length, tiles, offset, *strides), keywords)
+def _forward_launch(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int, z: torch.Tensor) -> Launch:
+    """The launch; of its tensors the last has each program's part of the divergences: (B, tiles)."""
+    dtype = accumulation_dtype(mean, log_scale)
+    how = noise_grid(mean.shape, dtype is torch.float64, offset, *mean.stride(), *log_scale.stride())
+    return Launch(forward_kernel, (mean, log_scale, seed, z, mean.new_empty((mean.shape[0], how.tiles), dtype=dtype)), how)
 
 
-def _double(mean: torch.Tensor, log_scale: torch.Tensor) -> bool:
-    return accumulation_dtype(mean, log_scale) is torch.float64
-
-
-def _forward_launch(
-    mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int, z: torch.Tensor
-) -> tuple[Launch, torch.Tensor]:
-    """The launch, and where each of its programs leaves its part of the divergences: (B, tiles)."""
-    how = _grid(mean, offset, _double(mean, log_scale), (*mean.stride(), *log_scale.stride()))
-    partial = mean.new_empty((mean.shape[0], how.tiles), dtype=accumulation_dtype(mean, log_scale))
-    return Launch(forward_kernel, (mean, log_scale, seed, z, partial), how), partial
-
-
-def _backward_launch(
-    mean: torch.Tensor,
-    log_scale: torch.Tensor,
-    seed: torch.Tensor,
-    offset: int,
-    grad: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-    *outputs: torch.Tensor,
-) -> Launch:
-    strides = (*mean.stride(), *log_scale.stride(), *((0, 0) if grad is None else grad.stride()))
-    strides = (*strides, 0 if grad_kl is None else grad_kl.stride(0))
-    how = _grid(mean, offset, _double(mean, log_scale), strides)
+def _backward_launch(mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int, *rest: Any) -> Launch:
+    grad, grad_kl, *outputs = rest
+    steps = (*((0, 0) if grad is None else grad.stride()), 0 if grad_kl is None else grad_kl.stride(0))
+    double = accumulation_dtype(mean, log_scale) is torch.float64
+    how = noise_grid(mean.shape, double, offset, *mean.stride(), *log_scale.stride(), *steps)
     return Launch(backward_kernel, (mean, log_scale, seed, grad, grad_kl, *outputs), how)
 
 
-def forward(
-    mean: torch.Tensor, log_scale: torch.Tensor, seed: torch.Tensor, offset: int, z: torch.Tensor, kl: torch.Tensor
-) -> None:
+def forward(mean: torch.Tensor, *rest: Any) -> None:
     """``flowkern::gaussian_kl``: fills z and kl."""
-    if not z.numel():
+    *inputs, kl = rest
+    if not mean.numel():
         kl.zero_()
         return
-    launch, partial = _forward_launch(mean, log_scale, seed, offset, z)
+    launch = _forward_launch(mean, *inputs)
     launch.run()
-    torch.sum(partial, 1, out=kl)
+    torch.sum(launch.tensors[-1], 1, out=kl)
 
 
 def backward(mean: torch.Tensor, *rest: Any) -> None:
@@ -172,7 +150,7 @@ def compile_cases(length: int, form: str, dtypes: str) -> Iterator[tuple[str, La
     mean, log_scale = (example((64, length), dtype, form) for dtype in DTYPES[dtypes])
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     z, kl = KERNELS["gaussian_kl"].outputs(mean, log_scale)
-    yield "forward", _forward_launch(mean, log_scale, seed, 0, z)[0]
+    yield "forward", _forward_launch(mean, log_scale, seed, 0, z)
     gradients = KERNELS["gaussian_kl_backward"].outputs(mean, log_scale)
     yield "backward", _backward_launch(mean, log_scale, seed, 0, z, kl, *gradients)
     yield "backward-of-z", _backward_launch(mean, log_scale, seed, 0, z, None, *gradients)

@@ -9,6 +9,7 @@ fixed order. The factorization of W is torch's, on the device, without waiting f
 # mypy: allow-untyped-defs
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 
 from flowkern._core.checks import accumulation_dtype, empty_as
 
-from ._coupling import DTYPES, FORMS, Grid, Launch, Strides, example, sample_strides
+from ._coupling import DTYPES, FORMS, Grid, Launch, Strides, constants, example, sample_strides
 from .lang import narrow
 
 __all__ = ["backward", "forward"]
@@ -153,17 +154,8 @@ def _map_grid(shape: tuple[int, ...], x: Strides, y: Strides, matrix: Strides, f
     most = 32 if double else 64 if block > 32 else 128
     tile = min(triton.next_power_of_2(max(pixels, 16)), most)
     tiles, blocks = triton.cdiv(pixels, tile), triton.cdiv(channels, block)
-    keywords = {
-        "FLAT": flat,
-        "LAST": y[1] == 1,
-        "WIDE": _wide(channels, pixels, width, strides),
-        "PIXELS": tile,
-        "OUT": block,
-        "IN": 16,
-        "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 8 if block * tile >= 8192 else 4,
-        "enable_fp_fusion": True,
-    }
+    wide, warps = _wide(channels, pixels, width, strides), 8 if block * tile >= 8192 else 4
+    keywords = constants(double, warps, FLAT=flat, LAST=y[1] == 1, WIDE=wide, PIXELS=tile, OUT=block, IN=16)
     steps = matrix[::-1] if flipped else matrix
     integers = (pixels, width, channels, tiles, blocks, *strides[0], *strides[1], *steps)
     return Grid(samples * tiles * blocks, tiles, integers, keywords)
@@ -178,16 +170,8 @@ def _product_grid(shape: tuple[int, ...], grad: Strides, x: Strides, double: boo
     tiles, blocks = triton.cdiv(pixels, tile), triton.cdiv(channels, block)
     # Several programs for every multiprocessor of a large GPU; the same number everywhere, so that the sums are the same.
     parts = min(samples * tiles, max(1024 // blocks**2, 1))
-    keywords = {
-        "FLAT": flat,
-        "WIDE": _wide(channels, pixels, width, strides),
-        "PIXELS": tile,
-        "BLOCK": block,
-        "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 8 if block > 16 else 4,
-        "num_stages": 2,
-        "enable_fp_fusion": True,
-    }
+    wide, warps = _wide(channels, pixels, width, strides), 8 if block > 16 else 4
+    keywords = constants(double, warps, FLAT=flat, WIDE=wide, PIXELS=tile, BLOCK=block, num_stages=2)
     integers = (pixels, width, channels, samples * tiles, tiles, parts, blocks, *strides[0], *strides[1])
     return Grid(parts * blocks**2, parts, integers, keywords)
 
@@ -220,19 +204,9 @@ def _factorized(weight: torch.Tensor, invert: bool) -> tuple[torch.Tensor, torch
     return logabsdet, torch.linalg.lu_solve(lu, pivots, torch.eye(len(weight), dtype=lu.dtype, device=lu.device))
 
 
-def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight_inverse: torch.Tensor | None,
-    known: torch.Tensor | None,
-    inverse: bool,
-    invert: bool,
-    y: torch.Tensor,
-    logabsdet: torch.Tensor,
-    found: torch.Tensor,
-) -> None:
+def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> None:
     """``flowkern::invertible_linear``: fills y, logabsdet, and W^-1 if asked for."""
+    weight_inverse, known, inverse, invert, y, logabsdet, found = rest
     if invert or known is None:
         log_found, inverted = _factorized(weight, invert)
         known = log_found if known is None else known
@@ -243,38 +217,22 @@ def forward(
     if x.numel() == 0:
         return
     matrix = weight_inverse if inverse else weight
-    assert matrix is not None
     shift = None if bias is None else bias.to(logabsdet.dtype).contiguous()
     minus, plus = (shift, None) if inverse else (None, shift)
     _map_launch(x, matrix.to(logabsdet.dtype), y, minus=minus, plus=plus).run()
 
 
-def backward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    weight_inverse: torch.Tensor | None,
-    known: torch.Tensor | None,
-    inverse: bool,
-    needs_x: bool,
-    needs_weight: bool,
-    grad: torch.Tensor,
-    grad_logabsdet: torch.Tensor | None,
-    dx: torch.Tensor,
-    dweight: torch.Tensor,
-    dbias: torch.Tensor,
-    dknown: torch.Tensor,
-) -> None:
+def backward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> None:
     """``flowkern::invertible_linear_backward``: fills dx, dweight, dbias and dlogabsdet, where they are needed."""
+    weight_inverse, known, inverse, needs_x, needs_weight, grad, grad_logabsdet, dx, dweight, dbias, dknown = rest
     dtype = accumulation_dtype(x, weight, bias)
     pixels = -x.shape[2:].numel() if inverse else x.shape[2:].numel()
     log_gradient = 0.0 if grad_logabsdet is None else pixels * grad_logabsdet.sum(dtype=torch.float64)
     if known is not None:
         dknown.copy_(log_gradient) if isinstance(log_gradient, torch.Tensor) else dknown.zero_()
         log_gradient = 0.0
-    matrix = weight_inverse if inverse else weight
-    assert matrix is not None
     if needs_x and x.numel():
+        matrix = weight_inverse if inverse else weight
         _map_launch(grad, matrix.to(dtype), dx, flipped=True).run()
     if not needs_weight:
         return
@@ -285,14 +243,12 @@ def backward(
         launch = _product_launch(grad, x, dtype)
         launch.run()
         product, sums = (t.sum(0, dtype=torch.float64) for t in launch.tensors[2:])
-    inverted = None if weight_inverse is None else weight_inverse.double()
+    inverted: Any = None if weight_inverse is None else weight_inverse.double()
     if inverse:
-        assert inverted is not None
         if bias is not None:
             product = torch.addr(product, sums, bias.double(), alpha=-1)
         product, sums = -(inverted.t() @ product @ inverted.t()), -(inverted.t() @ sums)
     if isinstance(log_gradient, torch.Tensor):
-        assert inverted is not None
         product = product + log_gradient * inverted.t()
     dweight.copy_(product)
     if bias is not None:

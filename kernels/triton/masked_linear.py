@@ -16,7 +16,7 @@ from flowkern._core.backend import interpreting
 from flowkern._core.checks import accumulation_dtype
 from flowkern.ops import DegreeMask
 
-from ._coupling import DTYPES, Grid, Launch, example
+from ._coupling import DTYPES, Grid, Launch, constants, example
 from .lang import narrow
 
 __all__ = ["backward", "forward"]
@@ -127,36 +127,26 @@ def _operands(double: bool, *dtypes: torch.dtype) -> Any:
     return tl.float32
 
 
+def _constants(double: bool, operands: Any, warps: int, **others: Any) -> dict[str, Any]:
+    half = operands in (tl.bfloat16, tl.float16)
+    tile = {"BLOCK": 32 if double else 64, "INNER": 32 if half else 16, "DOT": operands, "num_stages": 3 if half else 2}
+    return constants(double, warps, **tile, **others)
+
+
 def _grid(batch: int, units: int, double: bool, operands: Any, integers: tuple[int, ...]) -> Grid:
     """Of a product with the batch: its blocks of units, and tiles of samples."""
     block, half = 32 if double else 64, operands in (tl.bfloat16, tl.float16)
     samples = min(max(triton.next_power_of_2(batch), 16), 64 if half else 32)
     blocks = triton.cdiv(units, block)
-    keywords = {
-        "BATCH": samples,
-        "BLOCK": block,
-        "INNER": 32 if half else 16,
-        "DOT": operands,
-        "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 8 if samples > 16 and not half else 4,
-        "num_stages": 3 if half else 2,
-        "enable_fp_fusion": True,
-    }
+    warps = 8 if samples > 16 and not half else 4
+    keywords = _constants(double, operands, warps, BATCH=samples)
     return Grid(triton.cdiv(batch, samples) * blocks, blocks, (*integers[:3], blocks, *integers[3:]), keywords)
 
 
 def _weight_grid(outputs: int, inputs: int, double: bool, operands: Any, integers: tuple[int, ...]) -> Grid:
     block, half = 32 if double else 64, operands in (tl.bfloat16, tl.float16)
     columns = triton.cdiv(inputs, block)
-    keywords = {
-        "BLOCK": block,
-        "INNER": 32 if half else 16,
-        "DOT": operands,
-        "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 4 if half else 8,
-        "num_stages": 3 if half else 2,
-        "enable_fp_fusion": True,
-    }
+    keywords = _constants(double, operands, 4 if half else 8)
     return Grid(triton.cdiv(outputs, block) * columns, columns, (*integers[:3], columns, *integers[3:]), keywords)
 
 

@@ -21,7 +21,7 @@ number of a code. The term before the last is the rounding of the definition its
 """
 
 # mypy: allow-untyped-defs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -292,13 +292,8 @@ class _Sizes(NamedTuple):
     def exact(self, cosine: bool) -> dict[str, Any]:
         """What the kernels that follow the definition share."""
         # The products of the definition are not fused with its sums.
-        return {
-            "SIZE": self.size,
-            "HALVINGS": self.size.bit_length() - 1,
-            "COSINE": cosine,
-            "num_warps": min(max(self.size // _PER_WARP, 1), 16),
-            "enable_fp_fusion": False,
-        }
+        options = {"num_warps": min(max(self.size // _PER_WARP, 1), 16), "enable_fp_fusion": False}
+        return {"SIZE": self.size, "HALVINGS": self.size.bit_length() - 1, "COSINE": cosine, **options}
 
 
 class _Low(NamedTuple):
@@ -355,16 +350,9 @@ def _prepare_launch(x: torch.Tensor, centre: torch.Tensor | None, to: _Low, size
 
 def _screen_launch(x: _Low, codes: _Low, tile_norm: torch.Tensor, tile_lost: torch.Tensor, to: _Entries, sizes: _Sizes) -> Launch:
     walk = triton.cdiv(sizes.tiles, sizes.splits)
-    keywords = {
-        "WIDTH": sizes.width,
-        "INNER": sizes.inner,
-        "ROWS": sizes.block,
-        "CODES": sizes.tile,
-        "UPCAST": interpreting(),  # which would multiply the bits of bfloat16
-        "num_warps": sizes.warps,
-        "num_stages": sizes.stages,
-        "enable_fp_fusion": True,
-    }
+    # The interpreter would multiply the bits of bfloat16.
+    constants = {"WIDTH": sizes.width, "INNER": sizes.inner, "ROWS": sizes.block, "CODES": sizes.tile, "UPCAST": interpreting()}
+    keywords = {**constants, "num_warps": sizes.warps, "num_stages": sizes.stages, "enable_fp_fusion": True}
     tensors = (x.low, codes.low, x.norm, x.lost, codes.half, tile_norm, tile_lost, *to)
     grid = Grid(sizes.blocks * sizes.splits, sizes.tiles, (sizes.tiles, sizes.splits, walk), keywords)
     return Launch(screen_kernel, tensors, grid)
@@ -374,22 +362,15 @@ def _decide_launch(
     x: torch.Tensor,
     codebook: torch.Tensor,
     entries: _Entries | None,
-    index: torch.Tensor,
-    sqdist: torch.Tensor,
-    looked: torch.Tensor,
+    outputs: Sequence[torch.Tensor],
     sizes: _Sizes,
     cosine: bool,
 ) -> Launch:
-    groups = _GROUPS * sizes.splits
-    keywords = {
-        "ENTRIES": 1 if entries is None else SLOTS * groups,
-        "GROUPS": groups,
-        "CODES": sizes.tile,
-        "VISIT": max(_PER_WARP // sizes.size, 1),
-        **sizes.exact(cosine),
-    }
+    groups, visit = _GROUPS * sizes.splits, max(_PER_WARP // sizes.size, 1)
+    count = 1 if entries is None else SLOTS * groups
+    keywords = {"ENTRIES": count, "GROUPS": groups, "CODES": sizes.tile, "VISIT": visit, **sizes.exact(cosine)}
     integers = (sizes.depth, sizes.codes, *x.stride(), *codebook.stride())
-    tensors = (x, codebook, *(entries or (None,) * 5), index, sqdist, looked)
+    tensors = (x, codebook, *(entries or (None,) * 5), *outputs)
     return Launch(decide_kernel, tensors, Grid(sizes.rows, 1, integers, keywords))
 
 
@@ -421,7 +402,7 @@ def forward(
     sizes = _Sizes.of(x, codebook, _generation(x.device))
     entries = None if sqdist.dtype is torch.float64 else _screened(x, codebook, sizes, cosine)
     looked = x.new_empty((len(x),), dtype=torch.int32)
-    _decide_launch(x, codebook, entries, index, sqdist, looked, sizes, cosine).run()
+    _decide_launch(x, codebook, entries, (index, sqdist, looked), sizes, cosine).run()
     torch.sum(looked, 0, out=count)
 
 
@@ -448,4 +429,4 @@ def compile_cases(sizes: tuple[int, int, int], cosine: bool, dtypes: str, target
         yield "prepare", _prepare_launch(codebook, _centre(x, codebook, cosine), low_codes, how, cosine)
         yield "screen", _screen_launch(low, low_codes, by_tile, by_tile, entries, how)
     looked = x.new_empty((rows,), dtype=torch.int32)
-    yield "decide", _decide_launch(x, codebook, entries, index, sqdist, looked, how, cosine)
+    yield "decide", _decide_launch(x, codebook, entries, (index, sqdist, looked), how, cosine)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from flowkern._core.op import KERNELS
 
-from ._coupling import DTYPES, Grid, Launch, example
+from ._coupling import DTYPES, Grid, Launch, constants, example
 from .lang import exp, narrow
 
 __all__ = ["backward", "forward"]
@@ -91,14 +91,7 @@ def backward_kernel(
 def _grid(channels: int, double: bool, integers: tuple[int, ...]) -> Grid:
     block = 16 if double or channels <= 16 else 32
     blocks = triton.cdiv(channels, block)
-    keywords = {
-        "BLOCK": block,
-        "INNER": 16,
-        "ACC": tl.float64 if double else tl.float32,
-        "num_warps": 4,
-        "num_stages": 2,
-        "enable_fp_fusion": True,
-    }
+    keywords = constants(double, 4, BLOCK=block, INNER=16, num_stages=2)
     return Grid(blocks**2, blocks, (channels, blocks, *integers), keywords)
 
 
