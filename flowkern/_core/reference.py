@@ -40,10 +40,7 @@ def reference_differentiates(*grads: torch.Tensor | None) -> bool:
 
 
 def differentiate(
-    reference: Callable[..., Any],
-    inputs: Sequence[torch.Tensor],
-    kwargs: dict[str, Any],
-    grads: Sequence[torch.Tensor | None],
+    reference: Callable[..., Any], inputs: Sequence[torch.Tensor], kwargs: dict[str, Any], grads: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of ``reference(*inputs, **kwargs)`` for the given output gradients (None = zero), by autograd.
 

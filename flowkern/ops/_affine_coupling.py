@@ -137,11 +137,7 @@ def _settings(
 
 
 def _differentiate(
-    x: torch.Tensor,
-    params: torch.Tensor,
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
-    *configuration: Any,
+    x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None, *configuration: Any
 ) -> tuple[torch.Tensor, ...]:
     return differentiate(reference, (x, params), _settings(*configuration), (grad, grad_logabsdet))
 

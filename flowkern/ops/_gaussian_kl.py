@@ -85,12 +85,7 @@ def _differentiate(
 # All are (B, N), but kl and its gradient (B,).
 _INPUTS = "Tensor mean, Tensor log_scale, Tensor seed, int offset"
 
-_forward = define(
-    f"gaussian_kl({_INPUTS}) -> (Tensor, Tensor)",
-    outputs=_outputs,
-    torch_=reference,
-    triton="gaussian_kl.forward",
-)
+_forward = define(f"gaussian_kl({_INPUTS}) -> (Tensor, Tensor)", outputs=_outputs, torch_=reference, triton="gaussian_kl.forward")
 _backward = define(
     f"gaussian_kl_backward({_INPUTS}, Tensor? grad, Tensor? grad_kl) -> (Tensor, Tensor)",
     outputs=lambda mean, log_scale, *_: (mean.new_empty(mean.shape), log_scale.new_empty(log_scale.shape)),

@@ -145,11 +145,7 @@ def _torch_backward(
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor reach, Tensor first, Tensor? rows, Tensor? columns, int[] panels"
 
 _forward = define(
-    f"masked_linear({_INPUTS}) -> Tensor",
-    outputs=_output,
-    torch_=_torch_forward,
-    fills=True,
-    triton="masked_linear.forward",
+    f"masked_linear({_INPUTS}) -> Tensor", outputs=_output, torch_=_torch_forward, fills=True, triton="masked_linear.forward"
 )
 _backward = define(
     f"masked_linear_backward(Tensor grad, {_INPUTS}, bool needs_x, bool needs_weight, bool needs_bias)"

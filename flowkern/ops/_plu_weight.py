@@ -72,12 +72,7 @@ def _differentiate(grad: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Te
 
 _FACTORS = "Tensor lower, Tensor upper, Tensor log_diagonal, Tensor sign, Tensor permutation"
 
-_forward = define(
-    f"plu_weight({_FACTORS}) -> Tensor",
-    outputs=_output,
-    torch_=reference,
-    triton="plu_weight.forward",
-)
+_forward = define(f"plu_weight({_FACTORS}) -> Tensor", outputs=_output, torch_=reference, triton="plu_weight.forward")
 _backward = define(
     f"plu_weight_backward(Tensor grad, {_FACTORS}) -> (Tensor, Tensor, Tensor)",
     outputs=lambda grad, lower, upper, log_diagonal, *_: (empty_as(lower), empty_as(upper), empty_as(log_diagonal)),

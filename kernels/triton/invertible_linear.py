@@ -255,12 +255,7 @@ def backward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
         dbias.copy_(sums)
 
 
-FACTORS = {
-    "channels": (96, 12, 48, 192),
-    "inverse": (False, True),
-    "dtypes": tuple(DTYPES),
-    "form": tuple(FORMS),
-}
+FACTORS = {"channels": (96, 12, 48, 192), "inverse": (False, True), "dtypes": tuple(DTYPES), "form": tuple(FORMS)}
 
 
 def compile_cases(channels: int, inverse: bool, dtypes: str, form: str) -> Iterator[tuple[str, Launch]]:
