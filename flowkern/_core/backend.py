@@ -24,40 +24,24 @@ BACKENDS = ("cuda", "triton", "cpp", "torch")
 _AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
 
 
-def _load_native() -> tuple[ModuleType | None, str]:
-    """The compiled extension, or None and the reason. torch is imported first: both share its OpenMP.
-
-    Raises ValueError if ``FLOWKERN_ISA`` names an instruction set that this machine does not run.
-    """
+def _load(kind: str, name: str, why: str) -> tuple[ModuleType | None, str]:
+    """The compiled extension, or None and the reason. torch is imported first: both share its OpenMP. Loading needs no GPU."""
     try:
-        module = importlib.import_module("flowkern._native")
+        return importlib.import_module(f"flowkern.{name}"), ""
     except ImportError as error:
-        missing = importlib.util.find_spec("flowkern._native") is None
-        why = "the CPU extension was not built (no compiler at install time, or FLOWKERN_EXT=0)"
-        return None, why if missing else f"the CPU extension does not load: {error}"
-    if isa := os.environ.get("FLOWKERN_ISA"):
-        module.use_isa(isa)
-    return module, ""
+        if importlib.util.find_spec(f"flowkern.{name}") is None:
+            return None, f"the {kind} extension was not built ({why})"
+        return None, f"the {kind} extension does not load: {error}"
 
 
-native, _native_reason = _load_native()
-
+native, _native_reason = _load("CPU", "_native", "no compiler at install time, or FLOWKERN_EXT=0")
+if native is not None and (_isa := os.environ.get("FLOWKERN_ISA")):
+    native.use_isa(_isa)  # raises ValueError for an instruction set that this machine does not run
+_cuda_why = "no nvcc or no NVIDIA driver at install time, or FLOWKERN_CUDA=0"
+native_cuda, _native_cuda_reason = _load("CUDA", "_native_cuda", _cuda_why)
 
 #: Whether the extension may multiply bfloat16 where it has float32: it does where the processor can, and the result is certified.
 multiply_bfloat16 = True
-
-
-def _load_native_cuda() -> tuple[ModuleType | None, str]:
-    """The compiled CUDA extension, or None and the reason. Loading it needs no GPU."""
-    try:
-        return importlib.import_module("flowkern._native_cuda"), ""
-    except ImportError as error:
-        missing = importlib.util.find_spec("flowkern._native_cuda") is None
-        why = "the CUDA extension was not built (no nvcc or no NVIDIA driver at install time, or FLOWKERN_CUDA=0)"
-        return None, why if missing else f"the CUDA extension does not load: {error}"
-
-
-native_cuda, _native_cuda_reason = _load_native_cuda()
 
 
 @functools.cache

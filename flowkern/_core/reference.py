@@ -50,7 +50,8 @@ def differentiate(
     with torch.enable_grad():
         # A view that was made without recording says that it requires gradients, but leads nowhere.
         inputs = [x if record and x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        outputs = reference(*inputs, **kwargs)
+        found = reference(*inputs, **kwargs)
+    outputs = (found,) if isinstance(found, torch.Tensor) else found
     used = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
     if not used:
         return tuple(torch.zeros_like(x) for x in inputs)

@@ -175,7 +175,7 @@ class _DiscretizedLogisticMixture(torch.autograd.Function):
         levels, compat = ctx.configuration
         if reference_differentiates(grad):
             kwargs = {"levels": levels, "compat": COMPAT[compat]}
-            (gradient,) = differentiate(lambda p, **k: (reference(x, p, **k),), (params,), kwargs, (grad,))
+            (gradient,) = differentiate(lambda p, **k: reference(x, p, **k), (params,), kwargs, (grad,))
         elif ctx.gradient is not None:
             gradient, ctx.gradient = ctx.gradient, None
             gradient *= grad.view(-1, 1, 1, 1)

@@ -182,12 +182,8 @@ def _differentiate(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *mask: Any
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients by autograd of the reference, differentiable themselves."""
-
-    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor]:
-        return (_reference(x, weight, bias, *mask),)
-
     variables = (x, weight) if bias is None else (x, weight, bias)
-    dx, dweight, *dbias = differentiate(function, variables, {}, (grad,))
+    dx, dweight, *dbias = differentiate(lambda x, w, b=None: _reference(x, w, b, *mask), variables, {}, (grad,))
     return dx, dweight, dbias[0] if dbias else None
 
 

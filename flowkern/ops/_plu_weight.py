@@ -63,11 +63,7 @@ def _output(lower: torch.Tensor, upper: torch.Tensor, log_diagonal: torch.Tensor
 
 def _differentiate(grad: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     *variables, sign, permutation = factors
-
-    def function(*variables: torch.Tensor) -> tuple[torch.Tensor]:
-        return (reference(*(*variables, sign, permutation)),)
-
-    return differentiate(function, variables, {}, (grad,))
+    return differentiate(lambda *v: reference(*(*v, sign, permutation)), variables, {}, (grad,))
 
 
 _FACTORS = "Tensor lower, Tensor upper, Tensor log_diagonal, Tensor sign, Tensor permutation"

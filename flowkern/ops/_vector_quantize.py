@@ -130,7 +130,7 @@ class _VectorQuantize(torch.autograd.Function):
         x, code, index, codebook = ctx.saved_tensors
         grads = grad, by_commitment, by_codebook
         if reference_differentiates(*grads):
-            return *_differentiate(grads, x, code, index, codebook, ctx.rotation), None, None, None
+            return *_differentiate(grads, ctx.rotation, *ctx.saved_tensors), None, None, None
         needs_x, needs_codebook = ctx.needs_input_grad[:2]
         dtype = accumulation_dtype(x, code)
         dx = dcodebook = None
@@ -148,14 +148,10 @@ class _VectorQuantize(torch.autograd.Function):
 
 
 def _differentiate(
-    grads: tuple[torch.Tensor | None, ...],
-    x: torch.Tensor,
-    code: torch.Tensor,
-    index: torch.Tensor,
-    codebook: torch.Tensor | None,
-    rotation: bool,
+    grads: tuple[torch.Tensor | None, ...], rotation: bool, *saved: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The gradients of x and of the codebook by autograd of the reference, differentiable themselves."""
+    x, code, index, codebook = saved
 
     def function(x: torch.Tensor, codebook: torch.Tensor | None = None) -> Triple:
         return _surrogate(x, code if codebook is None else codebook.to(dtype)[index], rotation)

@@ -18,28 +18,17 @@ __all__ = ["backward", "forward"]
 Tensors = Sequence[torch.Tensor]
 
 
-def forward(
-    z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool], x: torch.Tensor, logabsdet: torch.Tensor
-) -> None:
+def forward(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool], *outputs: torch.Tensor) -> None:
     """The op's forward, into x and logabsdet: one call for the whole chain."""
-    described = [_described(plan, p) for plan, p in chain(text, tensors, contexts)]
-    backend.call_native("autoregressive_inverse", described, z, x, logabsdet)
+    described = [_described(plan, p) for plan, p in chain(tensors, text, contexts)]
+    backend.call_native("autoregressive_inverse", described, z, *outputs)
 
 
-def backward(
-    x: torch.Tensor,
-    tensors: Tensors,
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
-    text: str,
-    contexts: Sequence[bool],
-    needs_parameters: bool,
-    dz: torch.Tensor,
-    outputs: Tensors,
-) -> None:
+def backward(x: torch.Tensor, tensors: Tensors, *rest: Any) -> None:
     """The op's backward, into dz and, if needed, the gradients of the tensors: a sweep for each network of the chain."""
-    networks, dtype = chain(text, tensors, contexts), accumulation_dtype(x, *tensors)
-    wanted = [p for _, p in chain(text, outputs, contexts)] if needs_parameters else [None for _ in networks]
+    grad, grad_logabsdet, text, contexts, needs_parameters, dz, outputs = rest
+    networks, dtype = chain(tensors, text, contexts), accumulation_dtype(x, *tensors)
+    wanted = [p for _, p in chain(outputs, text, contexts)] if needs_parameters else [None for _ in networks]
     for (plan, p), into in zip(networks, wanted, strict=True):
         z = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         v = dz if plan is networks[-1][0] and dz.dtype is dtype else torch.empty_like(z)

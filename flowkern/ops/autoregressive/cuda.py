@@ -51,19 +51,15 @@ class _Layer(NamedTuple):
 
 
 def forward(
-    z: torch.Tensor,
-    tensors: Sequence[torch.Tensor],
-    text: str,
-    contexts: Sequence[bool],
-    x: torch.Tensor,
-    logabsdet: torch.Tensor,
+    z: torch.Tensor, tensors: Sequence[torch.Tensor], text: str, contexts: Sequence[bool], *outputs: torch.Tensor
 ) -> None:
-    """The op's forward on CUDA tensors: one launch for the whole chain."""
+    """The op's forward on CUDA tensors, into x and logabsdet: one launch for the whole chain."""
+    x, logabsdet = outputs
     if not z.shape[0]:
         return
     dtype = logabsdet.dtype
     program = _program(text, tuple(contexts), z.device)
-    given = [p for _, p in chain(text, tensors, contexts)]
+    given = [p for _, p in chain(tensors, text, contexts)]
     weights = [w for p in given for w in p.weights]
     stored = torch.bfloat16 if dtype is torch.float32 and all(w.dtype is torch.bfloat16 for w in weights) else dtype
     terms = [p.context.to(dtype) for p in given if p.context is not None]

@@ -106,24 +106,16 @@ def _outputs(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bo
     return empty_as(z), z.new_empty((z.shape[0],), dtype=accumulation_dtype(z, *tensors))
 
 
-def _gradients(
-    x: torch.Tensor,
-    tensors: Tensors,
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
-    text: str,
-    contexts: Sequence[bool],
-    needs_parameters: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _gradients(x: torch.Tensor, tensors: Tensors, *rest: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    needs_parameters = rest[-1]
     return empty_as(x), [t.new_empty(t.shape if needs_parameters else (0,)) for t in tensors]
 
 
 @outside_autocast
-def _torch_forward(
-    z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool], x: torch.Tensor, logabsdet: torch.Tensor
-) -> None:
+def _torch_forward(z: torch.Tensor, tensors: Tensors, *rest: Any) -> None:
+    *described, x, logabsdet = rest
     state, total = z.to(logabsdet.dtype).t(), torch.zeros_like(logabsdet)
-    for plan, p in reversed(chain(text, tensors, contexts)):
+    for plan, p in reversed(chain(tensors, *described)):
         state, logs = invert(state, plan, p)
         total -= logs
     x.copy_(state.t())
@@ -131,21 +123,12 @@ def _torch_forward(
 
 
 @outside_autocast
-def _torch_backward(
-    x: torch.Tensor,
-    tensors: Tensors,
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
-    text: str,
-    contexts: Sequence[bool],
-    needs_parameters: bool,
-    dz: torch.Tensor,
-    outputs: Tensors,
-) -> None:
+def _torch_backward(x: torch.Tensor, tensors: Tensors, *rest: Any) -> None:
+    grad, grad_logabsdet, text, contexts, needs_parameters, dz, outputs = rest
     dtype = accumulation_dtype(x, *tensors)
     state, v = x.to(dtype).t(), None if grad is None else grad.to(dtype).t()
     grad_log = None if grad_logabsdet is None else grad_logabsdet.to(dtype)
-    for (plan, p), (_, outs) in zip(chain(text, tensors, contexts), chain(text, outputs, contexts), strict=True):
+    for (plan, p), (_, outs) in zip(chain(tensors, text, contexts), chain(outputs, text, contexts), strict=True):
         gradients = pull_back(state, v, grad_log, plan, p, needs_parameters)
         state, v = gradients.z, gradients.grad
         if gradients.parameters is not None:
@@ -193,7 +176,7 @@ class _AutoregressiveInverse(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
         x, *tensors = ctx.saved_tensors
         if reference_differentiates(grad, grad_logabsdet):
-            dz, *grads = _differentiate(grad, grad_logabsdet, x, tensors, ctx.text, ctx.contexts)
+            dz, *grads = _differentiate((grad, grad_logabsdet), x, tensors, ctx.text, ctx.contexts)
             return dz, None, None, *grads
         needs = any(ctx.needs_input_grad[3:])
         dz, grads = _backward(x, tensors, grad, grad_logabsdet, ctx.text, ctx.contexts, needs)
@@ -201,12 +184,7 @@ class _AutoregressiveInverse(torch.autograd.Function):
 
 
 def _differentiate(
-    grad: torch.Tensor | None,
-    grad_logabsdet: torch.Tensor | None,
-    x: torch.Tensor,
-    tensors: Tensors,
-    text: str,
-    contexts: Sequence[bool],
+    grads: Sequence[torch.Tensor | None], x: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]
 ) -> tuple[torch.Tensor, ...]:
     """Gradients that can be differentiated: those of the reference at the z that x came from."""
     networks = [plan.network for plan in plans(text)]
@@ -216,7 +194,7 @@ def _differentiate(
         return reference(z, tensors, networks, contexts)
 
     # As variables of their own: z depends on the tensors too, and on this very node.
-    return differentiate(function, [t.view_as(t) for t in (z, *tensors)], {}, (grad, grad_logabsdet))
+    return differentiate(function, [t.view_as(t) for t in (z, *tensors)], {}, grads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

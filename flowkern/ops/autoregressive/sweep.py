@@ -39,7 +39,7 @@ def parameters_of(
     return found
 
 
-def chain(text: str, tensors: Sequence[torch.Tensor], contexts: Sequence[bool]) -> list[tuple[Plan, Parameters]]:
+def chain(tensors: Sequence[torch.Tensor], text: str, contexts: Sequence[bool]) -> list[tuple[Plan, Parameters]]:
     """(plan, tensors) of each network of a chain, from what the registered ops are given."""
     found = plans(text)
     return [*zip(found, parameters_of(tensors, [plan.network for plan in found], contexts), strict=True)]
@@ -181,25 +181,20 @@ def slope_of_log(scale: ScaleMap, u: torch.Tensor) -> torch.Tensor:
 
 
 def pull_back(
-    x: torch.Tensor,
-    grad: torch.Tensor | None,
-    grad_log: torch.Tensor | None,
-    plan: Plan,
-    parameters: Parameters,
-    needs_parameters: bool,
+    x: torch.Tensor, grad: torch.Tensor | None, grad_log: torch.Tensor | None, plan: Plan, p: Parameters, needs_parameters: bool
 ) -> Gradients:
     """From the inverse's output x back to z, with the gradients of x (features, B) and of logabsdet (B,), if there are."""
     network, last = plan.network, plan.network.layers
-    weights, biases, context = _Sorted.of(plan, parameters, x.dtype)
+    ordered = _Sorted.of(plan, p, x.dtype)
     masks = [_visible(plan, i, x.device) for i in range(1, last + 1)]
-    weights = [w.masked_fill(~mask, 0) for w, mask in zip(weights, masks, strict=True)]
+    weights = [w.masked_fill(~mask, 0) for w, mask in zip(ordered.weights, masks, strict=True)]
     source, orders = torch.tensor(plan.source, device=x.device), _orders(plan, x.device)
     y = x.index_select(0, source)
     # What no unit sees has no say in the network, even where a scale of 0 has made it infinite.
     unseen = slice(max(plan.layers[1].prefix, default=0), None)
     seen = y.clone()
     seen[unseen] = 0
-    values, before = _pass(seen, network, weights, biases, context)
+    values, before = _pass(seen, network, ordered._replace(weights=weights))
     u, t = before[-1][0::2], before[-1][1::2]
     s, shift, _ = affine(network, u, t)
     z = s * y + shift
@@ -241,9 +236,7 @@ def pull_back(
                     if network.residual and i + 2 < last and network.added(i + 2):
                         got = got + deltas[i + 2][columns]
                     deltas[i][columns] = got
-    found = None
-    if needs_parameters:
-        found = _parameter_gradients(deltas, values, masks, orders, parameters)
+    found = _parameter_gradients(deltas, values, masks, orders, p) if needs_parameters else None
     z, solved = (torch.empty_like(v).index_copy_(0, orders[0], v) for v in (z, solved))
     return Gradients(z, solved, found)
 
@@ -257,20 +250,14 @@ def _visible(plan: Plan, layer: int, device: torch.device) -> torch.Tensor:
     return torch.arange(columns.computed, device=device) < prefix[:, None]
 
 
-def _pass(
-    y: torch.Tensor,
-    network: AutoregressiveNetwork,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    context: torch.Tensor | None,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _pass(y: torch.Tensor, network: AutoregressiveNetwork, p: _Sorted) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The network from features to outputs: the layers' values, and those before the activations."""
     activation = ACTIVATIONS[network.activation][0]
     values, before = [y], [y]
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
+    for i, (weight, bias) in enumerate(zip(p.weights, p.biases, strict=True), 1):
         a = torch.addmm(bias, weight, values[-1])
-        if i == 1 and context is not None:
-            a = a + context
+        if i == 1 and p.context is not None:
+            a = a + p.context
         if i < network.layers:
             if network.added(i):
                 a = a + before[i - 2]
