@@ -46,9 +46,7 @@ multiply_bfloat16 = True
 
 @functools.cache
 def _triton_reason() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return ""
+    return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:

@@ -183,15 +183,6 @@ def _lazy_triton(target: str) -> Callable[..., Any]:
     return launch
 
 
-def _native(name: str) -> Callable[..., Any]:
-    """The extension's entry of that name."""
-
-    def call(*args: Any) -> None:
-        backend.call_native(name, *args)
-
-    return call
-
-
 def _copied(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     """An implementation from a function that returns its ``count`` results. A result that is None leaves its output alone."""
 
@@ -230,7 +221,7 @@ def define(
     name = schema.split("(")[0]
     overload = getattr(torch.ops.flowkern, name).default
     plain = torch_ if fills else _copied(torch_, len(overload._schema.returns))
-    implementations = {"torch": plain, "cpp": cpp or _native(name)}
+    implementations = {"torch": plain, "cpp": cpp or (lambda *args: backend.call_native(name, *args))}
     if triton:
         implementations["triton"] = _lazy_triton(triton)
     if cuda:

@@ -79,10 +79,7 @@ class ScaleMap:
 
     @classmethod
     def atan(cls, clamp: float) -> ScaleMap:
-        """exp(0.636 * clamp * atan(u)): s lies in about [exp(-clamp), exp(clamp)].
-
-        Raises ValueError unless 0 < clamp < infinity.
-        """
+        """exp(0.636 clamp atan(u)): s lies in about [exp(-clamp), exp(clamp)]. Raises ValueError unless 0 < clamp < infinity."""
         return cls("atan", _check_constant("clamp", clamp, zero=False))
 
     @classmethod

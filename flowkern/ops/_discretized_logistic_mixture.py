@@ -126,10 +126,6 @@ def _torch_backward(x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | 
 # Where rows of pixels do not lie one behind the other, flatten copies.
 
 
-def _cpp_forward(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> None:
-    backend.call_native("discretized_logistic_mixture", x.flatten(2), params.flatten(2), *rest)
-
-
 def _cpp_backward(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> None:
     *rest, gradient = rest  # type: ignore[assignment]
     backend.call_native("discretized_logistic_mixture_backward", x.flatten(2), params.flatten(2), *rest, gradient.flatten(2))
@@ -139,7 +135,7 @@ _forward = define(
     "discretized_logistic_mixture(Tensor x, Tensor params, int levels, bool compat) -> Tensor",
     outputs=_output,
     torch_=lambda x, params, levels, compat: reference(x, params, levels=levels, compat=COMPAT[compat]),
-    cpp=_cpp_forward,
+    cpp=lambda x, params, *rest: backend.call_native("discretized_logistic_mixture", x.flatten(2), params.flatten(2), *rest),
     triton="discretized_logistic_mixture.forward",
 )
 # Also what runs forward: the gradient costs little more once the values are there. Without ``grad`` it is that of the sum.

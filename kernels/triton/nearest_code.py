@@ -261,6 +261,10 @@ class _Sizes(NamedTuple):
     splits: int
     warps: int
     stages: int
+    size: int  # entries of the definition: a power of two
+    width: int  # entries of the screen: whole chunks
+    blocks: int
+    tiles: int
 
     @classmethod
     def of(cls, x: torch.Tensor, codebook: torch.Tensor, generation: int) -> "_Sizes":
@@ -271,23 +275,8 @@ class _Sizes(NamedTuple):
         blocks, tiles = triton.cdiv(rows, block), triton.cdiv(codes, tile)
         # A power of two: the entries of a row are one block of ``decide``.
         splits = min(triton.next_power_of_2(triton.cdiv(_PROGRAMS, blocks)), _MOST_SPLITS, triton.next_power_of_2(tiles))
-        return cls(rows, codes, depth, block, tile, inner, splits, warps, stages)
-
-    @property
-    def size(self) -> int:
-        return max(triton.next_power_of_2(max(self.depth, 1)), 16)
-
-    @property
-    def width(self) -> int:
-        return triton.cdiv(max(self.depth, 1), self.inner) * self.inner
-
-    @property
-    def blocks(self) -> int:
-        return triton.cdiv(self.rows, self.block)
-
-    @property
-    def tiles(self) -> int:
-        return triton.cdiv(self.codes, self.tile)
+        size, width = max(triton.next_power_of_2(depth), 16), triton.cdiv(max(depth, 1), inner) * inner
+        return cls(rows, codes, depth, block, tile, inner, splits, warps, stages, size, width, blocks, tiles)
 
     def exact(self, cosine: bool) -> dict[str, Any]:
         """What the kernels that follow the definition share."""

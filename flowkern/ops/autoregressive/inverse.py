@@ -39,10 +39,6 @@ Tensors = Sequence[torch.Tensor]
 Networks = Sequence[AutoregressiveNetwork]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples for tests and benches
-
-
 def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]:
     randn = normal(device, dtype)
 
@@ -98,10 +94,6 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield sample("half-state", randn(5, 4, dtype=torch.float16), made(4, 9))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The registered ops
-
-
 def _outputs(z: torch.Tensor, tensors: Tensors, text: str, contexts: Sequence[bool]) -> Pair:
     return empty_as(z), z.new_empty((z.shape[0],), dtype=accumulation_dtype(z, *tensors))
 
@@ -129,10 +121,9 @@ def _torch_backward(x: torch.Tensor, tensors: Tensors, *rest: Any) -> None:
     state, v = x.to(dtype).t(), None if grad is None else grad.to(dtype).t()
     grad_log = None if grad_logabsdet is None else grad_logabsdet.to(dtype)
     for (plan, p), (_, outs) in zip(chain(tensors, text, contexts), chain(outputs, text, contexts), strict=True):
-        gradients = pull_back(state, v, grad_log, plan, p, needs_parameters)
-        state, v = gradients.z, gradients.grad
-        if gradients.parameters is not None:
-            for out, value in zip(_flat(outs), _flat(gradients.parameters), strict=True):
+        state, v, gradients = pull_back(state, v, grad_log, plan, p, needs_parameters)
+        if gradients is not None:
+            for out, value in zip(_flat(outs), _flat(gradients), strict=True):
                 out.copy_(value)
     assert v is not None
     dz.copy_(v.t())
@@ -195,10 +186,6 @@ def _differentiate(
 
     # As variables of their own: z depends on the tensors too, and on this very node.
     return differentiate(function, [t.view_as(t) for t in (z, *tensors)], {}, grads)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The function
 
 
 def autoregressive_inverse(

@@ -14,7 +14,7 @@ import torch
 from ..._core.scale_map import SOFTPLUS_TAIL, ScaleMap
 from .network import ACTIVATIONS, AutoregressiveNetwork, Plan, plans
 
-__all__ = ["Gradients", "Parameters", "affine", "chain", "generate", "invert", "parameters_of", "pull_back"]
+__all__ = ["Parameters", "affine", "chain", "generate", "invert", "parameters_of", "pull_back"]
 
 #: Turns the outputs (places * per feature, B) of some places of the sorted features into their values (places, B).
 Finish = Callable[[slice, torch.Tensor], torch.Tensor]
@@ -43,14 +43,6 @@ def chain(tensors: Sequence[torch.Tensor], text: str, contexts: Sequence[bool]) 
     """(plan, tensors) of each network of a chain, from what the registered ops are given."""
     found = plans(text)
     return [*zip(found, parameters_of(tensors, [plan.network for plan in found], contexts), strict=True)]
-
-
-class Gradients(NamedTuple):
-    """What ``pull_back`` finds: z and its gradient, (features, B), and the gradients of the parameters."""
-
-    z: torch.Tensor
-    grad: torch.Tensor
-    parameters: Parameters | None
 
 
 class _Sorted(NamedTuple):
@@ -182,8 +174,11 @@ def slope_of_log(scale: ScaleMap, u: torch.Tensor) -> torch.Tensor:
 
 def pull_back(
     x: torch.Tensor, grad: torch.Tensor | None, grad_log: torch.Tensor | None, plan: Plan, p: Parameters, needs_parameters: bool
-) -> Gradients:
-    """From the inverse's output x back to z, with the gradients of x (features, B) and of logabsdet (B,), if there are."""
+) -> tuple[torch.Tensor, torch.Tensor, Parameters | None]:
+    """From the inverse's output x back to z, with the gradients of x (features, B) and of logabsdet (B,), if there are.
+
+    Returns z and its gradient, (features, B), and the gradients of the parameters.
+    """
     network, last = plan.network, plan.network.layers
     ordered = _Sorted.of(plan, p, x.dtype)
     masks = [_visible(plan, i, x.device) for i in range(1, last + 1)]
@@ -238,7 +233,7 @@ def pull_back(
                     deltas[i][columns] = got
     found = _parameter_gradients(deltas, values, masks, orders, p) if needs_parameters else None
     z, solved = (torch.empty_like(v).index_copy_(0, orders[0], v) for v in (z, solved))
-    return Gradients(z, solved, found)
+    return z, solved, found
 
 
 def _visible(plan: Plan, layer: int, device: torch.device) -> torch.Tensor:
