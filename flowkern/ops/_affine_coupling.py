@@ -75,9 +75,8 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield Sample("image", (randn(2, 5, 3, 7), randn(2, 4, 3, 7)))
     yield Sample("large-image", (randn(2, 6, 33, 35), randn(2, 6, 33, 35)))
     yield Sample("checkerboard", (randn(2, 3, 5, 7), randn(2, 6, 5, 7)), {"split": "checkerboard"})
-    yield Sample(
-        "checkerboard-swap-inverse", (randn(2, 3, 4, 6), randn(2, 6, 4, 6)), {"split": "checkerboard_swap", "inverse": True}
-    )
+    swapped = {"split": "checkerboard_swap", "inverse": True}
+    yield Sample("checkerboard-swap-inverse", (randn(2, 3, 4, 6), randn(2, 6, 4, 6)), swapped)
     yield Sample("checkerboard-one-pixel", (randn(2, 3, 1, 1), randn(2, 6, 1, 1)), {"split": "checkerboard"})
     mask = FeatureMask(torch.tensor([True, False, True, True, False])).to(device)
     yield Sample("feature-mask", (randn(4, 5), randn(4, 6)), {"split": mask})
@@ -87,11 +86,8 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     channels_last = randn(2, 6, 4, 5).to(memory_format=torch.channels_last)
     yield Sample("channels-last", (channels_last, randn(2, 6, 4, 5).to(memory_format=torch.channels_last)))
     yield Sample("channels-last-mixed", (channels_last, randn(2, 6, 4, 5)), {"split": "channel_swap", "inverse": True})
-    yield Sample(
-        "channels-last-checkerboard",
-        (channels_last, randn(2, 12, 4, 5).to(memory_format=torch.channels_last)),
-        {"split": "checkerboard"},
-    )
+    whole = randn(2, 12, 4, 5).to(memory_format=torch.channels_last)
+    yield Sample("channels-last-checkerboard", (channels_last, whole), {"split": "checkerboard"})
     yield Sample("strided", (randn(4, 12)[:, ::2], randn(6, 4).t()))
     yield Sample("strided-image", (randn(2, 4, 6, 5)[..., ::2], randn(4, 2, 6, 3).transpose(0, 1)), {"shift_first": True})
     yield Sample("expanded", (randn(1, 4).expand(3, 4), randn(3, 1).expand(3, 4)))
@@ -136,9 +132,8 @@ def _settings(
     }
 
 
-def _differentiate(
-    x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None, *configuration: Any
-) -> tuple[torch.Tensor, ...]:
+def _differentiate(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    grad, grad_logabsdet, *configuration = rest
     return differentiate(reference, (x, params), _settings(*configuration), (grad, grad_logabsdet))
 
 

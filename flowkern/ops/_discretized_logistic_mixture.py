@@ -180,7 +180,7 @@ class _DiscretizedLogisticMixture(torch.autograd.Function):
         return None, gradient, None, None
 
 
-def _check(params: torch.Tensor, channels: int, levels: int) -> None:
+def _check(params: torch.Tensor, channels: int, levels: int, compat: str | None) -> None:
     check_floating("params", params)
     if params.ndim != 4:
         raise ValueError(f"params: expected (B, P, H, W), got shape {tuple(params.shape)}")
@@ -191,6 +191,8 @@ def _check(params: torch.Tensor, channels: int, levels: int) -> None:
         raise ValueError(f"params: expected a multiple of {rows} channels for {channels} of x, got {params.shape[1]}")
     if not 2 <= levels <= 2**20:
         raise ValueError(f"levels: expected 2 to 2**20, got {levels}")
+    if compat not in COMPAT:
+        raise ValueError(f"compat: expected None or 'pixelcnn++', got {compat!r}")
 
 
 def discretized_logistic_mixture(
@@ -227,12 +229,10 @@ def discretized_logistic_mixture(
         raise TypeError(f"x: expected a tensor of integers, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.ndim != 4:
         raise ValueError(f"x: expected (B, C, H, W), got shape {tuple(x.shape)}")
-    _check(params, x.shape[1], levels)
+    _check(params, x.shape[1], levels, compat)
     check_same_device("params", params, x)
     if (x.shape[0], *x.shape[2:]) != (params.shape[0], *params.shape[2:]):
         raise ValueError(f"params: expected the batch and pixels of x of shape {tuple(x.shape)}, got {tuple(params.shape)}")
-    if compat not in COMPAT:
-        raise ValueError(f"compat: expected None or 'pixelcnn++', got {compat!r}")
     if reference_runs(params):
         return reference(x, params, levels=levels, compat=compat)
     level = x.detach().to(accumulation_dtype(params))
@@ -275,9 +275,7 @@ def sample_discretized_logistic_mixture(
     Raises:
         TypeError, ValueError: as ``discretized_logistic_mixture``; also for a negative temperature.
     """
-    _check(params, channels, levels)
-    if compat not in COMPAT:
-        raise ValueError(f"compat: expected None or 'pixelcnn++', got {compat!r}")
+    _check(params, channels, levels, compat)
     if not temperature >= 0.0:
         raise ValueError(f"temperature: expected at least 0, got {temperature}")
     logits, means, log_scales, *coefficients = mixture_parts(params.detach().to(accumulation_dtype(params)), channels)

@@ -71,15 +71,9 @@ def _outputs(mean: torch.Tensor, log_scale: torch.Tensor, *_: Any) -> Pair:
     return mean.new_empty(mean.shape), mean.new_empty((mean.shape[0],), dtype=accumulation_dtype(mean, log_scale))
 
 
-def _differentiate(
-    mean: torch.Tensor,
-    log_scale: torch.Tensor,
-    seed: torch.Tensor,
-    offset: int,
-    grad: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
-    return differentiate(lambda m, s: reference(m, s, seed, offset), (mean, log_scale), {}, (grad, grad_kl))
+def _differentiate(mean: torch.Tensor, log_scale: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    seed, offset, *grads = rest
+    return differentiate(lambda m, s: reference(m, s, seed, offset), (mean, log_scale), {}, grads)
 
 
 # All are (B, N), but kl and its gradient (B,).

@@ -35,11 +35,6 @@ Quadruple = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Optional = torch.Tensor | None
 
 
-def _differentiable() -> bool:
-    """Whether someone may differentiate what is computed now: a given inverse is a value, and would be taken as constant."""
-    return torch.is_grad_enabled() or transformed()
-
-
 def _product(matrix: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """matrix x + bias at every pixel of x, all of one dtype."""
     if x.ndim == 2:
@@ -70,7 +65,8 @@ def reference(
     if logabsdet is None:
         logabsdet = torch.linalg.slogdet(exact)[1]
     if inverse:
-        known = weight_inverse is not None and not _differentiable()
+        # Where someone may differentiate, a given inverse would be taken as constant.
+        known = weight_inverse is not None and not (torch.is_grad_enabled() or transformed())
         matrix = weight_inverse if known else torch.linalg.inv_ex(exact)[0]
         assert matrix is not None
         if shift is not None:

@@ -187,17 +187,6 @@ def _differentiate(
     return dx, dweight, dbias[0] if dbias else None
 
 
-def _check_inputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask: DegreeMask) -> None:
-    check_floating("x", x)
-    if x.ndim < 1 or x.shape[-1] != mask.in_features:
-        raise ValueError(f"x: expected shape (..., {mask.in_features}), one value per in_degree, got {tuple(x.shape)}")
-    check_tensor("weight", weight, (mask.out_features, mask.in_features), x, why=" for these degrees")
-    if bias is not None:
-        check_tensor("bias", bias, (mask.out_features,), x, why=" for these degrees")
-    if (device := mask.indices[0].device) != x.device:
-        raise ValueError(f"out_degrees: the DegreeMask is on {device}, x on {x.device}; move it with .to()")
-
-
 def _as_mask(out_degrees: torch.Tensor | DegreeMask, in_degrees: torch.Tensor | None, strict: bool) -> DegreeMask:
     if not isinstance(out_degrees, DegreeMask):
         if in_degrees is None:
@@ -242,7 +231,14 @@ def masked_linear(
     Source: Germain et al., "MADE: Masked Autoencoder for Distribution Estimation" (2015), eq. 12 and 13.
     """
     mask = _as_mask(out_degrees, in_degrees, strict)
-    _check_inputs(x, weight, bias, mask)
+    check_floating("x", x)
+    if x.ndim < 1 or x.shape[-1] != mask.in_features:
+        raise ValueError(f"x: expected shape (..., {mask.in_features}), one value per in_degree, got {tuple(x.shape)}")
+    check_tensor("weight", weight, (mask.out_features, mask.in_features), x, why=" for these degrees")
+    if bias is not None:
+        check_tensor("bias", bias, (mask.out_features,), x, why=" for these degrees")
+    if (device := mask.indices[0].device) != x.device:
+        raise ValueError(f"out_degrees: the DegreeMask is on {device}, x on {x.device}; move it with .to()")
     if x.ndim != 2:
         y = masked_linear(x.reshape(-1, x.shape[-1]), weight, bias, mask)
         return y.view(*x.shape[:-1], mask.out_features)

@@ -286,18 +286,6 @@ _forward = define(
 )
 
 
-def _check_inputs(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> None:
-    check_floating("x", x)
-    check_floating("codebook", codebook)
-    if codebook.ndim != 2 or not codebook.numel():
-        raise ValueError(f"codebook: expected shape (K, D) with at least one code and entry, got {tuple(codebook.shape)}")
-    if x.ndim < 1 or x.shape[-1] != codebook.shape[1]:
-        raise ValueError(f"x: expected shape (..., {codebook.shape[1]}) as the codes have, got {tuple(x.shape)}")
-    check_same_device("codebook", codebook, x)
-    if metric not in METRICS:
-        raise ValueError(f"metric: unknown name {metric!r}; expected one of {', '.join(map(repr, METRICS))}")
-
-
 def nearest_code(
     x: torch.Tensor, codebook: torch.Tensor, *, metric: str = "euclidean", return_stats: bool = False
 ) -> tuple[torch.Tensor, ...]:
@@ -332,7 +320,15 @@ def nearest_code(
 
     Source: van den Oord et al., "Neural Discrete Representation Learning" (2017), eq. 1 and 2.
     """
-    _check_inputs(x, codebook, metric)
+    check_floating("x", x)
+    check_floating("codebook", codebook)
+    if codebook.ndim != 2 or not codebook.numel():
+        raise ValueError(f"codebook: expected shape (K, D) with at least one code and entry, got {tuple(codebook.shape)}")
+    if x.ndim < 1 or x.shape[-1] != codebook.shape[1]:
+        raise ValueError(f"x: expected shape (..., {codebook.shape[1]}) as the codes have, got {tuple(x.shape)}")
+    check_same_device("codebook", codebook, x)
+    if metric not in METRICS:
+        raise ValueError(f"metric: unknown name {metric!r}; expected one of {', '.join(map(repr, METRICS))}")
     flat, codes, cosine = x.detach().reshape(-1, x.shape[-1]), codebook.detach(), metric == "cosine"
     if reference_runs(x, own_torch=True):
         index, sqdist = _reference(flat, codes, cosine)

@@ -33,10 +33,6 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-
-
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).sum(-1, keepdim=True)
 
@@ -45,7 +41,7 @@ class _Rotation:
     """|c|/|x| R of every row, as constants; the identity where x or c is zero and has no direction."""
 
     def __init__(self, x: torch.Tensor, code: torch.Tensor):
-        length, reach = _norm(x), _norm(code)
+        length, reach = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (x, code))
         self.defined = (length > 0) & (reach > 0)
         self.ratio = reach / length
         self.e, self.q = x / length, code / reach

@@ -30,29 +30,17 @@ __all__ = ["ACTIVATIONS", "AutoregressiveNetwork", "Panel", "Plan", "plans", "we
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _leaky_relu(a: torch.Tensor) -> torch.Tensor:
-    return F.leaky_relu(a, 0.01)
-
-
 def _relu_slope(a: torch.Tensor, below: float) -> torch.Tensor:
     return torch.where(a > 0, torch.ones_like(a), torch.full_like(a, below))
-
-
-def _gelu_slope(a: torch.Tensor) -> torch.Tensor:
-    return torch.special.ndtr(a) + a * torch.exp(-0.5 * a * a) * (2 * math.pi) ** -0.5
-
-
-def _silu_slope(a: torch.Tensor) -> torch.Tensor:
-    return torch.sigmoid(a) * (1 + a * torch.sigmoid(-a))
 
 
 #: The activations and their slopes; the position of one is its code in the kernels.
 ACTIVATIONS: dict[str, tuple[Function, Function]] = {
     "relu": (F.relu, lambda a: _relu_slope(a, 0.0)),
-    "leaky_relu": (_leaky_relu, lambda a: _relu_slope(a, 0.01)),
+    "leaky_relu": (F.leaky_relu, lambda a: _relu_slope(a, 0.01)),
     "elu": (F.elu, lambda a: torch.exp(a.clamp(max=0))),
-    "gelu": (F.gelu, _gelu_slope),
-    "silu": (F.silu, _silu_slope),
+    "gelu": (F.gelu, lambda a: torch.special.ndtr(a) + a * torch.exp(-0.5 * a * a) * (2 * math.pi) ** -0.5),
+    "silu": (F.silu, lambda a: torch.sigmoid(a) * (1 + a * torch.sigmoid(-a))),
     "tanh": (torch.tanh, lambda a: 4 * torch.sigmoid(2 * a) * torch.sigmoid(-2 * a)),  # 1 - tanh^2 cancels
     "sigmoid": (torch.sigmoid, lambda a: torch.sigmoid(a) * torch.sigmoid(-a)),
 }
