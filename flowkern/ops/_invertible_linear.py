@@ -130,7 +130,7 @@ def _outputs(x: torch.Tensor, weight: torch.Tensor, bias: Optional, *rest: Any) 
 
 
 def _gradients(x: torch.Tensor, weight: torch.Tensor, bias: Optional, *rest: Any) -> Quadruple:
-    _, known, _, needs_x, needs_weight, *_ = rest
+    _, known, _, needs_x, needs_weight, _, _ = rest
     nothing = (0,)
     return (
         empty_as(x) if needs_x else x.new_empty(nothing),
@@ -216,9 +216,9 @@ class _InvertibleLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
-        arguments: tuple[Any, ...] = (*ctx.saved_tensors, *ctx.flags)
-        bias, _, known = ctx.saved_tensors[2:]
+        _, _, bias, _, known = saved = ctx.saved_tensors
         _, needs_x, needs_weight = ctx.flags
+        arguments: tuple[Any, ...] = (*saved, *ctx.flags)
         if reference_differentiates(grad, grad_logabsdet):
             grads = _differentiate(*(*arguments, grad, grad_logabsdet))
         elif grad is None:
@@ -275,13 +275,12 @@ def invertible_linear(
     channels = x.shape[1]
     square = (channels, channels)
     check_tensor("weight", weight, square, x)
-    for name, value, shape in (
-        ("bias", bias, (channels,)),
-        ("weight_inverse", weight_inverse, square),
-        ("logabsdet", logabsdet, ()),
-    ):
-        if value is not None:
-            check_tensor(name, value, shape, x)
+    if bias is not None:
+        check_tensor("bias", bias, (channels,), x)
+    if weight_inverse is not None:
+        check_tensor("weight_inverse", weight_inverse, square, x)
+    if logabsdet is not None:
+        check_tensor("logabsdet", logabsdet, (), x)
     if reference_runs(x) or channels == 0:
         return reference(x, weight, bias, inverse=inverse, weight_inverse=weight_inverse, logabsdet=logabsdet)
     weight_inverse = None if weight_inverse is None else weight_inverse.detach()

@@ -80,7 +80,7 @@ def _output(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> Triple:
-    needs_x, needs_weight, needs_bias = rest[5:]  # after the mask
+    _, _, _, _, _, needs_x, needs_weight, needs_bias = rest
     nothing = (0,)
     like = weight if bias is None else bias
     return (
@@ -234,9 +234,9 @@ def masked_linear(
     check_floating("x", x)
     if x.ndim < 1 or x.shape[-1] != mask.in_features:
         raise ValueError(f"x: expected shape (..., {mask.in_features}), one value per in_degree, got {tuple(x.shape)}")
-    check_tensor("weight", weight, (mask.out_features, mask.in_features), x, why=" for these degrees")
+    check_tensor("weight", weight, (mask.out_features, mask.in_features), x, "x", " for these degrees")
     if bias is not None:
-        check_tensor("bias", bias, (mask.out_features,), x, why=" for these degrees")
+        check_tensor("bias", bias, (mask.out_features,), x, "x", " for these degrees")
     if (device := mask.indices[0].device) != x.device:
         raise ValueError(f"out_degrees: the DegreeMask is on {device}, x on {x.device}; move it with .to()")
     if x.ndim != 2:
