@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import assert_accurate
+from comparison import DTYPES, assert_accurate, assert_same
 from networks import change_batch, contexts_of, density, made, parameters_of, tensors_of
 from processes import python
 from scale_maps import MAPS, check_sweep
@@ -30,7 +30,6 @@ from flowkern.ops.autoregressive import cuda, definition, inverse as op
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "autoregressive_inverse.cu"
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TILES = copy.deepcopy(cuda.TILES)
 EVERY_TILE = [(dtype, tile) for dtype in DTYPES for tile in TILES.get(dtype, (1, 16))]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -172,7 +171,7 @@ def test_the_order_of_the_threads_does_not_matter(host: Host, sample: Sample, ti
     use_tile(monkeypatch, tile)
     expected = run(sample)
     host.descending = True
-    assert all(torch.equal(a, b) for a, b in zip(run(sample), expected, strict=True))
+    assert_same(run(sample), expected)
 
 
 @every_sample
@@ -184,7 +183,7 @@ def test_what_does_not_fit_in_shared_memory_lies_in_a_scratch_buffer(host: Host,
         host.memory = 1 << 20
         expected = run(sample)
         host.memory = 0
-        assert all(torch.equal(a, b) for a, b in zip(run(sample), expected, strict=True))
+        assert_same(run(sample), expected)
 
 
 @every_sample
@@ -222,7 +221,7 @@ def test_masked_weights_do_not_matter(host: Host, sample: Sample) -> None:
     for network in poisoned.args[2]:
         for mask in definition.masks(network, torch.device("cpu")):
             next(weights)[~mask] = float("inf")
-    assert all(torch.equal(a, b) for a, b in zip(run(poisoned), expected, strict=True))
+    assert_same(run(poisoned), expected)
 
 
 def test_a_large_layer_and_a_batch_that_tiles_do_not_divide(host: Host) -> None:
@@ -237,8 +236,7 @@ def test_a_large_layer_and_a_batch_that_tiles_do_not_divide(host: Host) -> None:
         torch.testing.assert_close(total, -actual[1])
         with flowkern.backend("torch"):
             expected = ops.autoregressive_inverse(z[:batch], parameters, network)
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_empty_batch_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,12 +420,10 @@ def test_scratch_and_several_tiles_of_a_block_on_a_gpu(monkeypatch: pytest.Monke
     for sample in samples(torch.float32, "cuda"):
         many = change_batch(sample, lambda t: t.repeat(40, 1))
         expected = run(many)
-        for a, b in zip(run(many), expected, strict=True):
-            assert torch.equal(a, b)
+        assert_same(run(many), expected)
         for memory in (limits[1], 0):
             monkeypatch.setattr(cuda, "_limits", lambda device, memory=memory: (2, memory))
-            for a, b in zip(run(many), expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(run(many), expected, rtol=1e-4, atol=1e-4)
         monkeypatch.setattr(cuda, "_limits", lambda device: limits)
 
 

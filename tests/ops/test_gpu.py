@@ -11,6 +11,7 @@ from comparison import (
     INVERTIBLE,
     Tensors,
     assert_accurate,
+    assert_same,
     call_of,
     check,
     every_op,
@@ -95,8 +96,7 @@ def test_autocast(op: Op) -> None:
 @every_op
 def test_same_bits_again(op: Op) -> None:
     for sample in some(op):
-        first, second = (results(op.function, sample) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert_same(results(op.function, sample), results(op.function, sample))
 
 
 def prepared(op: Op, sample: Sample) -> tuple[list[torch.Tensor], Callable[[], Tensors]]:
@@ -150,8 +150,7 @@ def check_cuda_graph(inputs: Sequence[torch.Tensor], call: Callable[[], Sequence
             x.copy_(torch.randn_like(x))
     graph.replay()
     torch.cuda.synchronize()
-    for replayed, direct in zip(results, call(), strict=True):
-        assert torch.equal(replayed, direct)
+    assert_same(results, call())
 
 
 @every_op
@@ -172,8 +171,7 @@ def test_a_stream_of_its_own(op: Op) -> None:
         late = tree_map_only(torch.Tensor, torch.clone, sample.args)
         found = outputs_of(op.function, (late, sample.kwargs))
     stream.synchronize()
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+    assert_same(found, expected)
 
 
 #: Over 2**31 elements in one sample, and in all samples together.
@@ -246,7 +244,7 @@ def test_large_masked_linear(dtype: torch.dtype) -> None:
         check(flowkern.OPS["masked_linear"], sample, ["auto"])
         first, again = (results(ops.masked_linear, sample) for _ in range(2))
         assert (first[2][~mask.dense()] == 0).all()
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert_same(first, again)
 
 
 def test_dequantized_values_stay_in_their_bins_and_off_the_ends() -> None:
