@@ -40,7 +40,7 @@ def as_seed(seed: Seed, device: torch.device) -> torch.Tensor:
         raise TypeError(f"seed: expected an int, an int64 tensor of one element, or None, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected 64 bits, got {seed}")
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)  # which copies nothing from the host
 
 
 def as_offset(offset: int) -> int:

@@ -39,7 +39,7 @@ def _product(matrix: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -
     """matrix x + bias at every pixel of x, all of one dtype."""
     if x.ndim == 2:
         return F.linear(x, matrix, bias)
-    if x.numel() == 0:  # conv2d refuses it
+    if x.numel() == 0 or x.is_cuda:  # conv2d refuses the first, and multiplies in TF32 on a GPU
         y = (matrix @ x.flatten(2)).view(x.shape)
         return y if bias is None else y + bias[:, None, None]
     return F.conv2d(x, matrix[:, :, None, None], bias)

@@ -134,3 +134,12 @@ def test_same_bits_for_any_number_of_threads(channels: int) -> None:
     weight, bias = matrix(channels, torch.float32), torch.randn(channels)
     sample = Sample("", (torch.randn(8, channels, 24, 24), weight, bias), {"inverse": True})
     assert_threads_do_not_matter(lambda: results(invertible_linear, sample))
+
+
+def test_the_reference_convolves_nothing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN multiplies float32 in TF32, and the reference is what kernels are held against."""
+    inputs = torch.randn(2, 3, 4, 5), torch.randn(3, 3), torch.randn(3)
+    expected, _ = OPS["invertible_linear"].reference(*inputs)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", None)
+    torch.testing.assert_close(OPS["invertible_linear"].reference(*inputs)[0], expected)
