@@ -1,14 +1,11 @@
-"""Builds the extensions with ninja, without torch: the CPU's, each kernel once per instruction set, and CUDA's.
+"""Builds the CPU's extension with ninja, without torch: each kernel once per instruction set.
 
-FLOWKERN_EXT=auto (default) builds the CPU's where a compiler is found and otherwise installs the pure-Python library with one
-warning; 0 never builds it; 1 makes a failed build an error. FLOWKERN_CUDA means the same for CUDA's, which ``auto`` builds
-only where nvcc and an NVIDIA driver are found: elsewhere it would be compiled, for a minute, and never used.
-FLOWKERN_CUDA_ARCHS names the GPUs, "80;90a;100" by default; PTX of the last one serves later ones.
+FLOWKERN_EXT=auto (default) builds it where a compiler is found and otherwise installs the pure-Python library with one
+warning; 0 never builds it; 1 makes a failed build an error.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
@@ -16,8 +13,6 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -43,13 +38,10 @@ ISAS = {
 }
 
 
-CUDA_ARCHS = "80;90a;100"
-
-
-def mode(variable: str) -> str:
-    value = os.environ.get(variable, "auto")
+def mode() -> str:
+    value = os.environ.get("FLOWKERN_EXT", "auto")
     if value not in MODES:
-        raise SystemExit(f"{variable}: unknown value {value!r}; expected one of {', '.join(MODES)}")
+        raise SystemExit(f"FLOWKERN_EXT: unknown value {value!r}; expected one of {', '.join(MODES)}")
     return value
 
 
@@ -59,26 +51,6 @@ def compiler() -> str:
         if shutil.which(name.split()[0]):
             return name
     raise RuntimeError("no C++ compiler was found (set CXX, or install g++ or clang++)")
-
-
-def nvcc() -> str:
-    """The CUDA compiler: that of CUDA_HOME or CUDA_PATH, or the first in the usual places. Raises RuntimeError without one."""
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
-    for name in (*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"):
-        if found := shutil.which(name):
-            return found
-    raise RuntimeError("nvcc was not found (set CUDA_HOME, or install the CUDA toolkit)")
-
-
-def wants_cuda() -> bool:
-    """Whether to build CUDA's extension: if asked to, or if it can be expected to be used here."""
-    if mode("FLOWKERN_CUDA") != "auto":
-        return mode("FLOWKERN_CUDA") == "1"
-    try:
-        ctypes.CDLL("libcuda.so.1")
-        return bool(nvcc())
-    except (OSError, RuntimeError):
-        return False
 
 
 def accepts(cxx: str, folder: Path, *flags: str, source: str = "int main() { return 0; }") -> bool:
@@ -126,67 +98,24 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def cuda_ninja_file(cxx: str, folder: Path, output: Path) -> str:
-    """The text of build.ninja for CUDA's extension: every kernel source for all GPUs, the bindings, and the link."""
-    import pybind11
-
-    archs = os.environ.get("FLOWKERN_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
-    code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    code.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    rules = [
-        f"cxx = {cxx}",
-        f"nvcc = {escape(Path(nvcc()))} -ccbin {cxx.split()[0]} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -t 0",
-        f"flags = {' '.join([*FLAGS, *includes])} '-DFLOWKERN_CUDA_ARCHS=\"{';'.join(archs)}\"'",
-        f"rule cuda\n  command = $nvcc {' '.join(code)} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        "rule compile\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        # The static runtime of CUDA: no library has to be found, and none is where there is no driver.
-        "rule link\n  command = $nvcc -shared --cudart static $in -o $out",
-    ]
-    objects = []
-    for source in sorted((ROOT / "csrc" / "cuda").iterdir()):
-        if source.suffix in (".cu", ".cpp"):
-            objects.append(f"{source.stem}.{source.suffix[1:]}.o")
-            rules.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'compile'} {escape(source)}")
-    rules.append(f"build {escape(output)}: link {' '.join(objects)}")
-    return "\n".join(rules) + "\n"
-
-
-@dataclass(frozen=True)
-class Native:
-    """An extension: the variable that asks for it, what it is, what is said without it, and its build.ninja."""
-
-    variable: str
-    title: str
-    without: str
-    rules: Callable[[str, Path, Path], str]
-
-
-EXTENSIONS = {
-    "flowkern._native": Native("FLOWKERN_EXT", "CPU extension", "without its CPU kernels and runs in pure torch", ninja_file),
-    "flowkern._native_cuda": Native("FLOWKERN_CUDA", "CUDA extension", "without its CUDA extension", cuda_ninja_file),
-}
-
-
 class BuildWithNinja(build_ext):
-    """Compiles the extensions with ninja: parallel, and only what changed."""
+    """Compiles the extension with ninja: parallel, and only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        native = EXTENSIONS[ext.name]
         try:
-            self._build(ext.name, native, output)
+            self._build(ext.name, output)
         except (RuntimeError, OSError, subprocess.CalledProcessError, ImportError) as error:
             output.unlink(missing_ok=True)  # of an earlier build: it does not belong to these sources
-            if mode(native.variable) == "1":
-                raise RuntimeError(f"{native.variable}=1, but the {native.title} could not be built: {error}") from error
-            warnings.warn(f"flowkern is installed {native.without}: {error}", stacklevel=1)
+            if mode() == "1":
+                raise RuntimeError(f"FLOWKERN_EXT=1, but the CPU extension could not be built: {error}") from error
+            warnings.warn(f"flowkern is installed without its CPU kernels and runs in pure torch: {error}", stacklevel=1)
 
-    def _build(self, name: str, native: Native, output: Path) -> None:
+    def _build(self, name: str, output: Path) -> None:
         folder = Path(self.build_temp).resolve() / name
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(native.rules(compiler(), folder, output))
+        (folder / "build.ninja").write_text(ninja_file(compiler(), folder, output))
         subprocess.run([ninja(), "-C", str(folder)], check=True)
 
     def get_outputs(self) -> list[str]:
@@ -215,10 +144,8 @@ def ninja() -> str:
 
 
 extensions: list[Extension] = []
-if mode("FLOWKERN_EXT") == "0":
+if mode() == "0":
     warnings.warn("FLOWKERN_EXT=0: flowkern is installed without its CPU kernels and runs in pure torch", stacklevel=1)
 else:
-    extensions.append(Extension("flowkern._native", sources=[], optional=mode("FLOWKERN_EXT") != "1"))
-if wants_cuda():
-    extensions.append(Extension("flowkern._native_cuda", sources=[], optional=mode("FLOWKERN_CUDA") != "1"))
+    extensions.append(Extension("flowkern._native", sources=[], optional=mode() != "1"))
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildWithNinja})

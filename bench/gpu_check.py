@@ -131,7 +131,8 @@ class Check:
         if ran.code == 0 and built:
             return Outcome(PASSED, f"built {', '.join(built)}")
         shutil.rmtree(self.library, ignore_errors=True)
-        for source, place in (("flowkern", "."), ("kernels/triton", "kernels"), ("bench", "bench")):
+        places = {"flowkern": ".", "kernels/triton": "kernels", "csrc/cuda": "kernels/cuda", "bench": "bench"}
+        for source, place in places.items():
             ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
             shutil.copytree(ROOT / source, self.library / "flowkern" / place, ignore=ignored, dirs_exist_ok=True)
         status = ran.status() if ran.code != 0 else FAILED

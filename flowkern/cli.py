@@ -337,7 +337,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
     import flowkern
 
-    from ._core import backend, op as _registry
+    from ._core import backend, nvrtc, op as _registry
 
     print(f"flowkern   {flowkern.__version__}")
     print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -354,7 +354,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
             print(f"GPU {i}      {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory >> 20} MiB")
     else:
         print("GPU        none that torch can use")
-    print(f"CUDA       {'kernels built' if backend.native_cuda else 'no kernels: ' + backend._native_cuda_reason}")
+    print(f"CUDA       {'no kernels: ' + why if (why := nvrtc.missing()) else 'kernels by NVRTC ' + nvrtc.version()}")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for op in _registry.OPS:
         for device in devices:

@@ -99,11 +99,11 @@ FLOWKERN_DEVICE A activate(int activation, A v) {
   switch (activation) {
     case 0: return v < A(0) ? A(0) : v;  // NaN passes
     case 1: return v < A(0) ? A(0.01) * v : v;
-    case 2: return v > A(0) ? v : std::expm1(v);
-    case 3: return A(0.5) * v * (A(1) + std::erf(v * A(0.70710678118654752440)));
-    case 4: return v / (A(1) + std::exp(-v));
-    case 5: return std::tanh(v);
-    default: return A(1) / (A(1) + std::exp(-v));
+    case 2: return v > A(0) ? v : expm1(v);
+    case 3: return A(0.5) * v * (A(1) + erf(v * A(0.70710678118654752440)));
+    case 4: return v / (A(1) + exp(-v));
+    case 5: return tanh(v);
+    default: return A(1) / (A(1) + exp(-v));
   }
 }
 
@@ -113,24 +113,24 @@ FLOWKERN_DEVICE A scale_of(int scale, A a, A b, A u, A& log_s) {
   switch (scale) {
     case 0: log_s = u; break;
     case 1: {
-      const A v = u + a, e = std::exp(-std::abs(v)), s = (v >= A(0) ? A(1) : e) / (A(1) + e) + b;
-      log_s = b == A(0) ? (v > A(0) ? A(0) : v) - std::log1p(e) : v > A(0) ? std::log1p(b - e / (A(1) + e)) : std::log(s);
+      const A v = u + a, e = exp(-abs(v)), s = (v >= A(0) ? A(1) : e) / (A(1) + e) + b;
+      log_s = b == A(0) ? (v > A(0) ? A(0) : v) - log1p(e) : v > A(0) ? log1p(b - e / (A(1) + e)) : log(s);
       return s;
     }
     case 2: {
-      const A s = (u < A(0) ? A(0) : u) + std::log1p(std::exp(-std::abs(u))) + a;
-      log_s = a == A(0) && u < A(-40) ? u : std::log(s);  // u to the last digit, where s goes on to 0
+      const A s = (u < A(0) ? A(0) : u) + log1p(exp(-abs(u))) + a;
+      log_s = a == A(0) && u < A(-40) ? u : log(s);  // u to the last digit, where s goes on to 0
       return s;
     }
-    case 3: log_s = a * std::tanh(u / a); break;
-    case 4: log_s = A(0.636) * a * std::atan(u); break;
+    case 3: log_s = a * tanh(u / a); break;
+    case 4: log_s = A(0.636) * a * atan(u); break;
     default: {
       const A most = a * A(sizeof(A) == 8 ? 1e300 : 1e30);  // an infinite u would give infinity / infinity
       const A limited = u > most ? most : u < -most ? -most : u;
-      log_s = limited / (A(1) + std::abs(limited / a));
+      log_s = limited / (A(1) + abs(limited / a));
     }
   }
-  return std::exp(log_s);
+  return exp(log_s);
 }
 
 // --- products of the whole block ---
@@ -147,7 +147,8 @@ struct Product {
   FLOWKERN_DEVICE int slices(int threads) const { return threads / rows < columns ? threads / rows : columns; }
 };
 
-template <class A, class W, int T>
+// Staged weights lie in shared memory, which the read-only cache does not serve.
+template <class A, class W, int T, bool staged>
 FLOWKERN_DEVICE void multiply(const Product<A, W>& p, int thread, int threads, A* partial) {
   constexpr int unroll = 8;  // reads that are under way together
   constexpr int width = T * sizeof(A) <= 16 ? T : 16 / int(sizeof(A));
@@ -161,7 +162,10 @@ FLOWKERN_DEVICE void multiply(const Product<A, W>& p, int thread, int threads, A
   for (int k = slice; k < p.columns; k += unroll * slices, weight += unroll * step) {
     A w[unroll];
 #pragma unroll
-    for (int j = 0; j < unroll; ++j) w[j] = k + j * slices < p.columns ? A(value_of(load(weight + j * step))) : A(0);
+    for (int j = 0; j < unroll; ++j) {
+      const W* from = weight + j * step;
+      w[j] = k + j * slices < p.columns ? A(value_of(staged ? *from : load(from))) : A(0);
+    }
 #pragma unroll
     for (int j = 0; j < unroll; ++j) {
       if (k + j * slices >= p.columns) break;  // what follows is not known
@@ -299,7 +303,7 @@ struct Inverse {
         const int count = rows.count() - row < threads ? rows.count() - row : threads;
         const Product<A, W> next{weights + row, rows.count(), count, rows.known, values(i - 1), sums(i, rows) + int64_t(row) * T};
         block.each([&](int thread) {
-          multiply<A, W, T>(next, thread, threads, buffer);
+          multiply<A, W, T, false>(next, thread, threads, buffer);
           if (last.rows) collect<A, W, T>(last, thread, threads, other);
         });
         last = next;
@@ -349,7 +353,7 @@ struct Inverse {
       const int some = count - row < threads ? count - row : threads;
       const Product<A, W> product{weights + first + row,        rows.count(), some, seen - rows.known,
                                   values(i - 1) + int64_t(rows.known) * T, sums(i, rows) + int64_t(first + row) * T};
-      block.each([&](int thread) { multiply<A, W, T>(product, thread, threads, partial); });
+      block.each([&](int thread) { multiply<A, W, T, true>(product, thread, threads, partial); });
       block.each([&](int thread) { collect<A, W, T>(product, thread, threads, partial); });
     }
     return seen;
@@ -397,56 +401,32 @@ struct Inverse {
   }
 };
 
-template <class W>
-const char* launch_single(int64_t tile, int64_t blocks, int64_t shared, uintptr_t stream, const Arguments& in) {
-  switch (tile) {
-    case 1: return launch<Inverse<float, W, 1>>(blocks, shared, stream, in);
-    case 4: return launch<Inverse<float, W, 4>>(blocks, shared, stream, in);
-    case 8: return launch<Inverse<float, W, 8>>(blocks, shared, stream, in);
-    case 16: return launch<Inverse<float, W, 16>>(blocks, shared, stream, in);
-    default: return "there is no kernel for this tile";
-  }
-}
-
-const char* launch_double(int64_t tile, int64_t blocks, int64_t shared, uintptr_t stream, const Arguments& in) {
-  switch (tile) {
-    case 1: return launch<Inverse<double, double, 1>>(blocks, shared, stream, in);
-    case 4: return launch<Inverse<double, double, 4>>(blocks, shared, stream, in);
-    default: return "there is no kernel for this tile";
-  }
-}
-
 }  // namespace
 
-// Starts the kernel for float64, or for float32 with weights of float32 or bfloat16; null, or what went wrong. Arguments as above.
-extern "C" const char* autoregressive_inverse_forward(uintptr_t z, int64_t z_row, int64_t z_column, uintptr_t x, int64_t x_row,
-                                                      int64_t x_column, uintptr_t logabsdet, uintptr_t weights, uintptr_t biases,
-                                                      uintptr_t contexts, int64_t context_row, uintptr_t table, uintptr_t constants,
-                                                      uintptr_t scratch, int64_t batch, int64_t features, int64_t networks,
-                                                      int64_t units, int64_t staged, bool wide, bool half_weights, int64_t tile,
-                                                      int64_t blocks, int64_t shared, uintptr_t stream) {
-  const Arguments in{reinterpret_cast<const void*>(z),
-                     z_row,
-                     z_column,
-                     reinterpret_cast<void*>(x),
-                     x_row,
-                     x_column,
-                     reinterpret_cast<void*>(logabsdet),
-                     reinterpret_cast<const void*>(weights),
-                     reinterpret_cast<const void*>(biases),
-                     reinterpret_cast<const void*>(contexts),
-                     context_row,
-                     reinterpret_cast<const int32_t*>(table),
-                     reinterpret_cast<const double*>(constants),
-                     reinterpret_cast<void*>(scratch),
-                     batch,
-                     features,
-                     networks,
-                     units,
-                     staged};
-  if (wide) return launch_double(tile, blocks, shared, stream, in);
-  return half_weights ? launch_single<Bfloat16>(tile, blocks, shared, stream, in)
-                      : launch_single<float>(tile, blocks, shared, stream, in);
+#ifdef __CUDACC_RTC__
+
+// One variant, which the compilation names: FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE.
+using Variant = Inverse<FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE>;
+
+extern "C" __global__ void __launch_bounds__(Variant::threads, 1) autoregressive_inverse_forward(const Arguments arguments) {
+  run<Variant>(arguments);
 }
+
+#else
+
+template <class A, class W, int... tiles>
+bool run_tile(int64_t tile, int64_t blocks, int64_t shared, bool descending, const Arguments& in) {
+  return ((tile == tiles && (run<Inverse<A, W, tiles>>(blocks, shared, descending, in), true)) || ...);
+}
+
+// The variants on the host; false where there is none for this tile.
+extern "C" bool autoregressive_inverse_forward(const Arguments& in, bool wide, bool half_weights, int64_t tile, int64_t blocks,
+                                               int64_t shared, bool descending) {
+  if (wide) return run_tile<double, double, 1, 4>(tile, blocks, shared, descending, in);
+  return half_weights ? run_tile<float, Bfloat16, 1, 4, 8, 16>(tile, blocks, shared, descending, in)
+                      : run_tile<float, float, 1, 4, 8, 16>(tile, blocks, shared, descending, in);
+}
+
+#endif
 
 }  // namespace flowkern

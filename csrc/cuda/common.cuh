@@ -1,4 +1,4 @@
-// Kernels written as phases, so that one source is a CUDA kernel under nvcc and a few loops under a C++ compiler.
+// Kernels written as phases, so that one source is a CUDA kernel under NVRTC and a few loops under a C++ compiler.
 //
 // A kernel is a struct with `threads` and `run(block, shared, arguments)`. `block.each(f)` calls f once for each thread of the block
 // and then waits for all of them: what a phase writes is read in later ones alone, and nothing but memory and PerThread lasts
@@ -6,15 +6,18 @@
 // phase run one after the other, in either order: a result that depends on the order gives away that a barrier is missing.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#ifdef __CUDACC__
+#ifdef __CUDACC_RTC__
+// NVRTC has no headers of the standard library; what <cmath> declares is there without one.
 #define FLOWKERN_DEVICE __device__ __forceinline__
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned;
+using int64_t = long long;
 #else
 #define FLOWKERN_DEVICE inline
+#include <cmath>
+#include <cstdint>
 #include <cstring>
-#include <new>
 #include <vector>
 #endif
 
@@ -31,7 +34,7 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-#ifdef __CUDACC__
+#ifdef __CUDACC_RTC__
 
 struct Block {
   FLOWKERN_DEVICE int64_t index() const { return blockIdx.x; }
@@ -60,27 +63,17 @@ FLOWKERN_DEVICE Bfloat16 load(const Bfloat16* from) { return {__ldg(&from->bits)
 
 FLOWKERN_DEVICE float value_of(Bfloat16 b) { return __uint_as_float(uint32_t(b.bits) << 16); }
 
+// The body of a __global__ function.
 template <class Kernel, class Arguments>
-__global__ void __launch_bounds__(Kernel::threads, 1) run_kernel(const Arguments arguments) {
+FLOWKERN_DEVICE void run(const Arguments& arguments) {
   extern __shared__ __align__(16) char shared[];
   Kernel::run(Block(), shared, arguments);
 }
 
-// Starts a kernel; null, or what went wrong.
-template <class Kernel, class Arguments>
-const char* launch(int64_t blocks, int64_t shared, uintptr_t stream, Arguments arguments) {
-  const auto kernel = reinterpret_cast<const void*>(run_kernel<Kernel, Arguments>);
-  void* parameters[] = {&arguments};
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  if (error == cudaSuccess)
-    error = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(Kernel::threads), parameters, size_t(shared),
-                             reinterpret_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // reported here: it is not to be found again by the next one who asks
-  return cudaGetErrorString(error);
-}
-
 #else
+
+// As under NVRTC, where they are global, for float and for double.
+using std::abs, std::atan, std::erf, std::exp, std::expm1, std::log, std::log1p, std::tanh;
 
 struct Block {
   int64_t own, blocks;
@@ -114,16 +107,13 @@ inline float value_of(Bfloat16 b) {
   return value;
 }
 
-// The order of the threads in a phase, in place of a stream.
-enum : uintptr_t { ascending = 0, descending = 1 };
-
+// All blocks, one after the other.
 template <class Kernel, class Arguments>
-const char* launch(int64_t blocks, int64_t shared, uintptr_t order, const Arguments& arguments) {
+void run(int64_t blocks, int64_t shared, bool descending, const Arguments& arguments) {
   for (int64_t b = 0; b < blocks; ++b) {
     std::vector<char> memory(size_t(shared), char(0xff));  // NaN, until something is written
-    Kernel::run(Block{b, blocks, Kernel::threads, order == descending}, memory.data(), arguments);
+    Kernel::run(Block{b, blocks, Kernel::threads, descending}, memory.data(), arguments);
   }
-  return nullptr;
 }
 
 #endif

@@ -12,64 +12,56 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["BACKENDS", "backend", "call_native", "choose", "native", "native_cuda", "only_torch", "reasons"]
+from . import nvrtc
+
+__all__ = ["BACKENDS", "backend", "call_native", "choose", "native", "only_torch", "reasons"]
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 _AUTO = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch")}
 
 
-def _load(kind: str, name: str, why: str) -> tuple[ModuleType | None, str]:
-    """The compiled extension, or None and the reason. torch is imported first: both share its OpenMP. Loading needs no GPU."""
+def _load_native() -> tuple[ModuleType | None, str]:
+    """The compiled extension, or None and the reason. torch is imported first: both share its OpenMP."""
     try:
-        return importlib.import_module(f"flowkern.{name}"), ""
+        return importlib.import_module("flowkern._native"), ""
     except ImportError as error:
-        if importlib.util.find_spec(f"flowkern.{name}") is None:
-            return None, f"the {kind} extension was not built ({why})"
-        return None, f"the {kind} extension does not load: {error}"
+        if importlib.util.find_spec("flowkern._native") is None:
+            return None, "the CPU extension was not built (no compiler at install time, or FLOWKERN_EXT=0)"
+        return None, f"the CPU extension does not load: {error}"
 
 
-native, _native_reason = _load("CPU", "_native", "no compiler at install time, or FLOWKERN_EXT=0")
+native, _native_reason = _load_native()
 if native is not None and (_isa := os.environ.get("FLOWKERN_ISA")):
     native.use_isa(_isa)  # raises ValueError for an instruction set that this machine does not run
-_cuda_why = "no nvcc or no NVIDIA driver at install time, or FLOWKERN_CUDA=0"
-native_cuda, _native_cuda_reason = _load("CUDA", "_native_cuda", _cuda_why)
 
 #: Whether the extension may multiply bfloat16 where it has float32: it does where the processor can, and the result is certified.
 multiply_bfloat16 = True
 
 
-@functools.cache
-def _triton_reason() -> str:
-    return "" if importlib.util.find_spec("triton") else "triton is not installed"
-
-
-def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a build for ``archs`` (``"80"``, ``"90a"``) has code for a GPU of this compute capability.
-
-    Machine code serves its own generation from its number on, with a letter that number alone. The PTX of the last entry is
-    compiled for later GPUs.
-    """
-    wanted = 10 * capability[0] + capability[1]
-    for arch in archs:
-        number = int(arch.rstrip("af"))
-        if number == wanted or (arch.isdigit() and number < wanted and (number // 10 == capability[0] or arch == archs[-1])):
-            return True
-    return False
+_has_triton = importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
-def _capability_reason(device: torch.device) -> str:
-    archs, capability = native_cuda.archs.split(";"), torch.cuda.get_device_capability(device)  # type: ignore[union-attr]
-    if runs_on(archs, capability):
+def _triton_reason(device: torch.device) -> str:
+    """Why Triton cannot serve a device. On a GPU its driver is started once, for which it compiles a file."""
+    if not _has_triton:
+        return "triton is not installed"
+    if device.type != "cuda":
         return ""
-    built, found = ", ".join(f"sm_{arch}" for arch in archs), ".".join(map(str, capability))
-    return f"the CUDA extension was built for {built}, this GPU has compute capability {found}; see FLOWKERN_CUDA_ARCHS"
+    try:
+        nvrtc.check_capability(torch.cuda.get_device_capability(device))
+        with torch.cuda.device(device):
+            importlib.import_module("triton").runtime.driver.active.get_current_target()
+    except Exception as error:  # without a C compiler or a driver; whatever it is, the torch code serves
+        return f"Triton does not run here: {nvrtc.one_line(error)}"
+    return ""
 
 
 def interpreting() -> bool:
@@ -117,17 +109,19 @@ def reasons(name: str, implementations: Mapping[str, Callable], tensors: Sequenc
             return [_native_reason]
         return [] if device == "cpu" else [f"it serves CPU tensors, these are on {device!r}"]
     if name == "triton":
-        if _triton_reason():
-            return [_triton_reason()]
-        if device == "cpu" and not interpreting():
-            return ["it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"]
-        return [] if device in ("cpu", "cuda") else [f"it serves CUDA tensors, these are on {device!r}"]
+        if device not in ("cpu", "cuda"):
+            return [f"it serves CUDA tensors, these are on {device!r}"]
+        if why := _triton_reason(tensors[0].device):
+            return [why]
+        return (
+            []
+            if device == "cuda" or interpreting()
+            else ["it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"]
+        )
     if name == "cuda":
-        if native_cuda is None:
-            return [_native_cuda_reason]
         if device != "cuda":
             return [f"it serves CUDA tensors, these are on {device!r}"]
-        return [why] if (why := _capability_reason(tensors[0].device)) else []
+        return [why] if (why := nvrtc.reason(tensors[0].device)) else []
     return []
 
 
@@ -137,11 +131,20 @@ def choose(op: str, implementations: Mapping[str, Callable], tensors: Sequence[t
         if tensors[0].is_cpu and native is not None and "cpp" in implementations:
             return "cpp"  # what the loop below finds, without the time it takes
         for name in _AUTO.get(tensors[0].device.type, ("torch",)):
-            if not reasons(name, implementations, tensors):
+            why = reasons(name, implementations, tensors)
+            if not why:
                 return name
+            if name in implementations:
+                _report(name, "; ".join(why))
     elif why := reasons(_requested, implementations, tensors):
         raise RuntimeError(f"{op}: backend {_requested!r} was asked for but cannot serve: {'; '.join(why)}")
     return _requested
+
+
+@functools.cache
+def _report(name: str, why: str) -> None:
+    """Says once what makes a GPU slow."""
+    warnings.warn(f"flowkern: ops run without their {name} kernels: {why}", stacklevel=2)
 
 
 def call_native(name: str, *args: Any) -> None:
@@ -155,4 +158,4 @@ def only_torch(x: torch.Tensor) -> bool:
         return True
     if x.is_cpu:
         return native is None and _requested == "auto"
-    return not x.is_cuda or (_requested == "auto" and _triton_reason() != "")
+    return not x.is_cuda or (_requested == "auto" and not _has_triton)

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 
 from flowkern._core.op import OPS
 
-__all__ = ["TARGETS", "Build", "compile_launch", "main", "pairwise", "problems", "streaming_problems"]
+__all__ = ["TARGETS", "Build", "compile_launch", "cubin_resources", "main", "pairwise", "problems", "streaming_problems"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -113,19 +113,24 @@ class Build:
     problems: list[str] = field(default_factory=list)
 
 
-def _resources(compiled: Any) -> tuple[int, int]:
-    """(registers, spills) of a compiled kernel."""
-    if "cubin" not in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        spills = re.findall(r"^\s*\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s+(\d+)", text, re.MULTILINE)
-        return max(map(int, re.findall(r"^\s*\.vgpr_count:\s+(\d+)", text, re.MULTILINE))), sum(map(int, spills))
+def cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes) of the only kernel in NVIDIA machine code."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def _resources(compiled: Any) -> tuple[int, int]:
+    """(registers, spills) of a compiled kernel."""
+    if "cubin" in compiled.asm:
+        return cubin_resources(compiled.asm["cubin"])
+    text = compiled.asm["amdgcn"]
+    spills = re.findall(r"^\s*\.(?:[sv]gpr_spill_count|private_segment_fixed_size):\s+(\d+)", text, re.MULTILINE)
+    return max(map(int, re.findall(r"^\s*\.vgpr_count:\s+(\d+)", text, re.MULTILINE))), sum(map(int, spills))
 
 
 def compile_launch(launch: Any, target: str) -> Build:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -31,7 +32,8 @@ for package in (flowkern, flowkern.ops, flowkern.nn, flowkern.models):
     for name in getattr(package, "__all__", [n for n in vars(package) if not n.startswith("_")]):
         getattr(package, name)
 import torch
-from flowkern._core import backend as _backend
+from flowkern._core import backend as _backend, nvrtc
+assert {"common.cuh", "autoregressive_inverse.cu"} <= nvrtc._sources().keys()
 y, logabsdet = flowkern.ops.affine_coupling(torch.randn(3, 4), torch.randn(3, 4))
 assert y.shape == (3, 4) and logabsdet.shape == (3,)
 print("isa:", _backend.native.isa() if _backend.native else None)
@@ -40,7 +42,7 @@ print("isa:", _backend.native.isa() if _backend.native else None)
 
 def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FLOWKERN_BACKEND", "FLOWKERN_EXT")}
-    return subprocess.run(command, capture_output=True, text=True, env={**clean, "FLOWKERN_CUDA": "0", **env})
+    return subprocess.run(command, capture_output=True, text=True, env={**clean, **env})
 
 
 class Environment:
@@ -143,6 +145,12 @@ def test_pure_python_install_with_one_warning(fresh: Environment, source: Path, 
     assert building.count("flowkern is installed without its CPU kernels") == 1
     assert said in building
     assert fresh.isa() == "None"
+
+
+def test_an_unknown_mode_is_named() -> None:
+    done = python("setup.py", "-q", "build_ext", cwd=ROOT, FLOWKERN_EXT="yes")
+    assert done.returncode != 0
+    assert "FLOWKERN_EXT: unknown value 'yes'; expected one of auto, 0, 1" in done.stderr
 
 
 def test_a_failed_build_is_an_error_where_the_extension_is_required(fresh: Environment, source: Path) -> None:

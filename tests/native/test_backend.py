@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -95,37 +93,3 @@ def test_without_the_extension_the_reference_runs_under_autograd(monkeypatch: py
     assert "Coupling" not in type(y.grad_fn).__name__
     with flowkern.backend("cpp"), pytest.raises(RuntimeError, match="cannot serve"):
         ops.affine_coupling(x.detach(), params.detach())
-
-
-@pytest.mark.parametrize(
-    ("archs", "capability", "runs"),
-    [
-        ("80;90a;100", (8, 0), True),
-        ("80;90a;100", (8, 9), True),  # of the same generation
-        ("80;90a;100", (9, 0), True),
-        ("80;90a;100", (10, 3), True),
-        ("80;90a;100", (12, 0), True),  # from the PTX of the last
-        ("80;90a;100", (7, 5), False),
-        ("90;100", (8, 9), False),
-        ("86", (8, 0), False),
-        ("80;90a", (10, 0), False),  # 90a has neither machine code nor PTX for others
-        ("90a;80", (9, 0), True),
-        ("90a;80", (9, 9), True),
-    ],
-)
-def test_the_cuda_extension_serves_the_gpus_it_was_built_for(
-    archs: str, capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_backend, "native_cuda", SimpleNamespace(archs=archs))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    _backend._capability_reason.cache_clear()
-    tensors: Any = [SimpleNamespace(device=torch.device("cuda", 0))]
-    found = _backend.reasons("cuda", {"cuda": print}, tensors)
-    _backend._capability_reason.cache_clear()
-    if runs:
-        assert found == []
-    else:
-        built = ", ".join(f"sm_{arch}" for arch in archs.split(";"))
-        had = ".".join(map(str, capability))
-        why = f"the CUDA extension was built for {built}, this GPU has compute capability {had}; see FLOWKERN_CUDA_ARCHS"
-        assert found == [why]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
-import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,13 +15,11 @@ import pytest
 import torch
 from comparison import DTYPES, assert_accurate, assert_same
 from networks import change_batch, contexts_of, density, made, parameters_of, tensors_of
-from processes import python
 from scale_maps import MAPS, check_sweep
 from torch.utils._pytree import tree_map_only
 
 import flowkern
 from flowkern import ops
-from flowkern._core import backend as _backend
 from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
 from flowkern.ops.autoregressive import cuda, definition, inverse as op
@@ -52,17 +48,14 @@ class Host:
 
     def __init__(self, library: Path):
         self.function = ctypes.CDLL(str(library)).autoregressive_inverse_forward
-        pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
-        strided = [pointer, number, number]
-        fixed = [*strided, *strided, pointer, pointer, pointer, pointer, number, pointer, pointer, pointer]
-        self.function.argtypes = [*fixed, *[number] * 5, flag, flag, *[number] * 3, pointer]
-        self.function.restype = ctypes.c_char_p
+        number, flag = ctypes.c_int64, ctypes.c_bool
+        self.function.argtypes = [ctypes.POINTER(cuda._Arguments), flag, flag, number, number, number, flag]
+        self.function.restype = flag
         self.processors, self.memory, self.descending = 4, 1 << 20, False
 
-    def launch(self, *arguments: int, device: torch.device) -> None:
-        error = self.function(*arguments, int(self.descending))
-        if error is not None:
-            raise RuntimeError(error.decode())
+    def launch(self, arguments: Any, dtype: torch.dtype, stored: torch.dtype, tile: int, **grid: Any) -> None:
+        kind = dtype is torch.float64, stored is torch.bfloat16
+        assert self.function(arguments, *kind, tile, grid["blocks"], grid["shared"], self.descending)
 
 
 @pytest.fixture(scope="session")
@@ -304,107 +297,13 @@ def test_the_kernel_under_address_and_undefined_behaviour_sanitizers(tmp_path: P
     sanitized("-c", EVERY_SAMPLE, *map(str, (built, ROOT / "tests", ROOT / "tests" / "native")), cwd=ROOT)
 
 
-@functools.cache
-def no_nvcc() -> str:
-    """Why the extension cannot be built here; empty if it can."""
-    missing = [name for name in ("nvcc", "c++") if shutil.which(name) is None]
-    return f"needs {' and '.join(missing)}" if missing else ""
-
-
-def built(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """The CUDA extension alone, as setup.py builds it."""
-    options = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "objects")]
-    return python("setup.py", "-q", "build_ext", *options, cwd=ROOT, **{"FLOWKERN_EXT": "0", **env})
-
-
-@pytest.mark.slow
-def test_the_extension_compiles_without_spills_and_loads_without_a_gpu(tmp_path: Path) -> None:
-    if no_nvcc():
-        pytest.skip(no_nvcc())
-    done = built(tmp_path, FLOWKERN_CUDA="1", NVCC_APPEND_FLAGS="-Xptxas -v")
-    assert done.returncode == 0, done.stdout + done.stderr
-    output = done.stdout + done.stderr
-    kernels = 2 * len(TILES[torch.float32]) + len(TILES[torch.float64])
-    for arch in ("sm_80", "sm_90a", "sm_100"):
-        assert len(re.findall(f"Compiling entry function .* for '{arch}'", output)) == kernels
-    found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
-    assert len(found) == 3 * kernels
-    assert set(found) == {("0", "0", "0")}
-    script = f"import sys; sys.path.insert(0, {str(tmp_path / 'lib' / 'flowkern')!r}); import _native_cuda as m; print(m.__doc__)"
-    loaded = python("-c", script, CUDA_VISIBLE_DEVICES="")
-    assert loaded.stdout.startswith("CUDA kernels of flowkern"), loaded.stderr
-
-
-def test_what_is_asked_for_and_cannot_be_built_is_an_error(tmp_path: Path) -> None:
-    for name in ("FLOWKERN_CUDA", "FLOWKERN_EXT"):
-        done = built(tmp_path, **{name: "yes"})
-        assert done.returncode != 0
-        assert f"{name}: unknown value 'yes'; expected one of auto, 0, 1" in done.stderr
-    nowhere = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere", "CUDA_PATH": "/nowhere", "CXX": shutil.which("c++") or "c++"}
-    if not Path("/usr/local/cuda/bin/nvcc").exists():
-        done = built(tmp_path, FLOWKERN_CUDA="1", **nowhere)
-        assert done.returncode != 0
-        assert "FLOWKERN_CUDA=1, but the CUDA extension could not be built: nvcc was not found" in done.stderr
-    done = built(tmp_path, FLOWKERN_CUDA="0")
-    assert done.returncode == 0
-    assert not list(tmp_path.glob("lib/**/_native_cuda*"))
-
-
-@pytest.mark.slow
-def test_it_is_built_by_itself_only_where_there_is_a_driver(tmp_path: Path) -> None:
-    """A driver in name only, and GPUs that nvcc does not know: what fails is said once, and nothing else is lost."""
-    if no_nvcc():
-        pytest.skip(no_nvcc())
-    driver = tmp_path / "libcuda.so.1"
-    subprocess.run(["c++", "-shared", "-x", "c++", os.devnull, "-o", str(driver)], check=True)
-    env = {"FLOWKERN_CUDA": "auto", "FLOWKERN_CUDA_ARCHS": "1;2"}
-    done = built(tmp_path, LD_LIBRARY_PATH=str(tmp_path), **env)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("flowkern is installed without its CUDA extension") == 1
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        done = built(tmp_path, **env)
-        assert done.returncode == 0, done.stderr
-        assert "CUDA" not in done.stderr
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which backend serves
-
-
-def explained(sample: Sample) -> str:
-    implementations = op._forward.implementations
-    return "; ".join(_backend.reasons("cuda", implementations, sample.args[:1]))
-
-
-def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = samples()[0]
-    monkeypatch.setattr(_backend, "native_cuda", None)
-    monkeypatch.setattr(_backend, "_native_cuda_reason", "the CUDA extension was not built")
-    assert explained(sample) == "the CUDA extension was not built"
-    with flowkern.backend("cuda"), pytest.raises(RuntimeError, match="cannot serve: the CUDA extension was not built"):
-        ops.autoregressive_inverse(*sample.args)
-    monkeypatch.setattr(_backend, "native_cuda", object())
-    monkeypatch.setattr(_backend, "_capability_reason", lambda device: "")  # it was built for this GPU
-    assert explained(sample) == "it serves CUDA tensors, these are on 'cpu'"
-    implementations = op._forward.implementations
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
-    assert explained(sample) == ""
-    chosen = [_backend.choose("", kinds, sample.args[:1]) for kinds in (implementations, {**implementations, "triton": None})]
-    assert chosen == ["cuda", "cuda"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # On a GPU
 
 
 def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """Needs a GPU, and the extension: ``python -m bench.gpu_check`` runs these tests."""
-    missing = not torch.cuda.is_available() or _backend.native_cuda is None
-    reason = "needs a CUDA GPU" if not torch.cuda.is_available() else _backend._native_cuda_reason
-    return pytest.mark.gpu(pytest.mark.skipif(missing, reason=reason)(test))
+    """Needs a GPU: ``python -m bench.gpu_check`` runs these tests."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")(test))
 
 
 @on_gpu

@@ -15,7 +15,7 @@ import torch
 
 import flowkern
 from flowkern import cli
-from flowkern._core import backend as _backend
+from flowkern._core import backend as _backend, nvrtc
 
 EXTRA = ("lightning", "numpy", "matplotlib", "PIL", "rich", "sklearn")
 
@@ -60,7 +60,9 @@ def test_doctor(capsys):
     assert f"flowkern   {flowkern.__version__}" in printed
     assert f"{torch.get_num_threads()} threads" in printed
     assert (_backend.native.isa() if _backend.native else "none: ") in printed
-    assert f"CUDA       {'kernels built' if _backend.native_cuda else 'no kernels: the CUDA extension'}" in printed
+    assert (
+        f"CUDA       {'no kernels: ' + nvrtc.missing() if nvrtc.missing() else 'kernels by NVRTC ' + nvrtc.version()}" in printed
+    )
     for op in (*flowkern.OPS, "autoregressive_inverse", "masked_linear"):
         assert flowkern.explain(op) in printed
 

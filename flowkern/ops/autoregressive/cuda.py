@@ -6,6 +6,7 @@ orders each of them would read the weights scattered, once for each tile.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..._core import backend
+from ..._core import nvrtc
 from ..._core.checks import on_host
 from .network import ACTIVATIONS, Plan, plans
 from .sweep import chain
 
-__all__ = ["forward"]
+__all__ = ["forward", "variant"]
 
 #: Samples of a tile, and threads of a block for each: the kernels that csrc/cuda/autoregressive_inverse.cu has.
 TILES = {torch.float32: {1: 512, 4: 512, 8: 512, 16: 256}, torch.float64: {1: 512, 4: 512}}
@@ -28,6 +29,21 @@ STAGED = 4096
 
 #: Blocks for each multiprocessor, at most: each takes several tiles where there are more.
 RESIDENT = 4
+
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_NAMES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "Bfloat16"}
+
+
+class _Arguments(ctypes.Structure):
+    """``Arguments`` of csrc/cuda/autoregressive_inverse.cu."""
+
+    _fields_ = (
+        *(("z", _POINTER), ("z_row", _NUMBER), ("z_column", _NUMBER), ("x", _POINTER), ("x_row", _NUMBER), ("x_column", _NUMBER)),
+        *(("logabsdet", _POINTER), ("weights", _POINTER), ("biases", _POINTER), ("contexts", _POINTER), ("context_row", _NUMBER)),
+        *(("table", _POINTER), ("constants", _POINTER), ("scratch", _POINTER)),
+        *((name, _NUMBER) for name in ("batch", "features", "networks", "units", "staged")),
+    )
 
 
 class _Program(NamedTuple):
@@ -72,14 +88,13 @@ def forward(
     tile, shared, fits = _tile(z.shape[0], program, dtype, stored, processors, memory)
     blocks = min(-(-z.shape[0] // tile), RESIDENT * processors)
     scratch = state.new_empty(0 if fits else blocks * program.units * tile)
-    _launch(
+    arguments = _Arguments(
         *(state.data_ptr(), *state.stride(), out.data_ptr(), *out.stride(), logabsdet.data_ptr()),
         *(packed.data_ptr(), biases.data_ptr(), term.data_ptr(), term.stride(0)),
-        *(program.table.data_ptr(), program.constants.data_ptr(), 0 if fits else scratch.data_ptr()),
-        *(*z.shape, len(given), program.units, program.staged, dtype is torch.float64, stored is torch.bfloat16),
-        *(tile, blocks, shared),
-        device=z.device,
+        *(program.table.data_ptr(), program.constants.data_ptr(), None if fits else scratch.data_ptr()),
+        *(*z.shape, len(given), program.units, program.staged),
     )
+    _launch(arguments, dtype, stored, tile, blocks=blocks, shared=shared, device=z.device)
     if out is not x:
         x.copy_(out)
 
@@ -94,11 +109,17 @@ def _limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def _launch(*arguments: int, device: torch.device) -> None:
-    assert backend.native_cuda is not None
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        backend.native_cuda.autoregressive_inverse_forward(*arguments, stream)
+def variant(dtype: torch.dtype, stored: torch.dtype, tile: int) -> nvrtc.Variant:
+    """The kernel that computes in ``dtype`` with weights of another, ``tile`` samples at a time."""
+    macros = ("FLOWKERN_VALUE", _NAMES[dtype]), ("FLOWKERN_WEIGHT", _NAMES[stored]), ("FLOWKERN_TILE", str(tile))
+    return nvrtc.Variant("autoregressive_inverse", "autoregressive_inverse_forward", macros)
+
+
+def _launch(
+    arguments: _Arguments, dtype: torch.dtype, stored: torch.dtype, tile: int, *, blocks: int, shared: int, device: torch.device
+) -> None:
+    kernel, threads = variant(dtype, stored, tile), TILES[dtype][tile]
+    nvrtc.launch(kernel, arguments, blocks=blocks, threads=threads, shared=shared, device=device)
 
 
 def _tile(
