@@ -134,7 +134,7 @@ def choose(op: str, implementations: Mapping[str, Callable], tensors: Sequence[t
             why = reasons(name, implementations, tensors)
             if not why:
                 return name
-            if name in implementations:
+            if name in implementations and tensors[0].is_cuda:
                 _report(name, "; ".join(why))
     elif why := reasons(_requested, implementations, tensors):
         raise RuntimeError(f"{op}: backend {_requested!r} was asked for but cannot serve: {'; '.join(why)}")

@@ -301,19 +301,16 @@ def backward(x: torch.Tensor, params: torch.Tensor, grad: torch.Tensor | None, l
 FACTORS: dict[str, Any] = {
     "channels": (3, 1),
     "components": (10, 5),
-    "pixels": ((32, 32), (31, 33)),
     "compat": (False, True),
-    "form": ("vector", "channels-last"),
+    "form": ("vector", "channels-last", "odd"),
     "dtypes": ("float32", "bfloat16", "float64"),
 }
 
 
-def compile_cases(
-    channels: int, components: int, pixels: tuple[int, int], compat: bool, form: str, dtypes: str
-) -> Iterator[tuple[str, Launch]]:
+def compile_cases(channels: int, components: int, compat: bool, form: str, dtypes: str) -> Iterator[tuple[str, Launch]]:
     """The launches (named) of one choice from FACTORS."""
     dtype = DTYPES[dtypes][1]
-    double = dtype is torch.float64
+    double, pixels = dtype is torch.float64, (31, 33) if form == "odd" else (32, 32)
     x = torch.empty((32, channels, *pixels), dtype=torch.float64 if double else torch.float32, device="meta")
     params = example((32, per_component(channels) * components, *pixels), dtype, form)
     grad, gradient = KERNELS["discretized_logistic_mixture_backward"].outputs(x, params)

@@ -114,6 +114,14 @@ class TestTheChecksOfCompiledKernels:
         build.shared = 2**20
         assert problems(build) == ["takes 1048576 bytes of shared memory, there are 166912"]
 
+    def test_pixels_that_no_vector_holds(self) -> None:
+        """Triton 3.9 ended the process."""
+        from flowkern.kernels import discretized_logistic_mixture as kernels
+        from flowkern.kernels.compile import compile_launch, problems
+
+        launch = dict(kernels.compile_cases(3, 10, False, "odd", "float32"))["backward"]
+        assert problems(compile_launch(launch, "sm_100")) == []
+
     def test_unknown_arguments(self) -> None:
         from flowkern.kernels.compile import compile_launch
 
