@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_map_only
 
 import flowkern
 from flowkern import ops
+from flowkern._core import nvrtc
+from flowkern._core.checks import accumulation_dtype
 from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
-from flowkern.ops.autoregressive import cuda, definition, inverse as op
+from flowkern.ops.autoregressive import cuda, cuda_backward, definition, inverse as op
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "csrc" / "cuda" / "autoregressive_inverse.cu"
+SOURCES = ROOT / "csrc" / "cuda"
 TILES = copy.deepcopy(cuda.TILES)
 EVERY_TILE = [(dtype, tile) for dtype in DTYPES for tile in TILES.get(dtype, (1, 16))]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -38,7 +40,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def build(output: Path, *flags: str) -> Path:
     """The kernels compiled by g++."""
     command = ["g++", "-x", "c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
-    done = subprocess.run([*command, "-shared", "-fPIC", str(SOURCE), "-o", str(output)], capture_output=True, text=True)
+    sources = sorted(map(str, SOURCES.glob("*.cu")))
+    done = subprocess.run([*command, "-shared", "-fPIC", *sources, "-o", str(output)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -47,15 +50,16 @@ class Host:
     """Stands in for the launch on a GPU with ``processors`` multiprocessors of ``memory`` bytes each."""
 
     def __init__(self, library: Path):
-        self.function = ctypes.CDLL(str(library)).autoregressive_inverse_forward
-        number, flag = ctypes.c_int64, ctypes.c_bool
-        self.function.argtypes = [ctypes.POINTER(cuda._Arguments), flag, flag, number, number, number, flag]
-        self.function.restype = flag
+        self.library = ctypes.CDLL(str(library))
         self.processors, self.memory, self.descending = 4, 1 << 20, False
 
-    def launch(self, arguments: Any, dtype: torch.dtype, stored: torch.dtype, tile: int, **grid: Any) -> None:
-        kind = dtype is torch.float64, stored is torch.bfloat16
-        assert self.function(arguments, *kind, tile, grid["blocks"], grid["shared"], self.descending)
+    def launch(self, variant: nvrtc.Variant, arguments: ctypes.Structure, **grid: Any) -> None:
+        function, macros = getattr(self.library, variant.kernel), dict(variant.macros)
+        number, flag = ctypes.c_int64, ctypes.c_bool
+        function.argtypes = [ctypes.POINTER(type(arguments)), flag, flag, number, number, number, flag]
+        function.restype = flag
+        kind = macros["FLOWKERN_VALUE"] == "double", macros["FLOWKERN_WEIGHT"] == "Bfloat16"
+        assert function(arguments, *kind, int(macros["FLOWKERN_TILE"]), grid["blocks"], grid["shared"], self.descending)
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +72,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def host(library: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     host = Host(library)
-    monkeypatch.setattr(cuda, "_limits", lambda device: (host.processors, host.memory))
-    monkeypatch.setattr(cuda, "_launch", host.launch)
+    monkeypatch.setattr(cuda, "limits_of", lambda device: (host.processors, host.memory))
+    monkeypatch.setattr(nvrtc, "launch", host.launch)
     return host
 
 
@@ -113,7 +117,7 @@ every_sample = pytest.mark.parametrize("sample", samples(), ids=lambda sample: s
 
 
 def run(sample: Sample) -> Pair:
-    """The launcher, on whatever ``_launch`` is."""
+    """The launcher, on whatever ``nvrtc.launch`` is."""
     text = "\n".join(network.text for network in sample.args[2])
     inputs = sample.args[0], tensors_of(sample), text, [c is not None for c in contexts_of(sample)]
     outputs = op._forward.outputs(*inputs)
@@ -233,7 +237,7 @@ def test_a_large_layer_and_a_batch_that_tiles_do_not_divide(host: Host) -> None:
 
 
 def test_an_empty_batch_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_launch", None)
+    monkeypatch.setattr(nvrtc, "launch", None)
     x, logabsdet = run(Sample("", (torch.randn(0, 4), parameters_of(made(4, 6)), [made(4, 6)])))
     assert x.shape == (0, 4)
     assert logabsdet.shape == (0,)
@@ -244,7 +248,7 @@ def test_tiles_grow_with_the_batch_and_shrink_with_the_memory() -> None:
     program = cuda._program(network.text, (False,), torch.device("cpu"))
 
     def tile(batch: int, memory: int) -> tuple[int, int, bool]:
-        return cuda._tile(batch, program, torch.float32, torch.float32, 132, memory)
+        return cuda.tile_of(batch, torch.float32, program.units, 2, 4 * program.staged, (132, memory))
 
     assert [tile(batch, 232448)[0] for batch in (1, 132, 133, 500, 3000, 10**6)] == [1, 1, 4, 4, 16, 16]
     small = [tile(10**6, memory) for memory in (0, 10_000, 30_000, 60_000, 100_000)]
@@ -266,11 +270,95 @@ def test_the_stream_holds_every_weight_that_counts_once(host: Host) -> None:
             used, start = set(numbers), 0
             for i, mask in enumerate(definition.masks(network, torch.device("cpu")), 1):
                 plan = op.plans(network.text)[0]
-                rows = torch.tensor(cuda._rows(plan, i), dtype=torch.int64)
+                rows = torch.tensor(cuda.rows_of(plan, i), dtype=torch.int64)
                 seen = torch.zeros_like(mask)
                 seen[rows] = mask[rows]
                 assert {start + n for n in seen.flatten().nonzero().flatten().tolist()} <= used
                 start += mask.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The backward
+
+
+def pulled_back(
+    sample: Sample, function: Any = cuda_backward.backward, dtype: torch.dtype | None = None, **kind: bool
+) -> list[Any]:
+    """The gradients of z and of the tensors, all of them in ``dtype``; ``kind``: which gradients there are, and are needed."""
+    z, *tensors = (t if dtype is None else t.to(dtype) for t in (sample.args[0], *tensors_of(sample)))
+    text, flags = "\n".join(network.text for network in sample.args[2]), [c is not None for c in contexts_of(sample)]
+    x, logabsdet = defined(sample, torch.float64)
+    x = x.to(accumulation_dtype(z, *tensors))
+    grads = [
+        torch.randn(t.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).to(x)
+        for i, t in enumerate((x, logabsdet))
+    ]
+    grads = [grad if kind.get(name, True) else None for name, grad in zip(("x", "log"), grads, strict=True)]
+    inputs = x, tensors, *grads, text, flags, kind.get("needs", True)
+    dz, found = op._backward.outputs(*inputs)
+    function(*inputs, dz, found)
+    return [dz, *found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tile"), EVERY_TILE, ids=str)
+def test_the_backward_is_accurate(host: Host, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tile(monkeypatch, tile)
+    for sample in samples(dtype):
+        exact, plain = pulled_back(sample, op._torch_backward, torch.float64), pulled_back(sample, op._torch_backward)
+        for actual, truth, same_dtype in zip(pulled_back(sample), exact, plain, strict=True):
+            assert actual.dtype is same_dtype.dtype
+            assert_accurate(actual, truth, same_dtype, ulps=64 if dtype is torch.float64 else 4)
+
+
+@every_sample
+def test_the_backward_has_one_order_and_writes_all(host: Host, sample: Sample, canaries: Any, monkeypatch: Any) -> None:
+    """Threads in another order, scratch instead of shared memory, and blocks of several tiles change no bit."""
+    monkeypatch.setattr(cuda, "RESIDENT", 1)
+    host.processors = 2
+    for tile in (1, 4):
+        use_tile(monkeypatch, tile)
+        host.memory, host.descending = 1 << 20, False
+        expected = pulled_back(sample)
+        assert not any(t.isnan().any() for t in expected)
+        for host.memory, host.descending in ((1 << 20, True), (0, True)):
+            assert_same(pulled_back(sample), expected)
+    canaries.assert_alive()
+
+
+@pytest.mark.parametrize("absent", ["x", "log", "needs"])
+@pytest.mark.parametrize("name", ["shuffled", "chain", "few-steps-residual", "empty-batch"])
+def test_the_backward_without_some_gradients(host: Host, name: str, absent: str) -> None:
+    sample = next(s for s in samples(torch.float64) if s.name == name)
+    expected = pulled_back(sample, op._torch_backward, **{absent: False})
+    for actual, truth in zip(pulled_back(sample, **{absent: False}), expected, strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["several-panels", "residual-panels", "chain", "few-steps"])
+def test_nan_stays_in_its_sample_in_the_backward(host: Host, name: str) -> None:
+    sample = next(s for s in samples() if s.name == name)
+    clean = pulled_back(sample)[0]
+    sample.args[0][1, 0] = float("nan")
+    dz = pulled_back(sample)[0]
+    others = [i for i in range(len(dz)) if i != 1]
+    assert dz[1].isnan().any()
+    assert torch.equal(dz[others], clean[others])
+
+
+@every_sample
+def test_the_backward_reads_every_weight_that_counts_once(sample: Sample) -> None:
+    program = cuda_backward._program("\n".join(network.text for network in sample.args[2]), torch.device("cpu"))
+    start, expected = 0, set()
+    for network in sample.args[2]:
+        plan = op.plans(network.text)[0]
+        for i, mask in enumerate(definition.masks(network, torch.device("cpu")), 1):
+            rows, seen = torch.tensor(cuda.rows_of(plan, i), dtype=torch.int64), torch.zeros_like(mask)
+            seen[rows] = mask[rows]
+            expected |= {start + n for n in seen.flatten().nonzero().flatten().tolist()}
+            start += mask.numel()
+    counting = [n for n in program.weights.tolist() if n != start]  # which stands for a zero
+    assert sorted(counting) == sorted(expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,11 +369,12 @@ import sys
 sys.path[:0] = sys.argv[2:]
 import torch, test_cuda as t
 host = t.Host(sys.argv[1])
-t.cuda._limits = lambda device: (2, host.memory)
-t.cuda._launch = host.launch
+t.cuda.limits_of = lambda device: (2, host.memory)
+t.nvrtc.launch = host.launch
 for host.memory, dtype, step in ((1 << 20, torch.float32, 1), (0, torch.bfloat16, 2), (1 << 20, torch.float64, 3)):
     for sample in t.samples(dtype)[::step]:
         t.run(sample)
+        t.pulled_back(sample)
 print("every sample ran")
 """
 
@@ -315,15 +404,15 @@ def test_the_kernel_is_accurate_on_a_gpu(dtype: torch.dtype, tile: int, monkeypa
 
 @on_gpu
 def test_scratch_and_several_tiles_of_a_block_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = cuda._limits(torch.device("cuda"))
+    limits = cuda.limits_of(torch.device("cuda"))
     for sample in samples(torch.float32, "cuda"):
         many = change_batch(sample, lambda t: t.repeat(40, 1))
         expected = run(many)
         assert_same(run(many), expected)
         for memory in (limits[1], 0):
-            monkeypatch.setattr(cuda, "_limits", lambda device, memory=memory: (2, memory))
+            monkeypatch.setattr(cuda, "limits_of", lambda device, memory=memory: (2, memory))
             torch.testing.assert_close(run(many), expected, rtol=1e-4, atol=1e-4)
-        monkeypatch.setattr(cuda, "_limits", lambda device: limits)
+        monkeypatch.setattr(cuda, "limits_of", lambda device: limits)
 
 
 @on_gpu

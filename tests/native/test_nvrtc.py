@@ -20,11 +20,12 @@ from flowkern.ops.autoregressive import cuda
 
 H100, GPU = (9, 0), torch.device("cuda", 0)
 VARIANTS = [
-    cuda.variant(dtype, stored, tile)
+    cuda.variant(kernel, dtype, stored, tile)
+    for kernel in cuda.SOURCES
     for dtype, stored in ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.float64,) * 2)
     for tile in cuda.TILES[dtype]
 ]
-SMALL = VARIANTS[-2]
+SMALL = VARIANTS[0]
 
 needs_nvrtc = pytest.mark.skipif(bool(nvrtc.missing()), reason=nvrtc.missing())
 
@@ -46,7 +47,7 @@ def _forgetful() -> Iterator[None]:
 @pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(value for _, value in variant.macros))
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join([variant.kernel, *dict(variant.macros).values()]))
 def test_every_variant_compiles_without_spills(variant: nvrtc.Variant, architecture: str) -> None:
     pytest.importorskip("triton", reason="its cuobjdump reads what was compiled")
     from flowkern.kernels.compile import cubin_resources
@@ -65,12 +66,9 @@ def test_what_lies_in_shared_memory_is_not_read_through_the_read_only_cache() ->
     source = nvrtc._sources()["autoregressive_inverse.cu"]
     assert "multiply<A, W, T, true>(product" in source
     assert "multiply<A, W, T, false>(next" in source
-    always = nvrtc._translated(
-        source.replace("staged ? *from : load(from)", "load(from)"),
-        {"common.cuh": nvrtc._sources()["common.cuh"]},
-        "compute_80",
-        SMALL.macros,
-    ).decode()
+    headers = {name: text for name, text in nvrtc._sources().items() if name.endswith(".cuh")}
+    headers["products.cuh"] = headers["products.cuh"].replace("staged ? *from : load(from)", "load(from)")
+    always = nvrtc._translated(source, headers, "compute_80", SMALL.macros).decode()
     assert 0 < ptx.count("ld.global.nc") < always.count("ld.global.nc")
 
 
@@ -213,7 +211,7 @@ class Driver:
     def cuLaunchKernel(self, kernel: int, *rest: Any) -> Any:
         self.launches.append((kernel, *rest[:8]))
         address = ctypes.cast(rest[8], ctypes.POINTER(ctypes.c_void_p))[0]
-        self.arguments.append(cuda._Arguments.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(cuda._Arguments))))
+        self.arguments.append(cuda.Arguments.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(cuda.Arguments))))
         return (Status(0),)
 
 
@@ -224,8 +222,8 @@ def test_a_call_is_one_launch_on_the_current_stream(monkeypatch: pytest.MonkeyPa
     tensors = [torch.randn(4, 3), torch.randn(4), torch.randn(6, 4), torch.randn(6)]
     z = torch.randn(3, 7).t()
     x, logabsdet = torch.empty(7, 3), torch.empty(7)
-    launch = cuda._launch
-    monkeypatch.setattr(cuda, "_launch", lambda *given, device, **more: launch(*given, device=GPU, **more))
+    launch = nvrtc.launch
+    monkeypatch.setattr(nvrtc, "launch", lambda *given, device, **grid: launch(*given, device=GPU, **grid))
     for _ in range(2):
         cuda.forward(z, tensors, network.text, [False], x, logabsdet)
     assert driver.attributes == [("shared", 232448, 6, 0)]
@@ -243,7 +241,7 @@ def test_a_call_is_one_launch_on_the_current_stream(monkeypatch: pytest.MonkeyPa
 
 
 def explained() -> list[str]:
-    tensors: Any = [SimpleNamespace(device=GPU, is_cpu=False)]
+    tensors: Any = [SimpleNamespace(device=GPU, is_cpu=False, is_cuda=True)]
     return _backend.reasons("cuda", {"cuda": print}, tensors)
 
 
@@ -251,7 +249,7 @@ def explained() -> list[str]:
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     assert explained() == []
-    tensors: Any = [SimpleNamespace(device=GPU, is_cpu=False)]
+    tensors: Any = [SimpleNamespace(device=GPU, is_cpu=False, is_cuda=True)]
     assert _backend.choose("op", {"cuda": print, "triton": print, "torch": print}, tensors) == "cuda"
     nvrtc.reason.cache_clear()
     driver.loads = Status(200)
@@ -266,7 +264,7 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     Driver(monkeypatch, (7, 5))
     why = "the kernels need compute capability 8.0, this GPU has 7.5"
     assert explained() == [f"a CUDA kernel cannot be made here: {why}"]
-    tensors: Any = [SimpleNamespace(device=GPU, is_cpu=False)]
+    tensors: Any = [SimpleNamespace(device=GPU, is_cpu=False, is_cuda=True)]
     monkeypatch.setattr(_backend, "_has_triton", True)
     assert _backend.reasons("triton", {"triton": print}, tensors) == [f"Triton does not run here: {why}"]
 
@@ -315,7 +313,7 @@ def test_triton_without_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(_backend.importlib, "import_module", lambda name: SimpleNamespace(runtime=Runtime()))
-    tensors: Any = [SimpleNamespace(device=GPU, is_cpu=False)]
+    tensors: Any = [SimpleNamespace(device=GPU, is_cpu=False, is_cuda=True)]
     why = "Triton does not run here: Failed to find C compiler. Please specify via CC."
     kernels: Any = {"triton": print, "torch": print}
     assert _backend.reasons("triton", kernels, tensors) == [why]

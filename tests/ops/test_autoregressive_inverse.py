@@ -28,6 +28,7 @@ from flowkern._core import backend as _backend
 from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
 from flowkern.ops.autoregressive import definition, inverse as op
+from flowkern.ops.autoregressive.sweep import Parameters
 
 OP = OPS["autoregressive_inverse"]
 
@@ -127,7 +128,7 @@ def test_it_stays_finite_where_passes_over_half_known_features_overflow(backend:
     z = op.density(x, parameters, [network], [False])[0]
     looped = torch.zeros_like(z)
     for _ in range(network.depth):
-        u, t = definition.network_outputs(network, looped, op.Parameters(parameters[0::2], parameters[1::2], None))
+        u, t = definition.network_outputs(network, looped, Parameters(parameters[0::2], parameters[1::2], None))
         looped = (z - t) / u.exp()
     assert looped.isnan().any()
     with flowkern.backend(backend):
@@ -169,7 +170,7 @@ def test_work_is_linear_in_the_weights_that_are_not_masked(features: int) -> Non
     network = made(features, 3 * features, 2 * features)
     (plan,) = op.plans(network.text)
     parameters = parameters_of(network)
-    given, z = op.Parameters(parameters[0::2], parameters[1::2], None), torch.randn(features, 7)
+    given, z = Parameters(parameters[0::2], parameters[1::2], None), torch.randn(features, 7)
     with _Products() as products:
         op.invert(z, plan, given)
     unmasked = sum(int(mask.sum()) for mask in definition.masks(network, z.device))

@@ -10,16 +10,32 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..._core import nvrtc
 from ..._core.checks import on_host
 from .network import ACTIVATIONS, Plan, plans
-from .sweep import chain
+from .sweep import Parameters, chain
 
-__all__ = ["forward", "variant"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "RESIDENT",
+    "TILES",
+    "Arguments",
+    "forward",
+    "gather",
+    "index_of",
+    "launch",
+    "limits_of",
+    "rows_of",
+    "starts_of",
+    "stored_as",
+    "tile_of",
+    "variant",
+]
 
 #: Samples of a tile, and threads of a block for each: the kernels that csrc/cuda/autoregressive_inverse.cu has.
 TILES = {torch.float32: {1: 512, 4: 512, 8: 512, 16: 256}, torch.float64: {1: 512, 4: 512}}
@@ -31,11 +47,15 @@ STAGED = 4096
 RESIDENT = 4
 
 
+FORWARD, BACKWARD = "autoregressive_inverse_forward", "autoregressive_inverse_backward"
+#: The file of each kernel.
+SOURCES = {FORWARD: "autoregressive_inverse", BACKWARD: BACKWARD}
+
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _NAMES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "Bfloat16"}
 
 
-class _Arguments(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """``Arguments`` of csrc/cuda/autoregressive_inverse.cu."""
 
     _fields_ = (
@@ -76,66 +96,72 @@ def forward(
     dtype = logabsdet.dtype
     program = _program(text, tuple(contexts), z.device)
     given = [p for _, p in chain(tensors, text, contexts)]
-    weights = [w for p in given for w in p.weights]
-    stored = torch.bfloat16 if dtype is torch.float32 and all(w.dtype is torch.bfloat16 for w in weights) else dtype
+    stored = stored_as(given, dtype)
     terms = [p.context.to(dtype) for p in given if p.context is not None]
-    packed = _gather([w.flatten() for w in weights], program.weights, stored)
-    biases = _gather([b for p in given for b in p.biases], program.biases, dtype)
+    packed = gather([w.flatten() for p in given for w in p.weights], program.weights, stored)
+    biases = gather([b for p in given for b in p.biases], program.biases, dtype)
     term = torch.cat(terms, 1).index_select(1, program.contexts) if terms else biases.new_empty((0, 0))
     state = z.to(dtype)
     out = x if x.dtype is dtype else torch.empty_like(x, dtype=dtype)
-    processors, memory = _limits(z.device)
-    tile, shared, fits = _tile(z.shape[0], program, dtype, stored, processors, memory)
-    blocks = min(-(-z.shape[0] // tile), RESIDENT * processors)
+    limits = limits_of(z.device)
+    staged = program.staged * stored.itemsize
+    tile, shared, fits = tile_of(z.shape[0], dtype, program.units, 2, staged, limits)
+    blocks = min(-(-z.shape[0] // tile), RESIDENT * limits[0])
     scratch = state.new_empty(0 if fits else blocks * program.units * tile)
-    arguments = _Arguments(
+    arguments = Arguments(
         *(state.data_ptr(), *state.stride(), out.data_ptr(), *out.stride(), logabsdet.data_ptr()),
         *(packed.data_ptr(), biases.data_ptr(), term.data_ptr(), term.stride(0)),
         *(program.table.data_ptr(), program.constants.data_ptr(), None if fits else scratch.data_ptr()),
         *(*z.shape, len(given), program.units, program.staged),
     )
-    _launch(arguments, dtype, stored, tile, blocks=blocks, shared=shared, device=z.device)
+    launch(FORWARD, arguments, dtype, stored, tile, blocks=blocks, shared=shared, device=z.device)
     if out is not x:
         x.copy_(out)
 
 
-def _gather(parts: list[torch.Tensor], index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def stored_as(given: Sequence[Parameters], dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the weights are streamed: half of the bytes where all are bfloat16."""
+    narrow = dtype is torch.float32 and all(w.dtype is torch.bfloat16 for p in given for w in p.weights)
+    return torch.bfloat16 if narrow else dtype
+
+
+def gather(parts: list[torch.Tensor], index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers ``index`` of all parts, one after the other."""
     return torch.cat([part.to(dtype) for part in parts]).index_select(0, index)
 
 
-def _limits(device: torch.device) -> tuple[int, int]:
+def limits_of(device: torch.device) -> tuple[int, int]:
     """The device's multiprocessors, and the bytes of shared memory that a block can have."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def variant(dtype: torch.dtype, stored: torch.dtype, tile: int) -> nvrtc.Variant:
+def variant(kernel: str, dtype: torch.dtype, stored: torch.dtype, tile: int) -> nvrtc.Variant:
     """The kernel that computes in ``dtype`` with weights of another, ``tile`` samples at a time."""
     macros = ("FLOWKERN_VALUE", _NAMES[dtype]), ("FLOWKERN_WEIGHT", _NAMES[stored]), ("FLOWKERN_TILE", str(tile))
-    return nvrtc.Variant("autoregressive_inverse", "autoregressive_inverse_forward", macros)
+    return nvrtc.Variant(SOURCES[kernel], kernel, macros)
 
 
-def _launch(
-    arguments: _Arguments, dtype: torch.dtype, stored: torch.dtype, tile: int, *, blocks: int, shared: int, device: torch.device
-) -> None:
-    kernel, threads = variant(dtype, stored, tile), TILES[dtype][tile]
-    nvrtc.launch(kernel, arguments, blocks=blocks, threads=threads, shared=shared, device=device)
+def launch(kernel: str, arguments: ctypes.Structure, dtype: torch.dtype, stored: torch.dtype, tile: int, **grid: Any) -> None:
+    """Start one of the kernels; ``grid``: blocks, shared and device."""
+    nvrtc.launch(variant(kernel, dtype, stored, tile), arguments, threads=TILES[dtype][tile], **grid)
 
 
-def _tile(
-    batch: int, program: _Program, dtype: torch.dtype, stored: torch.dtype, processors: int, memory: int
-) -> tuple[int, int, bool]:
-    """(samples, bytes of shared memory, whether what is known of them fits in there) of a tile."""
+def tile_of(batch: int, dtype: torch.dtype, units: int, sums: int, staged: int, limits: tuple[int, int]) -> tuple[int, int, bool]:
+    """(samples, bytes of shared memory, whether what is kept of them fits in there) of a tile.
+
+    Kept are ``units`` values of each sample; beside them lie ``sums`` values of each thread and sample, and ``staged`` bytes.
+    """
+    processors, memory = limits
 
     def shared(tile: int, units: int) -> int:
-        sums = 2 * TILES[dtype][tile] * tile
-        return (units * tile + sums) * dtype.itemsize + program.staged * stored.itemsize
+        return (units + sums * TILES[dtype][tile]) * tile * dtype.itemsize + staged
 
-    fitting = [tile for tile in TILES[dtype] if shared(tile, program.units) <= memory]
+    fitting = [tile for tile in TILES[dtype] if shared(tile, units) <= memory]
     # While there are multiprocessors to spare, fewer samples for each are finished earlier.
     tiles = fitting or [*TILES[dtype]]
     tile = next((tile for tile in tiles if tile * processors >= batch), tiles[-1])
-    return tile, shared(tile, program.units if fitting else 0), bool(fitting)
+    return tile, shared(tile, units if fitting else 0), bool(fitting)
 
 
 @functools.lru_cache(maxsize=64)
@@ -143,12 +169,12 @@ def _tile(
 def _program(text: str, contexts: tuple[bool, ...], device: torch.device) -> _Program:
     found = plans(text)
     weights, biases, terms, tables, units, staged = [], [], [], [], [], [0]
-    starts = _starts([plan.network.widths for plan in found], contexts)
+    starts = starts_of([plan.network.widths for plan in found], contexts)
     bias_count = term_count = 0
     for plan, context, (weight, bias, term) in reversed([*zip(found, contexts, starts, strict=True)]):
         tables.append(_table(plan, bias_count, term_count if context else -1))
         units.append(_units(plan)[-1])
-        rows = [_rows(plan, i) for i in range(1, len(plan.layers))]
+        rows = [rows_of(plan, i) for i in range(1, len(plan.layers))]
         biases += [torch.tensor(r) + start for r, start in zip(rows, bias, strict=True)]
         bias_count += sum(map(len, rows))
         if context:
@@ -162,9 +188,9 @@ def _program(text: str, contexts: tuple[bool, ...], device: torch.device) -> _Pr
             weights += tails
     constants = [(plan.network.scale.a, plan.network.scale.b) for plan in reversed(found)]
     return _Program(
-        _index(weights, device),
-        _index(biases, device),
-        _index(terms, device),
+        index_of(weights, device),
+        index_of(biases, device),
+        index_of(terms, device),
         torch.tensor([number for table in tables for number in table], dtype=torch.int32, device=device),
         torch.tensor(constants, dtype=torch.float64, device=device),
         _aligned(max(units)),
@@ -177,13 +203,13 @@ def _aligned(count: int) -> int:
     return -(-count // 8) * 8
 
 
-def _index(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+def index_of(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
     narrow = not len(index) or int(index.max()) < 2**31
     return index.to(device, torch.int32 if narrow else torch.int64)
 
 
-def _starts(widths: list[tuple[int, ...]], contexts: Sequence[bool]) -> Iterator[tuple[list[int], list[int], int]]:
+def starts_of(widths: list[tuple[int, ...]], contexts: Sequence[bool]) -> Iterator[tuple[list[int], list[int], int]]:
     """For each network where the weights and biases of its layers begin, and its context, among those of all networks."""
     weight = bias = term = 0
     for sizes, context in zip(widths, contexts, strict=True):
@@ -196,7 +222,7 @@ def _starts(widths: list[tuple[int, ...]], contexts: Sequence[bool]) -> Iterator
         term += sizes[1] if context else 0
 
 
-def _rows(plan: Plan, layer: int) -> list[int]:
+def rows_of(plan: Plan, layer: int) -> list[int]:
     """The rows of a linear layer that are used, in order: those of u and t by turns for the outputs."""
     order = plan.layers[layer].order[: plan.layers[layer].computed]
     if layer < plan.network.layers:
@@ -206,7 +232,7 @@ def _rows(plan: Plan, layer: int) -> list[int]:
 
 
 def _panels(plan: Plan) -> Iterator[list[_Layer]]:
-    rows = [torch.tensor(_rows(plan, i)) for i in range(1, len(plan.layers))]
+    rows = [torch.tensor(rows_of(plan, i)) for i in range(1, len(plan.layers))]
     columns = [torch.tensor(layer.order) for layer in plan.layers]
     for panel in plan.panels:
         found = []
@@ -263,7 +289,7 @@ def _table(plan: Plan, biases: int, context: int) -> list[int]:
         layers += [values[i], before[i], biases, prefix + len(prefixes)]
         if i:
             prefixes += layer.prefix[: layer.computed]
-            biases += len(_rows(plan, i))
+            biases += len(rows_of(plan, i))
     order = prefix + len(prefixes)
     source, panels = order + network.features, []
     for panel in plan.panels:

@@ -27,10 +27,10 @@ from ..._core.checks import accumulation_dtype, check_floating, check_tensor, em
 from ..._core.op import LOGABSDET, Law, Output, Sample, define, normal, recording, reference_runs, register
 from ..._core.reference import differentiate, outside_autocast, reference_differentiates
 from ..._core.scale_map import LAYOUTS, ScaleMap
-from . import cpp as _autoregressive_cpp, cuda as _autoregressive_cuda
+from . import cpp as _autoregressive_cpp, cuda as _autoregressive_cuda, cuda_backward as _cuda_backward
 from .definition import density, reference
 from .network import ACTIVATIONS, AutoregressiveNetwork, plans
-from .sweep import Parameters, chain, invert, pull_back
+from .sweep import chain, invert, pull_back
 
 __all__ = ["autoregressive_inverse"]
 
@@ -123,14 +123,10 @@ def _torch_backward(x: torch.Tensor, tensors: Tensors, *rest: Any) -> None:
     for (plan, p), (_, outs) in zip(chain(tensors, text, contexts), chain(outputs, text, contexts), strict=True):
         state, v, gradients = pull_back(state, v, grad_log, plan, p, needs_parameters)
         if gradients is not None:
-            for out, value in zip(_flat(outs), _flat(gradients), strict=True):
+            for out, value in zip(outs.flat, gradients.flat, strict=True):
                 out.copy_(value)
     assert v is not None
     dz.copy_(v.t())
-
-
-def _flat(p: Parameters) -> list[torch.Tensor]:
-    return [*p.weights, *p.biases, *([] if p.context is None else [p.context])]
 
 
 _forward = define(
@@ -148,7 +144,7 @@ _backward = define(
     torch_=_torch_backward,
     fills=True,
     cpp=_autoregressive_cpp.backward,
-    cuda=_torch_backward,
+    cuda=_cuda_backward.backward,
 )
 
 
