@@ -1,15 +1,16 @@
-"""Everything that needs a GPU, in one command and in under ten minutes: ``python -m bench.gpu_check [--dry-run]``.
+"""Everything that needs a GPU, in one command and in under ten minutes: ``python -m bench.gpu_check [--dry-run] [--out FOLDER]``.
 
-It builds the library from this checkout, runs the tests marked gpu, measures masked networks, likelihoods and the whole bench,
-lets compute-sanitizer watch a few calls, and writes bench/results/GPU.json. Each stage has its own time, and one that
-fails does not lose what the others found; the exit code is then 1. It needs Python with torch, triton, setuptools,
-pybind11, ninja and pytest, and neither an installed flowkern nor a network. ``--dry-run`` does what needs no GPU: the
-build, the collection of the tests, the compilation of all Triton kernels, and the measurements and the calls on a CPU.
+It builds the library from this checkout, calls every op, runs the tests marked gpu in several processes (which compile the
+kernels at the same time), measures, lets compute-sanitizer watch a few calls, and writes bench/results/GPU.json, anew after each
+stage. Each stage has its own time, and one that fails does not lose what the others found; the exit code is then 1, and
+130 after an interrupt. It needs Python with torch, triton, setuptools, pybind11, ninja and pytest, and neither an installed
+flowkern nor a network. ``--dry-run`` goes through the same stages on a CPU: the tests are collected, all else is tiny.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -36,6 +37,10 @@ RESULTS = ROOT / "bench" / "results"
 #: Seconds for everything, with what is left of the ten minutes for stopping a stage and writing.
 _TOTAL = 570.0
 _LOG = 4000
+#: Seconds that an interrupted command has for its report.
+_TO_REPORT = 5.0
+#: Processes that share the tests, at most: each compiles the kernels that its own meet.
+_SHARES = 8
 #: What bench/smoke.py prints.
 STARTED, FINISHED = "smoke: the device answers", "smoke: all calls finished"
 
@@ -72,6 +77,7 @@ class Ran:
 
 
 Stage = tuple[str, float, Callable[[float], Outcome]]
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 def run(command: Sequence[str], seconds: float, folder: Path, name: str, **variables: str) -> Ran:
@@ -83,15 +89,24 @@ def run(command: Sequence[str], seconds: float, folder: Path, name: str, **varia
     with open(path, "w", encoding="utf-8") as log:
         streams: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
+        _running.add(process)
         try:
             code: int | None = process.wait(max(seconds, 1.0))
         except subprocess.TimeoutExpired:
             code = None
-        finally:  # what is left of the command ends, its children too: it leads a process group of its own
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        finally:
+            _end(process)
+            _running.discard(process)
     return Ran(code, path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """What is left of a command ends, its children too: it leads a process group of its own. Interrupted, it may still report."""
+    for number, seconds in ((signal.SIGINT, _TO_REPORT), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
 
 
 class Check:
@@ -110,16 +125,20 @@ class Check:
         return run([sys.executable, *arguments], seconds, self.library, name, **variables)
 
     def stages(self) -> list[Stage]:
-        """(name, seconds, what to do), the most valuable first."""
-        always: list[Stage] = [("build", 150.0, self.build), ("origin", 60.0, self.find_origin)]
-        ours: list[Stage] = [(name, 60.0, partial(self.bench, name=name, subjects=[name])) for name in ("networks", "likelihood")]
-        if self.dry:
-            # No figure comes of it, and a busy machine is slow: its limits only end what hangs.
-            tiny: Stage = ("bench", 60.0, partial(self.bench, only="4x8,4x8-*,4x8x*,4x3x*,8x8"))
-            stages = [*always, ("tests", 60.0, self.test), ("compile", 120.0, self.compile), tiny, *ours]
-            return [(name, 10 * seconds, stage) for name, seconds, stage in (*stages, ("smoke", 30.0, self.smoke))]
-        tools: list[Stage] = [(tool, 45.0, partial(self.sanitize, tool=tool)) for tool in ("memcheck", "racecheck")]
-        return [*always, ("tests", 200.0, self.test), *ours, ("bench", 180.0, self.bench), *tools]
+        """(name, seconds, what to do), the most valuable first; their seconds add up to ``_TOTAL``."""
+        found: list[Stage] = [
+            ("build", 70.0, self.build),
+            ("origin", 20.0, self.find_origin),
+            ("smoke", 70.0, self.smoke),
+            ("tests", 150.0, self.test),
+            ("networks", 40.0, partial(self.bench, name="networks", subjects=["networks"])),
+            ("likelihood", 30.0, partial(self.bench, name="likelihood", subjects=["likelihood"])),
+            ("bench", 140.0, partial(self.bench, only="4x8,4x8-*,4x8x*,4x3x*,8x8" if self.dry else "*")),
+            ("memcheck", 25.0, partial(self.sanitize, tool="memcheck")),
+            ("racecheck", 25.0, partial(self.sanitize, tool="racecheck")),
+        ]
+        # No figure comes of a dry run, and a busy machine is slow: its limits only end what hangs.
+        return [(name, 10 * seconds, stage) for name, seconds, stage in found] if self.dry else found
 
     def build(self, seconds: float) -> Outcome:
         """Lay out the library as an installation would, with its extension. If that fails, without."""
@@ -149,23 +168,35 @@ class Check:
         return Outcome(PASSED, ", ".join(f"{key} {value}" for key, value in self.origin.items()))
 
     def test(self, seconds: float) -> Outcome:
-        """Run the tests marked gpu; without a GPU collect them."""
+        """Run the tests marked gpu, a share of them in each process; without a GPU collect them."""
         # Only files with such tests are looked at: others may need packages that are not there.
         texts = {str(path): path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
         files = [path for path, text in texts.items() if "mark.gpu" in text or "anywhere: str" in text]
-        ini = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-        report = WORK / "tests.xml"
-        report.unlink(missing_ok=True)
-        how = ["--collect-only"] if self.dry else ["-rfE", f"--junitxml={report}"]
         # A warning of a package in a version of its own is shown, and fails nothing here.
-        ran = self.python(seconds, "tests", "-m", "pytest", *ini, "-m", "gpu", "-W", "default", *files, *how)
-        return Outcome(ran.status(), ran.last_line(), _tests(report), ran.log())
+        ini = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-W", "default"]
+        shares = min(os.cpu_count() or 1, 2 if self.dry else _SHARES)
 
-    def compile(self, seconds: float) -> Outcome:
-        """Compile the Triton kernels for GPUs that are not there."""
-        ran = self.python(seconds, "compile", "-m", "flowkern.kernels.compile", "--jobs", str(min(os.cpu_count() or 1, 8)))
-        builds = sum(int(found) for found in re.findall(r"(\d+) builds", ran.output))
-        return Outcome(ran.status(), f"{builds} builds" if ran.code == 0 else ran.last_line(), log=ran.log())
+        def share(i: int) -> tuple[Ran, dict[str, Any]]:
+            report = WORK / f"tests-{i}.xml"
+            report.unlink(missing_ok=True)
+            how = ["--collect-only"] if self.dry else ["-rfE", f"--junitxml={report}"]
+            command = ["-m", "pytest", *ini, "-m", "gpu", *files, *how]
+            return self.python(seconds, f"tests-{i}", *command, FLOWKERN_TESTS_SHARE=f"{i}/{shares}"), _tests(report)
+
+        with concurrent.futures.ThreadPoolExecutor(shares) as pool:
+            try:
+                rans, found = zip(*pool.map(share, range(shares)), strict=True)
+            except KeyboardInterrupt:  # the threads wait for their processes, which no terminal interrupts
+                for process in [*_running]:
+                    _end(process)
+                raise
+        worst = max(rans, key=lambda ran: [PASSED, FAILED, TIMED_OUT].index(ran.status()))
+        details: dict[str, Any] = {}
+        for counts in found:
+            for name, value in counts.items():
+                details[name] = details[name] + value if name in details else value
+        summary = "; ".join(dict.fromkeys(ran.last_line() for ran in rans))
+        return Outcome(worst.status(), summary, details, "".join(ran.log() for ran in rans)[-_LOG:])
 
     def bench(self, seconds: float, name: str = "bench", **options: Any) -> Outcome:
         """Measure subjects, all ops where none is named. A wrong row among those printed, or none, is a failure."""
@@ -179,13 +210,16 @@ class Check:
         return Outcome(FAILED if failed else ran.status(), summary, log=ran.log())
 
     def smoke(self, seconds: float) -> Outcome:
-        """The calls that compute-sanitizer watches, without it."""
-        ran = self.python(seconds, "smoke", "-m", "flowkern.bench.smoke", "--device", self.device)
+        """Call every op, as compute-sanitizer will watch it."""
+        every = ["--every", "4"] if self.dry else []
+        ran = self.python(seconds, "smoke", "-m", "flowkern.bench.smoke", "--device", self.device, *every)
         status = ran.status() if FINISHED in ran.output or ran.code != 0 else FAILED
         return Outcome(status, ran.last_line(), log=ran.log())
 
     def sanitize(self, seconds: float, tool: str) -> Outcome:
-        """The calls under one tool of compute-sanitizer."""
+        """The calls under one tool of compute-sanitizer, which needs a GPU."""
+        if self.dry:
+            return Outcome(PASSED, "left to a GPU")
         homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
         folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
         program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
@@ -228,10 +262,14 @@ def _rows(output: str) -> list[dict[str, Any]]:
     return rows
 
 
-def perform(check: Check, total: float = _TOTAL) -> None:
-    """Run the stages, one after the other, whatever becomes of each; without the library or a GPU there are no more."""
+def perform(check: Check, total: float = _TOTAL, record: Callable[[], object] = lambda: None) -> None:
+    """Run the stages, one after the other, whatever becomes of each; without the library or a GPU there are no more.
+
+    ``record()`` is called after each. An interrupt ends the stage, and is raised again.
+    """
     WORK.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + total
+    print("seconds at most: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds, _ in check.stages()), flush=True)
     for name, seconds, stage in check.stages():
         start = time.monotonic()
         left = min(seconds, end - start)
@@ -239,8 +277,13 @@ def perform(check: Check, total: float = _TOTAL) -> None:
             outcome = stage(left) if left >= 5.0 else Outcome(NOT_RUN, "the time was up")
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             outcome = Outcome(FAILED, f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            check.outcomes[name] = Outcome(NOT_RUN, "interrupted")
+            record()
+            raise
         outcome.seconds = round(time.monotonic() - start, 1)
         check.outcomes[name] = outcome
+        record()
         print(f"{name:<10}{outcome.status:<12}{outcome.seconds:>6.1f} s  {outcome.summary}", flush=True)
         if outcome.log:
             print("    " + "\n    ".join(outcome.log.splitlines()[-15:]), flush=True)
@@ -258,17 +301,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dry-run", action="store_true", help="what needs no GPU; writes nothing to bench/results")
+    parser.add_argument("--dry-run", action="store_true", help="the same on a CPU; writes nothing to bench/results")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where the file goes (bench/results, of a dry run build/gpu-check)"
+    )
     arguments = parser.parse_args(argv)
     if not (ROOT / "setup.py").exists():
         parser.error("run it from a checkout: it builds the library")
     check = Check(arguments.dry_run)
-    perform(check, 10 * _TOTAL if arguments.dry_run else _TOTAL)
-    # Without a GPU there is nothing to record.
-    recorded = not check.dry and check.origin.get("cuda")
-    path = RESULTS / f"{slug(check.origin['device'])}.json" if recorded else WORK / "dry-run.json"
-    write_atomically(path, json.dumps(document(check), indent=1) + "\n")
-    print(f"written: {path.relative_to(ROOT)}")
+
+    def record() -> Path:
+        # Without a GPU there is nothing to record.
+        recorded = not check.dry and check.origin.get("cuda")
+        folder = arguments.out or (RESULTS if recorded else WORK)
+        path: Path = folder / (f"{slug(check.origin['device'])}.json" if recorded else "dry-run.json")
+        write_atomically(path, json.dumps(document(check), indent=1) + "\n")
+        return path
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a limit of the caller's ends it as an interrupt does
+    try:
+        perform(check, 10 * _TOTAL if arguments.dry_run else _TOTAL, record)
+    except KeyboardInterrupt:
+        print(f"interrupted; written: {record()}")
+        return 130
+    print(f"written: {record()}")
     return int(any(o.status in (FAILED, TIMED_OUT) for o in check.outcomes.values()))
 
 

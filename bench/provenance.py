@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -13,8 +15,9 @@ from pathlib import Path
 import torch
 
 import flowkern
+from flowkern._core import nvrtc
 
-__all__ = ["commit", "device_name", "provenance"]
+__all__ = ["commit", "device_name", "machine", "provenance"]
 
 
 def provenance(device: str) -> dict[str, str]:
@@ -64,7 +67,20 @@ def commit() -> str:
     return f"{git('rev-parse', '--short=12', 'HEAD')}{'-dirty' if changed else ''}"
 
 
-if __name__ == "__main__":
+def machine() -> dict[str, str | None]:
+    """Beside ``provenance``: Python, CUDA, the compilers of GPU code, and the GPU's driver, clocks and power limit."""
     gpu = torch.cuda.is_available()
-    more = {"python": platform.python_version(), "cuda": torch.version.cuda if gpu else None}
-    print(json.dumps({**provenance("cuda" if gpu else "cpu"), **more}))
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda if gpu else None}
+    found["nvrtc"] = nvrtc.missing() or nvrtc.version()
+    with contextlib.suppress(Exception):  # of a Triton that is not there, or names it otherwise
+        found["ptxas"] = importlib.import_module("triton").knobs.nvidia.ptxas.version
+    fields = ("driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+        values = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().split(", ")
+        found.update(zip(fields, values, strict=False))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps({**provenance("cuda" if torch.cuda.is_available() else "cpu"), **machine()}))

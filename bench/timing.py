@@ -121,7 +121,7 @@ class Graph:
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         # A kernel that is collected while a graph is captured would be unloaded, which ends the capture.
-        with _without_gc(), torch.cuda.graph(self._graph):
+        with _without_gc(), torch.cuda.graph(self._graph, stream=side):
             self.results = [call() for call in calls]
 
     def replay(self) -> None:

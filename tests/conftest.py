@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,15 +84,21 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What runs wherever there are kernels also runs in Triton's interpreter, which chooses by this mark.
 
-    Slow tests come first, so that no core waits for another's last one.
+    Slow tests come first, so that no core waits for another's last one. ``FLOWKERN_TESTS_SHARE=I/N`` keeps one of N shares.
     """
     for item in items:
         if {"where", "anywhere"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker("everywhere")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    share, shares = map(int, os.environ.get("FLOWKERN_TESTS_SHARE", "0/1").split("/"))
+    if shares > 1:  # those that take most of a GPU's memory are not run side by side
+        vast = [item for item in items if item.get_closest_marker("vast")]
+        mine = [*[item for item in items if item not in vast][share::shares], *(vast if share == 0 else [])]
+        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+        items[:] = mine
 
 
 class Canaries:

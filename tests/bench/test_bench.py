@@ -304,10 +304,16 @@ def test_gpu_check_dry_run() -> None:
     assert (sorted(results.glob("*")) if results.exists() else None) == before
     document = json.loads((gpu_check.WORK / "dry-run.json").read_text())
     assert {stage["status"] for stage in document["stages"].values()} == {"passed"}
-    assert list(document["stages"]) == ["build", "origin", "tests", "compile", "bench", "networks", "likelihood", "smoke"]
+    assert list(document["stages"]) == [
+        *("build", "origin", "smoke", "tests", "networks", "likelihood", "bench", "memcheck", "racecheck")
+    ]
     assert {row["subject"] for row in document["rows"]} == {*CASES, "networks", "likelihood"}
     assert document["torch"] == torch.__version__
     assert str(ROOT) not in json.dumps(document)
+
+
+def test_the_stages_fit_into_the_time() -> None:
+    assert sum(seconds for _, seconds, _ in gpu_check.Check(dry=False).stages()) == gpu_check._TOTAL
 
 
 class Fragile(gpu_check.Check):
@@ -337,11 +343,35 @@ def test_a_stage_that_fails_does_not_lose_the_others(monkeypatch: pytest.MonkeyP
     document = gpu_check.document(fragile)
     found = {name: stage["status"] for name, stage in document["stages"].items()}
     assert found == {"raises": "failed", "sleeps": "timed out", "fine": "passed"}
-    assert document["stages"]["sleeps"]["log"] == "before\n"
+    assert document["stages"]["sleeps"]["log"].startswith("before\n")
     assert document["rows"] == [{"subject": "x"}]
     fragile = Fragile(dry=True)
     gpu_check.perform(fragile, total=1.0)
     assert {o.status for o in fragile.outcomes.values()} == {"did not run"}
+
+
+def test_an_interrupt_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    class Interrupted(gpu_check.Check):
+        def stages(self) -> Any:
+            def interrupted(seconds: float) -> gpu_check.Outcome:
+                raise KeyboardInterrupt
+
+            return [("fine", 10.0, lambda seconds: gpu_check.Outcome("passed", "1 row")), ("ends", 10.0, interrupted)]
+
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
+    monkeypatch.setattr(gpu_check, "Check", Interrupted)
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    assert gpu_check.main(["--dry-run", "--out", str(tmp_path / "out")]) == 130
+    document = json.loads((tmp_path / "out" / "dry-run.json").read_text())
+    assert {name: stage["summary"] for name, stage in document["stages"].items()} == {"fine": "1 row", "ends": "interrupted"}
+    assert "seconds at most: fine 10, ends 10" in capsys.readouterr().out
+
+
+def test_a_command_whose_time_is_up_may_still_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    program = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('reported', flush=True)"
+    ran = gpu_check.run([sys.executable, "-c", program], 2.0, tmp_path, "sleep")
+    assert (ran.code, ran.output) == (None, "reported\n")
 
 
 ENDED = f"{gpu_check.STARTED}\n{gpu_check.FINISHED} (9)\n"

@@ -198,6 +198,7 @@ class TestOnAGPU:
         for name in FUNCTIONS:
             assert_elementary(name, dtype, "cuda", units=8 if dtype is torch.float32 else 4)
 
+    @pytest.mark.vast
     @pytest.mark.parametrize("shape", [(2, 2**30 + 2), (1, 2**31 + 2)], ids=["by-sample", "in-one-sample"])
     def test_more_than_2_to_31_elements(self, shape: tuple[int, int]) -> None:
         if torch.cuda.mem_get_info()[0] < 60 * 2**30:

@@ -142,7 +142,7 @@ def check_cuda_graph(inputs: Sequence[torch.Tensor], call: Callable[[], Sequence
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # where what the call needs is there
         results = call()
     with torch.no_grad():
         for x in inputs:
@@ -182,6 +182,7 @@ def part(a: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return (a[start:stop] if a.ndim == 2 else a[:, :, start:stop]).detach()
 
 
+@pytest.mark.vast
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("op", [op for op in INVERTIBLE.values() if op.per_sample is None], ids=lambda op: op.name)
 def test_more_than_2_to_the_31_elements(op: Op, shape: tuple[int, ...]) -> None:
