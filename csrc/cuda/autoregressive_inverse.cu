@@ -137,7 +137,7 @@ FLOWKERN_DEVICE A scale_of(int scale, A a, A b, A u, A& log_s) {
 
 template <class A, class W, int T>
 struct Inverse {
-  static constexpr int threads = T > 8 ? 256 : 512, groups = threads / T;
+  static constexpr int threads = threads_for<T>, groups = threads / T;
   static constexpr int few = 32;  // columns that one thread multiplies by itself
 
   const Block& block;
@@ -345,26 +345,19 @@ struct Inverse {
 
 #ifdef __CUDACC_RTC__
 
-// One variant, which the compilation names: FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE.
+// One variant, which the compilation names.
 using Variant = Inverse<FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE>;
+static_assert(Variant::threads == FLOWKERN_THREADS, "the launcher starts other blocks");
 
-extern "C" __global__ void __launch_bounds__(Variant::threads, 1) autoregressive_inverse_forward(const Arguments arguments) {
+extern "C" __global__ void __launch_bounds__(Variant::threads, 1) autoregressive_inverse(const Arguments arguments) {
   run<Variant>(arguments);
 }
 
 #else
 
-template <class A, class W, int... tiles>
-bool run_tile(int64_t tile, int64_t blocks, int64_t shared, bool descending, const Arguments& in) {
-  return ((tile == tiles && (run<Inverse<A, W, tiles>>(blocks, shared, descending, in), true)) || ...);
-}
-
-// The variants on the host; false where there is none for this tile.
-extern "C" bool autoregressive_inverse_forward(const Arguments& in, bool wide, bool half_weights, int64_t tile, int64_t blocks,
-                                               int64_t shared, bool descending) {
-  if (wide) return run_tile<double, double, 1, 4>(tile, blocks, shared, descending, in);
-  return half_weights ? run_tile<float, Bfloat16, 1, 4, 8, 16>(tile, blocks, shared, descending, in)
-                      : run_tile<float, float, 1, 4, 8, 16>(tile, blocks, shared, descending, in);
+extern "C" bool autoregressive_inverse(const Arguments& in, bool wide, bool half_weights, int64_t tile, int64_t blocks, int64_t shared,
+                                       bool descending) {
+  return run_variant<Inverse>(wide, half_weights, tile, blocks, shared, descending, in);
 }
 
 #endif

@@ -47,7 +47,7 @@ FLOWKERN_DEVICE Instruction instruction(const int32_t* from) {
 
 template <class A, class W, int T>
 struct Backward {
-  static constexpr int threads = T > 8 ? 256 : 512;
+  static constexpr int threads = threads_for<T>;
 
   const Block& block;
   const Arguments& in;
@@ -132,8 +132,9 @@ struct Backward {
 
 #ifdef __CUDACC_RTC__
 
-// One variant, which the compilation names: FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE.
+// One variant, which the compilation names.
 using Variant = Backward<FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE>;
+static_assert(Variant::threads == FLOWKERN_THREADS, "the launcher starts other blocks");
 
 extern "C" __global__ void __launch_bounds__(Variant::threads, 1) autoregressive_inverse_backward(const Arguments arguments) {
   run<Variant>(arguments);
@@ -141,17 +142,9 @@ extern "C" __global__ void __launch_bounds__(Variant::threads, 1) autoregressive
 
 #else
 
-template <class A, class W, int... tiles>
-bool run_tile(int64_t tile, int64_t blocks, int64_t shared, bool descending, const Arguments& in) {
-  return ((tile == tiles && (run<Backward<A, W, tiles>>(blocks, shared, descending, in), true)) || ...);
-}
-
-// The variants on the host; false where there is none for this tile.
-extern "C" bool autoregressive_inverse_backward(const Arguments& in, bool wide, bool half_weights, int64_t tile, int64_t blocks,
-                                                int64_t shared, bool descending) {
-  if (wide) return run_tile<double, double, 1, 4>(tile, blocks, shared, descending, in);
-  return half_weights ? run_tile<float, Bfloat16, 1, 4, 8, 16>(tile, blocks, shared, descending, in)
-                      : run_tile<float, float, 1, 4, 8, 16>(tile, blocks, shared, descending, in);
+extern "C" bool autoregressive_inverse_backward(const Arguments& in, bool wide, bool half_weights, int64_t tile, int64_t blocks, int64_t shared,
+                                                bool descending) {
+  return run_variant<Backward>(wide, half_weights, tile, blocks, shared, descending, in);
 }
 
 #endif

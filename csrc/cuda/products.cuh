@@ -5,6 +5,10 @@
 
 namespace flowkern {
 
+// Threads of a block for T samples; TILES of flowkern/ops/autoregressive/cuda.py says so too, and the compilation compares.
+template <int T>
+constexpr int threads_for = T > 8 ? 256 : 512;
+
 // out += weights * values: weights are [column][stride], values and out [unit][T].
 template <class A, class W>
 struct Product {
@@ -64,5 +68,22 @@ FLOWKERN_DEVICE void collect(const Product<A, W>& p, int thread, int threads, co
     out = p.fresh ? sum : out + sum;
   }
 }
+
+#ifndef __CUDACC_RTC__
+
+template <template <class, class, int> class Kernel, class A, class W, int... tiles, class Arguments>
+bool run_tile(int64_t tile, int64_t blocks, int64_t shared, bool descending, const Arguments& in) {
+  return ((tile == tiles && (run<Kernel<A, W, tiles>>(blocks, shared, descending, in), true)) || ...);
+}
+
+// A variant of a kernel on the host: in double, or in float with weights of float or bfloat16; false if there is none for the tile.
+template <template <class, class, int> class Kernel, class Arguments>
+bool run_variant(bool wide, bool half_weights, int64_t tile, int64_t blocks, int64_t shared, bool descending, const Arguments& in) {
+  if (wide) return run_tile<Kernel, double, double, 1, 4>(tile, blocks, shared, descending, in);
+  return half_weights ? run_tile<Kernel, float, Bfloat16, 1, 4, 8, 16>(tile, blocks, shared, descending, in)
+                      : run_tile<Kernel, float, float, 1, 4, 8, 16>(tile, blocks, shared, descending, in);
+}
+
+#endif
 
 }  // namespace flowkern

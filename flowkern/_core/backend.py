@@ -113,11 +113,9 @@ def reasons(name: str, implementations: Mapping[str, Callable], tensors: Sequenc
             return [f"it serves CUDA tensors, these are on {device!r}"]
         if why := _triton_reason(tensors[0].device):
             return [why]
-        return (
-            []
-            if device == "cuda" or interpreting()
-            else ["it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"]
-        )
+        if device == "cpu" and not interpreting():
+            return ["it serves CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"]
+        return []
     if name == "cuda":
         if device != "cuda":
             return [f"it serves CUDA tensors, these are on {device!r}"]

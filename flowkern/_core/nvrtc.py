@@ -40,9 +40,8 @@ OLDEST = (8, 0)
 
 
 class Variant(NamedTuple):
-    """A kernel of ``csrc/cuda/<source>.cu``: the name of its ``__global__`` function, and the macros that make it."""
+    """The ``__global__`` function of ``csrc/cuda/<kernel>.cu``, which has the file's name, and the macros that make it."""
 
-    source: str
     kernel: str
     macros: tuple[tuple[str, str], ...] = ()
 
@@ -139,10 +138,10 @@ def _sources() -> dict[str, str]:
 
 def compiled(variant: Variant, target: str) -> bytes:
     """The machine code or PTX of a variant, from the cache if it is there. Raises RuntimeError with what NVRTC says."""
-    source = _sources()[f"{variant.source}.cu"]
+    source = _sources()[f"{variant.kernel}.cu"]
     headers = {name: text for name, text in _sources().items() if name.endswith(".cuh")}
     key = hashlib.sha256(repr((source, sorted(headers.items()), variant, target, version())).encode()).hexdigest()[:32]
-    name = f"{variant.source}-{target}-{key}"
+    name = f"{variant.kernel}-{target}-{key}"
     with contextlib.suppress(OSError, RuntimeError):
         if found := Path(cache(), name).read_bytes():
             return found

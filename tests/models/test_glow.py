@@ -47,6 +47,16 @@ def test_gradients_agree_with_differences() -> None:
         assert_near((p.grad * direction).sum(), (values[0] - values[1]) / 2e-5, 1e-5)
 
 
+def test_reversible_memory_gives_the_same_gradients() -> None:
+    model, x, context = built("glow-reversible")
+    stored = models.Glow(SHAPE, **{**GLOWS["reversible"], "memory": "store"}).double()
+    stored.load_state_dict(model.state_dict())
+    for twin in (model, stored):
+        twin.log_prob(x, context).mean().backward()
+    for (key, p), q in zip(model.named_parameters(), stored.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-6, atol=1e-8), key
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_first_forward_in_training_initializes_every_actnorm(grad: bool) -> None:
     model, x = models.Glow(SHAPE, levels=2, steps=2, hidden=6).double(), images(64)

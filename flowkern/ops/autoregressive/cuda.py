@@ -37,7 +37,7 @@ __all__ = [
     "variant",
 ]
 
-#: Samples of a tile, and threads of a block for each: the kernels that csrc/cuda/autoregressive_inverse.cu has.
+#: Samples of a tile, and threads of a block for each: the variants of both kernels.
 TILES = {torch.float32: {1: 512, 4: 512, 8: 512, 16: 256}, torch.float64: {1: 512, 4: 512}}
 
 #: Weights of a panel that are copied to shared memory, at most.
@@ -47,9 +47,7 @@ STAGED = 4096
 RESIDENT = 4
 
 
-FORWARD, BACKWARD = "autoregressive_inverse_forward", "autoregressive_inverse_backward"
-#: The file of each kernel.
-SOURCES = {FORWARD: "autoregressive_inverse", BACKWARD: BACKWARD}
+FORWARD, BACKWARD = "autoregressive_inverse", "autoregressive_inverse_backward"
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _NAMES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "Bfloat16"}
@@ -138,8 +136,13 @@ def limits_of(device: torch.device) -> tuple[int, int]:
 
 def variant(kernel: str, dtype: torch.dtype, stored: torch.dtype, tile: int) -> nvrtc.Variant:
     """The kernel that computes in ``dtype`` with weights of another, ``tile`` samples at a time."""
-    macros = ("FLOWKERN_VALUE", _NAMES[dtype]), ("FLOWKERN_WEIGHT", _NAMES[stored]), ("FLOWKERN_TILE", str(tile))
-    return nvrtc.Variant(SOURCES[kernel], kernel, macros)
+    macros = {
+        "FLOWKERN_VALUE": _NAMES[dtype],
+        "FLOWKERN_WEIGHT": _NAMES[stored],
+        "FLOWKERN_TILE": str(tile),
+        "FLOWKERN_THREADS": str(TILES[dtype][tile]),
+    }
+    return nvrtc.Variant(kernel, tuple(macros.items()))
 
 
 def launch(kernel: str, arguments: ctypes.Structure, dtype: torch.dtype, stored: torch.dtype, tile: int, **grid: Any) -> None:
