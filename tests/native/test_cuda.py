@@ -311,6 +311,7 @@ def test_the_backward_is_accurate(host: Host, dtype: torch.dtype, tile: int, mon
             assert_accurate(actual, truth, same_dtype, ulps=64 if dtype is torch.float64 else 4)
 
 
+@pytest.mark.slow
 @every_sample
 def test_the_backward_has_one_order_and_writes_all(host: Host, sample: Sample, canaries: Any, monkeypatch: Any) -> None:
     """Threads in another order, scratch instead of shared memory, and blocks of several tiles change no bit."""
