@@ -235,7 +235,7 @@ def linearize(x: torch.Tensor, grad_log: torch.Tensor | None, plan: Plan, p: Par
     # What no unit sees has no say in the network, even where a scale of 0 has made it infinite.
     unseen = slice(max(plan.layers[1].prefix, default=0), None)
     seen = y.clone()
-    seen[unseen] = 0
+    seen[unseen].zero_()
     values, before = _pass(seen, network, ordered._replace(weights=weights))
     u, t = before[-1][0::2], before[-1][1::2]
     s, shift, _ = affine(network, u, t)
@@ -246,7 +246,8 @@ def linearize(x: torch.Tensor, grad_log: torch.Tensor | None, plan: Plan, p: Par
     by_shift = 1 - s if network.gated else torch.ones_like(s)
     from_log = None if grad_log is None else slope * grad_log
     if not with_grad:
-        s[unseen], by_raw[unseen] = 1, 0
+        s[unseen].fill_(1)
+        by_raw[unseen].zero_()
     slope_at = ACTIVATIONS[network.activation][1]
     slopes = [slope_at(a) if network.activated(i) else None for i, a in enumerate(before[1:-1], 1)]
     return Tangent(z, s, by_raw, by_shift, from_log, [None, *slopes], values, weights, masks)
