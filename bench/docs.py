@@ -1,10 +1,11 @@
-"""``python -m bench --docs``: docs/benchmarks.md and the README's table, from the CSV files of bench/results.
+"""``python -m bench --docs``: docs/benchmarks.md, docs/kernels.md and the README's table, from the CSV files of bench/results.
 
-A test holds both against the files.
+A test holds them against the files.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from .cases import CASES
 from .comparison import COMPILED, FLOWKERN
 from .row import duration, read_csv, size, write_atomically
 
-__all__ = ["benchmarks", "headline", "with_headline", "write_docs"]
+__all__ = ["benchmarks", "headline", "kernels", "with_headline", "write_docs"]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -144,6 +145,33 @@ def _times(ratio: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The kernels' machine code
+
+_KERNELS = """# The kernels' machine code
+
+This page is made by `python -m bench --docs` from [bench/results/sass.csv](../bench/results/sass.csv), which
+`python -m flowkern.kernels.sass --csv bench/results/sass.csv` writes without a GPU. A test counts anew and fails where a row is
+worse. *code* is the number of instructions outside of loops + [those of a loop] + [[those of a loop inside]]. A ceiling is what
+perfect issue would allow on an H100 (132 multiprocessors at 1.755 GHz; a copy at 3.0 TB/s; 949 TFLOP/s in 16 bits): nothing here
+was timed. *Before* is when the kernels were first counted: thousands of instructions and ceilings.
+"""
+
+
+def kernels(results: Path = RESULTS) -> str:
+    """The text of docs/kernels.md."""
+    heads = ["kernel", "choice", "registers", "code", "16-byte accesses", "narrower", "tensor cores", "instructions", "MB"]
+    lines = []
+    for row in csv.DictReader((results / "sass.csv").read_text("utf-8").splitlines()):
+        asynchronous = f" ({row['asynchronous']} asynchronous)" if row["asynchronous"] != "0" else ""
+        cells = [f"{row['op']} {row['kernel']}", row["choice"], row["registers"], row["code"], row["wide"] + asynchronous]
+        ceiling = f"{row['copy']}% of copy" + (f"; {row['peak']}% of peak" if row["tensor"] else "")
+        cells += [row["narrow"], row["tensor"], f"{row['instructions']} k", row["megabytes"], ceiling, row["before"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    head = [*heads, "ceiling", "before"]
+    return "\n".join([_KERNELS, "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines, ""])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The README's table
 
 
@@ -199,8 +227,9 @@ def with_headline(readme: str, results: Path = RESULTS) -> str:
 
 
 def write_docs() -> list[Path]:
-    """Write both; the paths."""
-    readme, page = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    """Write all; the paths."""
+    readme, page, code = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "kernels.md"
     write_atomically(page, benchmarks())
+    write_atomically(code, kernels())
     write_atomically(readme, with_headline(readme.read_text("utf-8")))
-    return [page, readme]
+    return [page, code, readme]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flowkern.bench.docs import benchmarks, headline, with_headline
+from flowkern.bench.docs import benchmarks, headline, kernels, with_headline
 
 from flowkern import cli
 
@@ -49,6 +49,7 @@ def test_commands_are_understood(command: str) -> None:
 def test_tables_are_those_of_the_files() -> None:
     """``python -m bench --docs`` writes both."""
     assert (ROOT / "docs" / "benchmarks.md").read_text("utf-8") == benchmarks()
+    assert (ROOT / "docs" / "kernels.md").read_text("utf-8") == kernels()
     readme = (ROOT / "README.md").read_text("utf-8")
     assert headline() in readme
     assert with_headline(readme) == readme

@@ -35,7 +35,17 @@ from triton.compiler import ASTSource
 
 from flowkern._core.op import OPS
 
-__all__ = ["TARGETS", "Build", "compile_launch", "cubin_resources", "main", "pairwise", "problems", "streaming_problems"]
+__all__ = [
+    "TARGETS",
+    "Build",
+    "compile_launch",
+    "cubin_resources",
+    "main",
+    "op_names",
+    "pairwise",
+    "problems",
+    "streaming_problems",
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -110,6 +120,7 @@ class Build:
     shared: int  # bytes
     registers: int
     spilled: int  # bytes, or registers on AMD
+    binary: bytes = b""  # the machine code, for NVIDIA
     problems: list[str] = field(default_factory=list)
 
 
@@ -146,6 +157,7 @@ def compile_launch(launch: Any, target: str) -> Build:
         compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"],
         compiled.metadata.shared,
         *_resources(compiled),
+        compiled.asm.get("cubin", b""),
     )
 
 
@@ -211,7 +223,7 @@ def _run(job: _Job) -> list[tuple[str, Build]]:
     return builds
 
 
-def _compiled() -> list[str]:
+def op_names() -> list[str]:
     """The ops that have Triton kernels of their own."""
     kernels = {kernel.name: kernel for op in OPS.values() for kernel in op.kernels}
     return [name for name in OPS if name in kernels and "triton" in kernels[name].implementations]
@@ -220,7 +232,7 @@ def _compiled() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the number of builds with problems, at most 1."""
     parser = argparse.ArgumentParser(prog="python -m flowkern.kernels.compile", description="Compile the Triton kernels.")
-    parser.add_argument("ops", nargs="*", default=_compiled(), help="the ops to compile, all by default")
+    parser.add_argument("ops", nargs="*", default=op_names(), help="the ops to compile, all by default")
     parser.add_argument("--all", action="store_true", help="every configuration instead of a pairwise sample")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)

@@ -258,6 +258,17 @@ def backward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
 FACTORS = {"channels": (96, 12, 48, 192), "inverse": (False, True), "dtypes": tuple(DTYPES), "form": tuple(FORMS)}
 
 
+COUNTED = (*({"channels": c, "dtypes": "float32"} for c in (48, 96, 128)), {"channels": 96, "dtypes": "bfloat16"})
+
+
+def trips(name: str, launch: Launch) -> tuple[int, ...]:
+    """How often the loop of a launch runs."""
+    _, _, channels, tiles, _ = launch.grid.integers[:5]
+    if name == "product":
+        return (triton.cdiv(tiles, launch.grid.integers[5]),)
+    return (triton.cdiv(channels, launch.grid.keywords["IN"]),)
+
+
 def compile_cases(channels: int, inverse: bool, dtypes: str, form: str) -> Iterator[tuple[str, Launch]]:
     """The launches (named) of one choice from FACTORS."""
     first, *rest = FORMS[form]

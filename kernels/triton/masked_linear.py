@@ -204,6 +204,18 @@ FACTORS: dict[str, Any] = {
 }
 
 
+COUNTED = tuple({"sizes": (4096, 1024, 1024), "dtypes": dtypes} for dtypes in ("float32", "bfloat16"))
+
+
+def trips(name: str, launch: Launch) -> tuple[float, ...]:
+    """How often the loop of a launch runs, on average over its programs, where outputs and inputs are as many."""
+    batch, inputs, _, blocks, *_ = launch.grid.integers
+    inner = launch.grid.keywords["INNER"]
+    if name == "weight":
+        return (batch / inner * (blocks + 1) / 2 / blocks,)
+    return (inputs / inner * (blocks + 1) / 2 / blocks,)
+
+
 def compile_cases(sizes: tuple[int, int, int], ordered: bool, dtypes: str) -> Iterator[tuple[str, Launch]]:
     """The launches (named) of one choice from FACTORS."""
     of_x, of_weight = DTYPES[dtypes]

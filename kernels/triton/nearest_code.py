@@ -402,6 +402,17 @@ FACTORS: dict[str, Any] = {
 }
 
 
+COUNTED = tuple({"sizes": (16384, depth, 8192), "dtypes": "float32"} for depth in (256, 128, 64))
+
+
+def trips(name: str, launch: Launch) -> tuple[Any, ...]:
+    """How often the loops of a launch run, where one code of a row is looked at."""
+    if name == "screen":
+        chunks = launch.grid.keywords["WIDTH"] // launch.grid.keywords["INNER"]
+        return ((launch.grid.integers[2] * chunks, 1 / chunks),)
+    return {"prepare": (), "decide": (1, 1)}[name]
+
+
 def compile_cases(sizes: tuple[int, int, int], cosine: bool, dtypes: str, target: str) -> Iterator[tuple[str, Launch]]:
     """The launches (named) of one choice from FACTORS. The rows are prepared by less than what prepares the codes."""
     rows, depth, codes = sizes

@@ -128,6 +128,11 @@ def backward(grad: torch.Tensor, *arguments: torch.Tensor) -> None:
 FACTORS: dict[str, Any] = {"channels": (192, 12, 48, 37), "dtypes": tuple(DTYPES)}
 
 
+def trips(name: str, launch: Launch) -> tuple[int, ...]:
+    """How often the loop of a launch runs."""
+    return (triton.cdiv(len(launch.tensors[0]), launch.grid.keywords["INNER"]),)
+
+
 def compile_cases(channels: int, dtypes: str) -> Iterator[tuple[str, Launch]]:
     """The launches (named) of one choice from FACTORS."""
     square, other = DTYPES[dtypes]
