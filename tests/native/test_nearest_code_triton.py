@@ -34,10 +34,13 @@ class TestCompiled:
         assert not re.search(r"\.ftz|\.f64", build.assembly)
         if sizes[0] <= 64:
             return
-        # The accumulator is reduced inside the threads that hold it.
-        loop = build.assembly[build.assembly.index("wgmma.mma_async") : build.assembly.rindex("wgmma.wait_group")]
-        assert "max.f32" in loop
-        assert not re.search(r"shfl|(?:ld|st)\.shared", loop)
+        # The accumulator is reduced inside the threads that hold it, by fewer than two comparisons for each of their 64 scores.
+        loop = re.search(r"^(\$L\w+):(?:(?!^\$L).)*(wgmma\.mma_async.*)bra\S*\s+\1;", build.assembly, re.MULTILINE | re.DOTALL)
+        assert loop
+        assert 64 < len(re.findall(r"(?:max|min)\.f32", loop[2])) < 2 * 64
+        assert not re.search(r"shfl|(?:ld|st)\.shared", loop[2])
+        # The norms of the codes are where the sums begin: nothing is subtracted from a score.
+        assert len(re.findall(r"(?:add|sub)\.\S*f32", loop[2])) < 8
 
     def test_the_definition_is_rounded_as_it_says(self) -> None:
         euclidean = self.build("decide", "sm_90", (16384, 256, 8192)).assembly

@@ -247,14 +247,15 @@ def test_the_bound_of_the_screen_of_nearest_code(dtype: torch.dtype, cosine: boo
     """It holds the score of every entry and of the nearest code, and is no wider than what 16 bits lose."""
     x, codebook = randn(20, 40, dtype=dtype), randn(150, 40, dtype=dtype) * torch.linspace(0.2, 2, 150)[:, None].to(dtype)
     sizes = nearest_code._Sizes.of(x, codebook, 0)
-    entries = [t[:20] for t in nearest_code._screened(x, codebook, sizes, cosine)]
-    upper, second, code, lower, dropped = entries[0], *entries[1:]
+    upper, code, lower, dropped = (t[:20] for t in nearest_code._screened(x, codebook, sizes, cosine))
     exact = [nearest.normalized(t.double()) if cosine else t.double() for t in (x, codebook)]
     if (centre := nearest_code._centre(x, codebook, cosine)) is not None:
         exact = [t - centre for t in exact]
     scores = exact[0] @ exact[1].t() - exact[1].square().sum(1) / 2
-    real = code >= 0
-    own = torch.where(real, scores.gather(1, code.clamp(min=0).long()), -torch.inf)
+    whole, first = code % 2 == 1, code.long() & -4
+    real = (code >= 0) & (first < 150)
+    quads = torch.nn.functional.pad(scores, (0, 2), value=-torch.inf).view(20, -1, 4).amax(2)
+    own = torch.where(real, quads.gather(1, torch.where(real, first, 0) // 4), -torch.inf)
     assert (upper >= own).all()
     scale = exact[0].norm(dim=1, keepdim=True) * exact[1].norm(dim=1).max()
     width = 2.0**-5 if dtype is torch.float32 or cosine else 2.0**-9
@@ -262,10 +263,14 @@ def test_the_bound_of_the_screen_of_nearest_code(dtype: torch.dtype, cosine: boo
     best = scores.amax(1)
     assert (lower.amax(1) <= best).all()
     assert (lower.amax(1) >= best - width * scale[:, 0]).all()
-    # Whatever is no entry is under the second of an entry's group, or was dropped.
-    entered = torch.zeros(20, 150, dtype=torch.bool).scatter(1, code.clamp(min=0).long(), real)
-    rest = torch.where(entered, -torch.inf, scores).amax(1)
-    assert (torch.maximum(second.amax(1), dropped.amax(1)) >= rest).all()
+    # Whatever is in no entry, nor in the group of one where all of it is meant, is not the nearest, or was dropped.
+    group, number = sizes.tile // 4, torch.arange(150)
+    entered = real[..., None] & torch.where(
+        whole[..., None], number // group == first[..., None] // group, number // 4 == first[..., None] // 4
+    )
+    assert (real & ~whole).any()
+    rest = scores.masked_fill(entered.any(1), -torch.inf).amax(1)
+    assert (rest <= torch.maximum(lower.amax(1), dropped.amax(1))).all()
 
 
 def test_rows_of_nearest_code_that_are_looked_at_again() -> None:
