@@ -133,7 +133,8 @@ class Check:
             ("tests", 150.0, self.test),
             ("networks", 40.0, partial(self.bench, name="networks", subjects=["networks"])),
             ("likelihood", 30.0, partial(self.bench, name="likelihood", subjects=["likelihood"])),
-            ("bench", 140.0, partial(self.bench, only="4x8,4x8-*,4x8x*,4x3x*,8x8" if self.dry else "*")),
+            ("ptxas", 30.0, self.assemble_anew),
+            ("bench", 110.0, partial(self.bench, only="4x8,4x8-*,4x8x*,4x3x*,8x8" if self.dry else "*")),
             ("memcheck", 25.0, partial(self.sanitize, tool="memcheck")),
             ("racecheck", 25.0, partial(self.sanitize, tool="racecheck")),
         ]
@@ -167,21 +168,23 @@ class Check:
             return Outcome(FAILED, "torch finds no CUDA GPU")
         return Outcome(PASSED, ", ".join(f"{key} {value}" for key, value in self.origin.items()))
 
-    def test(self, seconds: float) -> Outcome:
+    def test(self, seconds: float, name: str = "tests", only: Sequence[str] = (), **variables: str) -> Outcome:
         """Run the tests marked gpu, a share of them in each process; without a GPU collect them."""
         # Only files with such tests are looked at: others may need packages that are not there.
         texts = {str(path): path.read_text("utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-        files = [path for path, text in texts.items() if "mark.gpu" in text or "anywhere: str" in text]
+        files = [path for path, text in texts.items() if re.search("mark.gpu|NEEDS_GPU|anywhere: str", text)]
         # A warning of a package in a version of its own is shown, and fails nothing here.
         ini = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-W", "default"]
         shares = min(os.cpu_count() or 1, 2 if self.dry else _SHARES)
 
         def share(i: int) -> tuple[Ran, dict[str, Any]]:
-            report = WORK / f"tests-{i}.xml"
+            report = WORK / f"{name}-{i}.xml"
             report.unlink(missing_ok=True)
             how = ["--collect-only"] if self.dry else ["-rfE", f"--junitxml={report}"]
-            command = ["-m", "pytest", *ini, "-m", "gpu", *files, *how]
-            return self.python(seconds, f"tests-{i}", *command, FLOWKERN_TESTS_SHARE=f"{i}/{shares}"), _tests(report)
+            command = ["-m", "pytest", *ini, "-m", "gpu", *only, *files, *how]
+            return self.python(seconds, f"{name}-{i}", *command, FLOWKERN_TESTS_SHARE=f"{i}/{shares}", **variables), _tests(
+                report
+            )
 
         with concurrent.futures.ThreadPoolExecutor(shares) as pool:
             try:
@@ -197,6 +200,18 @@ class Check:
                 details[name] = details[name] + value if name in details else value
         summary = "; ".join(dict.fromkeys(ran.last_line() for ran in rans))
         return Outcome(worst.status(), summary, details, "".join(ran.log() for ran in rans)[-_LOG:])
+
+    def assemble_anew(self, seconds: float) -> Outcome:
+        """The tests of tensor cores once more, assembled by another ptxas than Triton's: versions of it made wrong code."""
+        program, own = _cuda_program("ptxas"), self.origin.get("ptxas")
+        said = run([program, "--version"], 10.0, WORK, "ptxas-version").output if program else ""
+        version = next(iter(re.findall(r"release ([\d.]+)", said)), None)
+        if program is None or version in (None, own):
+            return Outcome(PASSED if self.dry else NOT_RUN, f"no ptxas was found but Triton's {own}")
+        only = ["-k", "nearest_code or masked_linear or invertible_linear"]
+        outcome = self.test(seconds, "ptxas", only, TRITON_PTXAS_PATH=program, TRITON_PTXAS_BLACKWELL_PATH=program)
+        outcome.summary = f"{version} instead of {own}: {outcome.summary}"
+        return outcome
 
     def bench(self, seconds: float, name: str = "bench", **options: Any) -> Outcome:
         """Measure subjects, all ops where none is named. A wrong row among those printed, or none, is a failure."""
@@ -220,14 +235,19 @@ class Check:
         """The calls under one tool of compute-sanitizer, which needs a GPU."""
         if self.dry:
             return Outcome(PASSED, "left to a GPU")
-        homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-        folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
-        program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+        program = _cuda_program("compute-sanitizer")
         if program is None:
             return Outcome(NOT_RUN, "compute-sanitizer was not found")
         command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "flowkern.bench.smoke", "--every", "4"]
         # Without torch's cache each tensor is an allocation of its own, whose ends the tool knows.
         return _judge(run(command, seconds, self.library, tool, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+
+
+def _cuda_program(name: str) -> str | None:
+    """Where a program of the CUDA toolkit lies."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def _judge(ran: Ran) -> Outcome:

@@ -31,6 +31,7 @@ LIMIT = 30000 if _backend.interpreting() else torch.inf
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 needs_native = pytest.mark.skipif(_backend.native is None, reason="the CPU extension is not built")
 
 

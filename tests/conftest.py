@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import WAYS, running
+from comparison import NEEDS_GPU, WAYS, running
 
 from flowkern._core import backend as _backend
 
@@ -63,9 +63,6 @@ def where(request: pytest.FixtureRequest) -> Iterator[str]:
     """The torch code, the C++ kernels on every instruction set, and in Triton's interpreter its kernels."""
     with running(request.param):
         yield request.param
-
-
-NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 @pytest.fixture(params=[*WAYS, pytest.param("cuda", marks=NEEDS_GPU)])

@@ -305,7 +305,7 @@ def test_gpu_check_dry_run() -> None:
     document = json.loads((gpu_check.WORK / "dry-run.json").read_text())
     assert {stage["status"] for stage in document["stages"].values()} == {"passed"}
     assert list(document["stages"]) == [
-        *("build", "origin", "smoke", "tests", "networks", "likelihood", "bench", "memcheck", "racecheck")
+        *("build", "origin", "smoke", "tests", "networks", "likelihood", "ptxas", "bench", "memcheck", "racecheck")
     ]
     assert {row["subject"] for row in document["rows"]} == {*CASES, "networks", "likelihood"}
     assert document["torch"] == torch.__version__

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from built import assert_near, built, seeded
-from comparison import running
-from conftest import NEEDS_GPU
+from comparison import NEEDS_GPU, running
 from flowkern.bench.memory import peak_extra_bytes
 
 from flowkern import models

@@ -8,12 +8,12 @@ from typing import Any
 import nearest
 import pytest
 import torch
+from comparison import NEEDS_GPU
 
 import flowkern
 from flowkern import ops
 from flowkern._core import backend as _backend
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
 pytest.importorskip("triton", reason="triton is not installed")
 
 
@@ -52,7 +52,7 @@ class TestCompiled:
 
 
 class TestOnAGPU:
-    pytestmark = on_gpu
+    pytestmark = NEEDS_GPU
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("cases", [nearest.ties, nearest.scales, nearest.not_finite])

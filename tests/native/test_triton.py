@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import NEEDS_GPU
 
 import flowkern
 from flowkern import OPS
@@ -184,11 +185,9 @@ def test_every_element_has_one_thread_place() -> None:
 
 # On a GPU
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
-
 
 class TestOnAGPU:
-    pytestmark = on_gpu
+    pytestmark = NEEDS_GPU
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_elementary_functions(self, dtype: torch.dtype) -> None:

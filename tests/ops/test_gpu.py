@@ -9,6 +9,7 @@ import pytest
 import torch
 from comparison import (
     INVERTIBLE,
+    NEEDS_GPU,
     Tensors,
     assert_accurate,
     assert_same,
@@ -28,7 +29,7 @@ import flowkern
 from flowkern import nn, ops
 from flowkern._core.op import Op, Sample
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = NEEDS_GPU
 
 DEVICE = "cuda"
 every_invertible_op = pytest.mark.parametrize("op", INVERTIBLE.values(), ids=INVERTIBLE)
