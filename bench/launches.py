@@ -11,10 +11,12 @@ import contextlib
 import csv
 import ctypes
 import io
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -59,6 +61,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.kernels: list[str] = []
+        self.launches: list[Any] = []  # of Triton's
         self.operations: list[str] = []
         self.bytes = 0
         self._sizes: dict[int, int] = {}  # by address: what a CUDA kernel is given is addresses
@@ -67,10 +70,11 @@ class Recorder(TorchDispatchMode):
     def count(self) -> Count:
         return Count(len(self.kernels), len(self.operations), self.bytes)
 
-    def kernel(self, name: str, tensors: Sequence[torch.Tensor | None]) -> None:
+    def triton_kernel(self, launch: Any) -> None:
         """Note the launch of a Triton kernel."""
-        self.kernels.append(name)
-        self.bytes += sum(t.nbytes for t in tensors if t is not None)
+        self.launches.append(launch)
+        self.kernels.append(launch.kernel.__name__)
+        self.bytes += sum(t.nbytes for t in launch.tensors if t is not None)
 
     def cuda_kernel(self, name: str, arguments: ctypes.Structure) -> None:
         """Note the launch of a CUDA kernel."""
@@ -105,6 +109,9 @@ def recorded() -> Iterator[Recorder]:
 
     recorder = Recorder()
 
+    def triton_kernel(launch: Launch) -> None:
+        recorder.triton_kernel(launch)
+
     def choose(op: str, implementations: Any, tensors: Any) -> str:
         return next(name for name in ("cuda", "triton", "torch") if name in implementations)
 
@@ -118,7 +125,7 @@ def recorded() -> Iterator[Recorder]:
         return call
 
     patches: list[Any] = [
-        mock.patch.object(Launch, "run", lambda self: recorder.kernel(self.kernel.__name__, self.tensors)),
+        mock.patch.object(Launch, "run", triton_kernel),
         mock.patch.object(nvrtc, "launch", lambda variant, arguments, **grid: recorder.cuda_kernel(variant.kernel, arguments)),
         mock.patch.object(cuda, "limits_of", return_value=(132, 232448)),
         mock.patch.object(_backend, "choose", choose),
@@ -167,48 +174,69 @@ def read_table() -> dict[tuple[str, ...], Count]:
 # --- the host's time ---
 
 
+#: Each stub has a device of its own: what is kept for a device is not taken for a real one.
+_DEVICES = itertools.count(1000)
+
+
 class StubDriver:
     """Stands in for Triton's driver, with an H100 that runs nothing."""
 
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.utils = mock.Mock(
+        self.device = self.current = next(_DEVICES)  # of the tensors, and torch's
+        self.target = GPUTarget("cuda", 90, 32)
+        self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 232448},
             load_binary=lambda *args: (1, 2, 32, 0, 1024),
+            unload_module=lambda module: None,
         )
-        self.launches: list[tuple[Any, ...]] = []
-        self.noting = False
-        self.device, self.target = 0, GPUTarget("cuda", 90, 32)
-        self.get_current_device = lambda: self.device
-        self.get_current_stream = lambda device: 7
-        self.get_current_target = lambda: self.target
+        self.launcher_cls = lambda source, metadata: _nothing
 
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """What launches a compiled kernel: the grid, stream, function, metadata, hooks, and then the kernel's arguments."""
+    def get_current_device(self) -> int:
+        return self.current
 
-        def launch(*args: Any) -> None:
-            if self.noting:
-                self.launches.append((source, *args))
+    def get_current_stream(self, device: int) -> int:
+        return 7
 
-        return launch
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def _always() -> bool:
+    return True
+
+
+def _nothing(*args: Any) -> None:
+    """Starts no kernel."""
 
 
 @contextlib.contextmanager
 def stub_driver() -> Iterator[StubDriver]:
-    """Triton kernels inside are compiled for an H100, and take CPU tensors; launches go nowhere."""
+    """Ops inside, on CPU tensors, run as on a GPU up to the driver: their Triton kernels are compiled for it, and not started."""
     from triton.runtime import driver
 
     stub, previous = StubDriver(), driver._active
+
+    def get_device(x: torch.Tensor) -> int:
+        return stub.device
+
+    patches: list[Any] = [
+        mock.patch.dict(_backend._AUTO, cpu=_backend._AUTO["cuda"]),
+        mock.patch.object(_backend, "interpreting", _always),
+        mock.patch.object(torch.Tensor, "is_cpu", False, create=True),
+        mock.patch.object(torch.Tensor, "is_cuda", True, create=True),
+        mock.patch.object(torch.Tensor, "get_device", get_device),
+    ]
     driver.set_active(stub)
-    try:
-        with mock.patch.object(_backend, "interpreting", return_value=True), flowkern.backend("triton"):
-            yield stub
-    finally:
-        driver._active = previous
+    with contextlib.ExitStack() as stack:
+        stack.callback(driver.set_active, previous)
+        for patch in patches:
+            stack.enter_context(patch)
+        yield stub
 
 
-def host_time(call: Callable[[], Any], repetitions: int = 30, calls: int = 100) -> tuple[float, float]:
+def host_time(call: Callable[[], Any], repetitions: int = 200, calls: int = 20) -> tuple[float, float]:
     """(median, least) microseconds of the host for a call."""
     times = []
     for _ in range(repetitions):
@@ -220,9 +248,9 @@ def host_time(call: Callable[[], Any], repetitions: int = 30, calls: int = 100) 
 
 
 def _couplings() -> Iterator[tuple[str, Callable[[], Any]]]:
-    x, params = torch.randn(32, 12, 16, 16), torch.randn(32, 12, 16, 16)
+    x, params = torch.randn(4, 12, 4, 4), torch.randn(4, 12, 4, 4)
     recorded_x, recorded_params = (t.clone().requires_grad_() for t in (x, params))
-    grads = torch.randn_like(x), torch.randn(32)
+    grads = torch.randn_like(x), torch.randn(4)
 
     def both() -> None:
         outputs = flowkern.ops.affine_coupling(recorded_x, recorded_params)

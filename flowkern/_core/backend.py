@@ -129,10 +129,12 @@ def choose(op: str, implementations: Mapping[str, Callable], tensors: Sequence[t
         if tensors[0].is_cpu and native is not None and "cpp" in implementations:
             return "cpp"  # what the loop below finds, without the time it takes
         for name in _AUTO.get(tensors[0].device.type, ("torch",)):
+            if name not in implementations:
+                continue
             why = reasons(name, implementations, tensors)
             if not why:
                 return name
-            if name in implementations and tensors[0].is_cuda:
+            if tensors[0].is_cuda:
                 _report(name, "; ".join(why))
     elif why := reasons(_requested, implementations, tensors):
         raise RuntimeError(f"{op}: backend {_requested!r} was asked for but cannot serve: {'; '.join(why)}")

@@ -173,12 +173,16 @@ def register(function: Callable[..., Any], *described: Any, **properties: Any) -
     OPS[function.__name__] = Op(function.__name__, function, *described, **properties)
 
 
-def _lazy_triton(target: str) -> Callable[..., Any]:
-    """``"module.function"`` of flowkern.kernels, imported at its first call: Triton is optional and slow to import."""
+def _lazy_triton(target: str, implementations: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """``"module.function"`` of flowkern.kernels, imported at its first call: Triton is optional and slow to import.
+
+    Then it takes its own place among the implementations.
+    """
     module, function = target.split(".")
 
     def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"flowkern.kernels.{module}"), function)(*args)
+        implementations["triton"] = found = getattr(importlib.import_module(f"flowkern.kernels.{module}"), function)
+        return found(*args)
 
     return launch
 
@@ -223,7 +227,7 @@ def define(
     plain = torch_ if fills else _copied(torch_, len(overload._schema.returns))
     implementations = {"torch": plain, "cpp": cpp or (lambda *args: backend.call_native(name, *args))}
     if triton:
-        implementations["triton"] = _lazy_triton(triton)
+        implementations["triton"] = _lazy_triton(triton, implementations)
     if cuda:
         implementations["cuda"] = cuda
     kernel = KERNELS[name] = Kernel(name, overload, outputs, implementations)

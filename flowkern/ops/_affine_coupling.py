@@ -154,24 +154,27 @@ _backward = define(
 class _AffineCoupling(torch.autograd.Function):
     """Saves the inputs: x is kept alive anyway by the conditioner that read a part of it.
 
-    ``outputs`` are the results, if they are known already. An output's gradient that is absent stays so: zeros in its place
-    would meet the infinity of a scale or an x that overflows, and become NaN. Only a compiled graph has zeros there, because
-    its backward is traced before anyone knows which of its outputs have a gradient.
+    ``settings`` are what ``_SCHEMA`` says after ``place``; ``outputs`` are the results, if they are known already. An output's
+    gradient that is absent stays so: zeros in its place would meet the infinity of a scale or an x that overflows, and become
+    NaN. Only a compiled graph has zeros there, because its backward is traced before anyone knows which of its outputs have a
+    gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, params: torch.Tensor, outputs: Pair | None, *configuration: Any) -> Pair:
+    def forward(
+        ctx: Any, x: torch.Tensor, params: torch.Tensor, place: torch.Tensor | None, settings: Any, outputs: Pair | None
+    ) -> Pair:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, params, configuration[0])
-        ctx.configuration = configuration[1:]
-        return _forward(x, params, *configuration) if outputs is None else outputs
+        ctx.save_for_backward(x, params, place)
+        ctx.settings = settings
+        return _forward(x, params, place, *settings) if outputs is None else outputs
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, grad_logabsdet: torch.Tensor | None) -> Any:
         x, params, place = ctx.saved_tensors
         differentiated = _differentiate if reference_differentiates(grad, grad_logabsdet) else _backward
-        grads = differentiated(x, params, grad, grad_logabsdet, place, *ctx.configuration)
-        return *grads, None, None, *(None for _ in ctx.configuration)
+        dx, dparams = differentiated(x, params, grad, grad_logabsdet, place, *ctx.settings)
+        return dx, dparams, None, None, None
 
 
 def affine_coupling(
@@ -220,12 +223,12 @@ def affine_coupling(
         leading, x, params = flatten_batch(x, params)
         y, logabsdet = affine_coupling(x, params, split=split, **kwargs)
         return y.unflatten(0, leading), logabsdet.unflatten(0, leading)
-    configuration = _configuration(x, params, split, **kwargs)
+    place, *settings = _configuration(x, params, split, **kwargs)
     if reference_runs(x):
         return reference(x, params, split=split, **kwargs)
     if recording(x, params):
-        return _AffineCoupling.apply(x, params, None, *configuration)
-    return _forward(x, params, *configuration)
+        return _AffineCoupling.apply(x, params, place, settings, None)
+    return _forward(x, params, place, *settings)
 
 
 def _configuration(
@@ -256,8 +259,8 @@ def undo(y: torch.Tensor, params: torch.Tensor, *, split: Split, inverse: bool, 
     with torch.enable_grad():
         if reference_runs(y) or y.ndim not in (2, 4):
             return x, affine_coupling(x, params, split=split, inverse=inverse, **kwargs)
-        configuration = _configuration(x, params, split, inverse=inverse, **kwargs)
-        return x, _AffineCoupling.apply(x, params, (y.detach(), -negated), *configuration)
+        place, *settings = _configuration(x, params, split, inverse=inverse, **kwargs)
+        return x, _AffineCoupling.apply(x, params, place, settings, (y.detach(), -negated))
 
 
 register(

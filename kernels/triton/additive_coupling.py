@@ -3,6 +3,7 @@
 # mypy: allow-untyped-defs
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def _grid(
     shape: tuple[int, ...], channels_last: bool, double: bool, x: Strides, shift: Strides, moved: int, split: int, inverse: bool
 ) -> Grid:
     how = grid(shape, channels_last, double, split, moved, [sample_strides(x)], [sample_strides(shift)])
-    return how._replace(keywords={**how.keywords, "INVERSE": inverse})
+    return replace(how, keywords={**how.keywords, "INVERSE": inverse})
 
 
 def _launch(

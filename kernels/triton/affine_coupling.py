@@ -8,6 +8,7 @@ scale, reads of x what the split transforms, and writes both gradients.
 # mypy: allow-untyped-defs
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,9 +151,13 @@ def _grid(
     whole: Sequence[Strides],
     parts: Sequence[Strides],
     width: int,
+    first: tuple[int, ...],
     *settings: Any,
 ) -> Grid:
-    """How to launch a kernel on tensors of x's shape and tensors of params' shape with ``width`` channels."""
+    """How to launch a kernel on tensors of x's shape and tensors of params' shape with ``width`` channels.
+
+    ``first`` are integers before the others.
+    """
     split, scale, a, b, layout, shift_first, inverse = settings
     name = LAYOUTS[layout]
     moved = width if name.startswith("pair") else width // 2
@@ -160,13 +165,13 @@ def _grid(
     how = grid(shape, channels_last, double, split, moved, [sample_strides(strides) for strides in whole], steps)
     by_map = {"KIND": KINDS[scale], "SCALE_A": a, "SCALE_B": b, "SHIFT_FIRST": shift_first, "INVERSE": inverse}
     by_layout = {"ADJACENT": adjacent, "SCALE_FIRST": name.endswith("scale_shift")}
-    return how._replace(keywords={**how.keywords, **by_map, **by_layout})
+    return replace(how, integers=(*first, *how.integers), keywords={**how.keywords, **by_map, **by_layout})
 
 
 def _forward_launch(x: torch.Tensor, params: torch.Tensor, *rest: Any) -> Launch:
     place, *settings, y, logabsdet = rest
     double = torch.float64 in (x.dtype, params.dtype)
-    how = _grid(x.shape, not y.is_contiguous(), double, (x.stride(),), (params.stride(),), params.shape[1], *settings)
+    how = _grid(x.shape, not y.is_contiguous(), double, (x.stride(),), (params.stride(),), params.shape[1], (), *settings)
     sums = logabsdet if how.tiles == 1 else logabsdet.new_empty((len(x), how.tiles))
     return Launch(forward_kernel, (x, params, place, y, sums), how)
 
@@ -177,9 +182,8 @@ def _backward_launch(
     place, *settings, dx, dparams = rest
     double = torch.float64 in (x.dtype, params.dtype)
     whole, parts = ((x if grad is None else grad).stride(), x.stride()), (params.stride(), dparams.stride())
-    how = _grid(x.shape, not dx.is_contiguous(), double, whole, parts, params.shape[1], *settings)
     step = 0 if grad_logabsdet is None else grad_logabsdet.stride(0)
-    how = how._replace(integers=(step, *how.integers))
+    how = _grid(x.shape, not dx.is_contiguous(), double, whole, parts, params.shape[1], (step,), *settings)
     return Launch(backward_kernel, (grad, grad_logabsdet, x, params, place, dx, dparams), how)
 
 
