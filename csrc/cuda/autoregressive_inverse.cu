@@ -135,7 +135,8 @@ FLOWKERN_DEVICE A scale_of(int scale, A a, A b, A u, A& log_s) {
 
 // --- the sweep ---
 
-template <class A, class W, int T>
+// scratch: where what is known lies, so that its addresses are known to be global, or shared.
+template <class A, class W, int T, bool scratch>
 struct Inverse {
   static constexpr int threads = threads_for<T>, groups = threads / T;
   static constexpr int few = 32;  // columns that one thread multiplies by itself
@@ -149,13 +150,15 @@ struct Inverse {
   int64_t sample = 0;  // the first one of the tile
   Network network{};
   const W* stream = nullptr;
-  const W* tails = nullptr;
   A a = 0, b = 0;
 
   static FLOWKERN_DEVICE void run(const Block& block, char* shared, const Arguments& in) {
     A* free = reinterpret_cast<A*>(shared);
-    A* memory = in.scratch ? static_cast<A*>(in.scratch) + block.index() * in.units * T : free;
-    if (!in.scratch) free += in.units * T;
+    A* memory = free;
+    if constexpr (scratch)
+      memory = static_cast<A*>(in.scratch) + block.index() * in.units * T;
+    else
+      free += in.units * T;
     Inverse sweep{block, in, memory, free, reinterpret_cast<W*>(free + 2 * threads * T), {}};
     for (int64_t tile = block.index(); tile * T < in.batch; tile += block.count()) sweep.whole_chain(tile * T);
   }
@@ -169,9 +172,18 @@ struct Inverse {
       a = A(load(in.constants + 2 * k));
       b = A(load(in.constants + 2 * k + 1));
       for (int p = 0; p < network.panels(); ++p) {
-        heads(p);
-        for (int step = load(network.panel(p)); step < load(network.panel(p) + 1); ++step) advance(p, step);
-        for (int i = 1; i <= network.linears(); ++i) stream += network.rows(p, i).head() + network.rows(p, i).tail();
+        int64_t head = 0, tail = 0;
+        for (int i = 1; i <= network.linears(); ++i) {
+          head += network.rows(p, i).head();
+          tail += network.rows(p, i).tail();
+        }
+        const bool staged = tail <= in.staged;
+        heads(p, staged ? tail : 0, stream + head);
+        if (staged)
+          steps<true>(p, stage);
+        else
+          steps<false>(p, stream + head);
+        stream += head + tail;
       }
       block.each([&](int thread) {
         for (int64_t item = thread; item < in.features * T; item += threads)
@@ -219,22 +231,13 @@ struct Inverse {
     });
   }
 
-  // What the rows of a panel get from all that is known before it.
-  FLOWKERN_DEVICE void heads(int p) {
+  // What the rows of a panel get from all that is known before it. Meanwhile ``size`` weights of the tails are staged.
+  FLOWKERN_DEVICE void heads(int p, int64_t size, const W* tails) {
     const W* weights = stream;
-    int64_t size = 0;
-    tails = stream;
-    for (int i = 1; i <= network.linears(); ++i) {
-      tails += network.rows(p, i).head();
-      size += network.rows(p, i).tail();
-    }
-    const bool copied = size <= in.staged;
     block.each([&](int thread) {
-      if (copied)
-        for (int64_t i = thread; i < size; i += threads) stage[i] = load(tails + i);
+      for (int64_t i = thread; i < size; i += threads) stage[i] = load(tails + i);
       start(p, thread);
     });
-    if (copied) tails = stage;
     Product<A, W> last;
     A *buffer = partial, *other = partial + threads * T;
     for (int i = 1; i <= network.linears(); ++i) {
@@ -273,18 +276,23 @@ struct Inverse {
     }
   }
 
-  // One step: the units of every layer that can be computed now, and the features that follow from them.
-  FLOWKERN_DEVICE void advance(int p, int step) {
-    const W* weights = tails;
-    for (int i = 1; i <= network.linears(); ++i) {
-      const Rows rows = network.rows(p, i);
-      const int begin = network.end(i, step), end = network.end(i, step + 1);
-      if (begin < end) finish(i, rows, begin, end, weights, common(i, rows, begin, end, weights));
-      weights += rows.tail();
+  // The steps: each computes the units of every layer that can be computed now, and the features that follow from them.
+  // Staged weights lie in shared memory, the others in global.
+  template <bool staged>
+  FLOWKERN_DEVICE void steps(int p, const W* tails) {
+    for (int step = load(network.panel(p)); step < load(network.panel(p) + 1); ++step) {
+      const W* weights = tails;
+      for (int i = 1; i <= network.linears(); ++i) {
+        const Rows rows = network.rows(p, i);
+        const int begin = network.end(i, step), end = network.end(i, step + 1);
+        if (begin < end) finish<staged>(i, rows, begin, end, weights, common<staged>(i, rows, begin, end, weights));
+        weights += rows.tail();
+      }
     }
   }
 
   // Where the rows of a step all see many units of their panel, the whole block multiplies. How far that went.
+  template <bool staged>
   FLOWKERN_DEVICE int common(int i, const Rows& rows, int begin, int end, const W* weights) {
     const int seen = rows.top - rows.known > few ? network.prefix(i, begin) : rows.known;
     if (seen - rows.known <= few) return rows.known;
@@ -293,13 +301,14 @@ struct Inverse {
       const int some = count - row < threads ? count - row : threads;
       const Product<A, W> product{weights + first + row,        rows.count(), some, seen - rows.known,
                                   values(i - 1) + int64_t(rows.known) * T, sums(i, rows) + int64_t(first + row) * T};
-      block.each([&](int thread) { multiply<A, W, T, true>(product, thread, threads, partial); });
+      block.each([&](int thread) { multiply<A, W, T, staged>(product, thread, threads, partial); });
       block.each([&](int thread) { collect<A, W, T>(product, thread, threads, partial); });
     }
     return seen;
   }
 
   // The rest of the rows' sums, and what follows from them. A place always has the same threads, so that their logs spread over all.
+  template <bool staged>
   FLOWKERN_DEVICE void finish(int i, const Rows& rows, int begin, int end, const W* weights, int from) {
     block.each([&](int thread) {
       const int s = thread % T, group = thread / T;
@@ -310,29 +319,31 @@ struct Inverse {
         const int columns = network.prefix(i, place) - from;
         A* sum = sums(i, rows) + row * T + s;
         if (i < network.linears())
-          unit(i, place, s, sum, weight, rows.count(), known, columns);
+          unit<staged>(i, place, s, sum, weight, rows.count(), known, columns);
         else
-          feature(place, s, sum, weight, rows.count(), known, columns, logs[thread]);
+          feature<staged>(place, s, sum, weight, rows.count(), known, columns, logs[thread]);
       }
     });
   }
 
+  template <bool staged>
   FLOWKERN_DEVICE void unit(int i, int place, int s, A* sum, const W* weight, int64_t stride, const A* known, int columns) {
     A v = *sum;
 #pragma unroll 4
-    for (int k = 0; k < columns; ++k) v += A(value_of(weight[k * stride])) * known[int64_t(k) * T];
+    for (int k = 0; k < columns; ++k) v += A(value_of(read_weight<staged>(weight + k * stride))) * known[int64_t(k) * T];
     if (network.added(i)) v += before(i - 2)[int64_t(place) * T + s];
     *sum = v;
     if (network.activated(i)) values(i)[int64_t(place) * T + s] = activate(network.activation(), v);
   }
 
+  template <bool staged>
   FLOWKERN_DEVICE void feature(int place, int s, const A* sum, const W* weight, int64_t stride, const A* known, int columns, A& total) {
     A u = sum[0], t = sum[T];
 #pragma unroll 4
     for (int k = 0; k < columns; ++k) {
       const A v = known[int64_t(k) * T];
-      u += A(value_of(weight[k * stride])) * v;
-      t += A(value_of(weight[k * stride + 1])) * v;
+      u += A(value_of(read_weight<staged>(weight + k * stride))) * v;
+      t += A(value_of(read_weight<staged>(weight + k * stride + 1))) * v;
     }
     A log_s;
     const A scale = scale_of(network.scale(), a, b, u, log_s), z = memory[int64_t(network.order(place)) * T + s];
@@ -346,7 +357,7 @@ struct Inverse {
 #ifdef __CUDACC_RTC__
 
 // One variant, which the compilation names.
-using Variant = Inverse<FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE>;
+using Variant = Inverse<FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE, FLOWKERN_SCRATCH>;
 static_assert(Variant::threads == FLOWKERN_THREADS, "the launcher starts other blocks");
 
 extern "C" __global__ void __launch_bounds__(Variant::threads, 1) autoregressive_inverse(const Arguments arguments) {
@@ -355,9 +366,15 @@ extern "C" __global__ void __launch_bounds__(Variant::threads, 1) autoregressive
 
 #else
 
+template <class A, class W, int T>
+using InScratch = Inverse<A, W, T, true>;
+template <class A, class W, int T>
+using InShared = Inverse<A, W, T, false>;
+
 extern "C" bool autoregressive_inverse(const Arguments& in, bool wide, bool half_weights, int64_t tile, int64_t blocks, int64_t shared,
                                        bool descending) {
-  return run_variant<Inverse>(wide, half_weights, tile, blocks, shared, descending, in);
+  return in.scratch ? run_variant<InScratch>(wide, half_weights, tile, blocks, shared, descending, in)
+                    : run_variant<InShared>(wide, half_weights, tile, blocks, shared, descending, in);
 }
 
 #endif

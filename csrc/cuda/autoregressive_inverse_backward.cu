@@ -45,7 +45,8 @@ FLOWKERN_DEVICE Instruction instruction(const int32_t* from) {
           load(from + 6), load(from + 7), load(from + 8), load(from + 9), load(from + 10), load(from + 11)};
 }
 
-template <class A, class W, int T>
+// scratch: where the units' gradients lie, so that their addresses are known to be global, or shared.
+template <class A, class W, int T, bool scratch>
 struct Backward {
   static constexpr int threads = threads_for<T>;
 
@@ -57,8 +58,11 @@ struct Backward {
 
   static FLOWKERN_DEVICE void run(const Block& block, char* shared, const Arguments& in) {
     A* free = reinterpret_cast<A*>(shared);
-    A* memory = in.scratch ? static_cast<A*>(in.scratch) + block.index() * in.units * T : free;
-    if (!in.scratch) free += in.units * T;
+    A* memory = free;
+    if constexpr (scratch)
+      memory = static_cast<A*>(in.scratch) + block.index() * in.units * T;
+    else
+      free += in.units * T;
     Backward sweep{block, in, memory, free};
     for (int64_t tile = block.index(); tile * T < in.batch; tile += block.count()) {
       sweep.sample = tile * T;
@@ -133,7 +137,7 @@ struct Backward {
 #ifdef __CUDACC_RTC__
 
 // One variant, which the compilation names.
-using Variant = Backward<FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE>;
+using Variant = Backward<FLOWKERN_VALUE, FLOWKERN_WEIGHT, FLOWKERN_TILE, FLOWKERN_SCRATCH>;
 static_assert(Variant::threads == FLOWKERN_THREADS, "the launcher starts other blocks");
 
 extern "C" __global__ void __launch_bounds__(Variant::threads, 1) autoregressive_inverse_backward(const Arguments arguments) {
@@ -142,9 +146,15 @@ extern "C" __global__ void __launch_bounds__(Variant::threads, 1) autoregressive
 
 #else
 
+template <class A, class W, int T>
+using InScratch = Backward<A, W, T, true>;
+template <class A, class W, int T>
+using InShared = Backward<A, W, T, false>;
+
 extern "C" bool autoregressive_inverse_backward(const Arguments& in, bool wide, bool half_weights, int64_t tile, int64_t blocks, int64_t shared,
                                                 bool descending) {
-  return run_variant<Backward>(wide, half_weights, tile, blocks, shared, descending, in);
+  return in.scratch ? run_variant<InScratch>(wide, half_weights, tile, blocks, shared, descending, in)
+                    : run_variant<InShared>(wide, half_weights, tile, blocks, shared, descending, in);
 }
 
 #endif

@@ -29,8 +29,11 @@ struct alignas(sizeof(A) * N) Values {
   A value[N];
 };
 
-// A bfloat16 in memory.
+// A bfloat16 and a float16 in memory.
 struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
   uint16_t bits;
 };
 
@@ -61,7 +64,8 @@ FLOWKERN_DEVICE V load(const V* from) {
 }
 FLOWKERN_DEVICE Bfloat16 load(const Bfloat16* from) { return {__ldg(&from->bits)}; }
 
-FLOWKERN_DEVICE float value_of(Bfloat16 b) { return __uint_as_float(uint32_t(b.bits) << 16); }
+FLOWKERN_DEVICE float of_bits(uint32_t bits) { return __uint_as_float(bits); }
+FLOWKERN_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 
 // The body of a __global__ function.
 template <class Kernel, class Arguments>
@@ -100,11 +104,15 @@ V load(const V* from) {
   return *from;
 }
 
-inline float value_of(Bfloat16 b) {
-  const uint32_t bits = uint32_t(b.bits) << 16;
+inline float of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
 }
 
 // All blocks, one after the other.
@@ -120,5 +128,15 @@ void run(int64_t blocks, int64_t shared, bool descending, const Arguments& argum
 
 FLOWKERN_DEVICE float value_of(float v) { return v; }
 FLOWKERN_DEVICE double value_of(double v) { return v; }
+FLOWKERN_DEVICE float value_of(Bfloat16 b) { return of_bits(uint32_t(b.bits) << 16); }
+// Exact: the exponent moves by the product, which makes normal numbers of subnormal ones. Infinity and NaN have the largest exponent.
+FLOWKERN_DEVICE float value_of(Float16 h) {
+  const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, rest = uint32_t(h.bits & 0x7fffu) << 13;
+  return rest < 0x0f800000u ? of_bits(sign | bits_of(of_bits(rest) * 0x1p112f)) : of_bits(sign | rest | 0x7f800000u);
+}
+
+FLOWKERN_DEVICE void narrow(float v, float& to) { to = v; }
+FLOWKERN_DEVICE void narrow(double v, double& to) { to = v; }
+FLOWKERN_DEVICE void narrow(float v, Bfloat16& to) { to.bits = uint16_t(bits_of(v) >> 16); }  // of a value that came from one
 
 }  // namespace flowkern

@@ -23,6 +23,12 @@ struct Product {
 };
 
 // Staged weights lie in shared memory, which the read-only cache does not serve.
+template <bool staged, class W>
+FLOWKERN_DEVICE W read_weight(const W* from) {
+  if constexpr (staged) return *from;
+  return load(from);
+}
+
 template <class A, class W, int T, bool staged>
 FLOWKERN_DEVICE void multiply(const Product<A, W>& p, int thread, int threads, A* partial) {
   constexpr int unroll = 8;  // reads that are under way together
@@ -39,7 +45,7 @@ FLOWKERN_DEVICE void multiply(const Product<A, W>& p, int thread, int threads, A
 #pragma unroll
     for (int j = 0; j < unroll; ++j) {
       const W* from = weight + j * step;
-      w[j] = k + j * slices < p.columns ? A(value_of(staged ? *from : load(from))) : A(0);
+      w[j] = k + j * slices < p.columns ? A(value_of(read_weight<staged>(from))) : A(0);
     }
 #pragma unroll
     for (int j = 0; j < unroll; ++j) {

@@ -24,7 +24,7 @@ from flowkern._core import nvrtc
 from flowkern._core.checks import accumulation_dtype
 from flowkern._core.op import Sample
 from flowkern.ops import AutoregressiveNetwork, ScaleMap
-from flowkern.ops.autoregressive import cuda, cuda_backward, definition, inverse as op
+from flowkern.ops.autoregressive import cuda, cuda_backward, cuda_gather, definition, inverse as op
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -265,7 +265,7 @@ def test_the_stream_holds_every_weight_that_counts_once(host: Host) -> None:
         used = set()
         for network in sample.args[2]:
             program = cuda._program(network.text, (False,), torch.device("cpu"))
-            numbers = program.weights.tolist()
+            numbers = program.numbers.numbers[: program.numbers.weights].tolist()
             assert len(set(numbers)) == len(numbers)
             used, start = set(numbers), 0
             for i, mask in enumerate(definition.masks(network, torch.device("cpu")), 1):
@@ -274,7 +274,60 @@ def test_the_stream_holds_every_weight_that_counts_once(host: Host) -> None:
                 seen = torch.zeros_like(mask)
                 seen[rows] = mask[rows]
                 assert {start + n for n in seen.flatten().nonzero().flatten().tolist()} <= used
-                start += mask.numel()
+                start += mask.numel() + len(mask)  # a bias lies between two weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parameters in the order of use
+
+
+@pytest.mark.parametrize("most", [96, 5, 1])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_parameters_are_gathered_from_tensors_of_any_dtype_and_strides(
+    host: Host, stored: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_gather, "SOURCES", most)
+    dtype = torch.float64 if stored is torch.float64 else torch.float32
+    others = [torch.float16, torch.bfloat16, torch.float32] if dtype is torch.float32 else [*DTYPES]
+    of_weights = [torch.bfloat16] if stored is torch.bfloat16 else others
+    half = torch.tensor(
+        [0.0, -0.0, 2.0**-24, -(2.0**-14) * 1.5, 65504.0, float("inf"), -float("inf"), 1 / 3], dtype=torch.float16
+    )
+    tensors = [
+        torch.randn(5, 4).to(of_weights[0]),
+        half[:5].to(others[0]),
+        torch.randn(12, 10)[::2, ::2].to(of_weights[-1]),
+        torch.randn(12).to(others[1])[::2],
+        torch.randn(7, 16).to(others[0])[:, 6::2],  # the term of a context
+        torch.randn(6, 3).to(of_weights[-1]).t(),
+        half[5:].repeat_interleave(2)[::2],
+    ]
+    firsts = cuda_gather.firsts_of([(4, 5, 6), (6, 3)], [True, False])
+    assert firsts == [0, 20, 25, 55, 61, 66, 84, 87]
+    draw = torch.randperm
+    matrices = [0, 2, 5]
+    weights = [torch.cat([draw(tensors[i].numel()) + firsts[i], torch.tensor([-1])]) for i in matrices]
+    biases, contexts = [draw(len(tensors[i])) + firsts[i] for i in (1, 3, 6)], [draw(5) + firsts[4]]
+    what = cuda_gather.numbers_of(weights, biases, contexts, firsts, torch.device("cpu"))
+    whole = torch.cat(
+        [tensors[4][0].double() if i == 4 else t.flatten().double() for i, t in enumerate(tensors)] + [torch.zeros(1)]
+    )
+    for numbers in (what, what._replace(numbers=what.numbers.long())):
+        found, rest = cuda_gather.gather(tensors, numbers, 7, dtype, stored, 2)
+        assert found.dtype is stored
+        assert_same(found, whole[torch.cat(weights)].to(stored))
+        assert rest.dtype is dtype
+        assert_same(rest[: what.biases], whole[torch.cat(biases)].to(dtype))
+        assert_same(rest[what.biases :].view(7, 5), tensors[4][:, contexts[0] - firsts[4]].to(dtype))
+
+
+@pytest.mark.parametrize("name", ["chain", "bfloat16-weights", "strided", "several-panels"])
+def test_more_tensors_than_a_launch_takes(host: Host, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = next(s for s in samples() if s.name == name)
+    expected = run(sample), pulled_back(sample)
+    monkeypatch.setattr(cuda_gather, "SOURCES", 2)
+    assert_same(run(sample), expected[0])
+    assert_same(pulled_back(sample), expected[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,16 +402,18 @@ def test_nan_stays_in_its_sample_in_the_backward(host: Host, name: str) -> None:
 
 @every_sample
 def test_the_backward_reads_every_weight_that_counts_once(sample: Sample) -> None:
-    program = cuda_backward._program("\n".join(network.text for network in sample.args[2]), torch.device("cpu"))
+    contexts = tuple(c is not None for c in contexts_of(sample))
+    program = cuda_backward._program("\n".join(network.text for network in sample.args[2]), contexts, torch.device("cpu"))
     start, expected = 0, set()
-    for network in sample.args[2]:
+    for network, context in zip(sample.args[2], contexts, strict=True):
         plan = op.plans(network.text)[0]
         for i, mask in enumerate(definition.masks(network, torch.device("cpu")), 1):
             rows, seen = torch.tensor(cuda.rows_of(plan, i), dtype=torch.int64), torch.zeros_like(mask)
             seen[rows] = mask[rows]
             expected |= {start + n for n in seen.flatten().nonzero().flatten().tolist()}
-            start += mask.numel()
-    counting = [n for n in program.weights.tolist() if n != start]  # which stands for a zero
+            start += mask.numel() + len(mask)
+        start += network.widths[1] if context else 0
+    counting = [n for n in program.numbers.numbers.tolist() if n >= 0]
     assert sorted(counting) == sorted(expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +17,17 @@ import torch
 import flowkern
 from flowkern import ops
 from flowkern._core import backend as _backend, nvrtc
-from flowkern.ops.autoregressive import cuda
+from flowkern.ops.autoregressive import cuda, cuda_gather
 
 H100, GPU = (9, 0), torch.device("cuda", 0)
+KINDS = ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float64))
 VARIANTS = [
-    cuda.variant(kernel, dtype, stored, tile)
+    cuda.variant(kernel, dtype, stored, tile, fits)
     for kernel in (cuda.FORWARD, cuda.BACKWARD)
-    for dtype, stored in ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.float64,) * 2)
+    for dtype, stored in KINDS
     for tile in cuda.TILES[dtype]
-]
+    for fits in (True, False)
+] + [cuda_gather.variant(*kinds) for kinds in KINDS]
 SMALL = VARIANTS[0]
 
 needs_nvrtc = pytest.mark.skipif(bool(nvrtc.missing()), reason=nvrtc.missing())
@@ -64,9 +67,19 @@ def test_what_lies_in_shared_memory_is_not_read_through_the_read_only_cache() ->
     ptx = nvrtc.compiled(SMALL, "compute_80").decode()
     source = nvrtc._sources()["autoregressive_inverse.cu"]
     headers = {name: text for name, text in nvrtc._sources().items() if name.endswith(".cuh")}
-    headers["products.cuh"] = headers["products.cuh"].replace("staged ? *from : load(from)", "load(from)")
+    headers["products.cuh"] = headers["products.cuh"].replace("if constexpr (staged) return *from;", "")
     always = nvrtc._translated(source, headers, "compute_80", SMALL.macros).decode()
     assert 0 < ptx.count("ld.global.nc") < always.count("ld.global.nc")
+
+
+@pytest.mark.slow
+@needs_nvrtc
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join([variant.kernel, *dict(variant.macros).values()]))
+def test_every_access_says_where_it_goes(variant: nvrtc.Variant) -> None:
+    """An access of which the compiler does not know whether it is of shared or of global memory takes longer."""
+    ptx = nvrtc.compiled(variant, "compute_80").decode()
+    assert re.search(r"\bld\.(global|shared)", ptx)
+    assert not re.search(r"\b(ld|st)\.(?!global|shared|param)", ptx)
 
 
 @needs_nvrtc
@@ -208,12 +221,12 @@ class Driver:
     def cuLaunchKernel(self, kernel: int, *rest: Any) -> Any:
         self.launches.append((kernel, *rest[:8]))
         address = ctypes.cast(rest[8], ctypes.POINTER(ctypes.c_void_p))[0]
-        self.arguments.append(cuda.Arguments.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(cuda.Arguments))))
+        self.arguments.append(ctypes.string_at(address, ctypes.sizeof(cuda.Arguments)))
         return (Status(0),)
 
 
 @needs_nvrtc
-def test_a_call_is_one_launch_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_two_launches_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     network = ops.AutoregressiveNetwork((1, 2, 3), ((1, 2, 2, 1),))
     tensors = [torch.randn(4, 3), torch.randn(4), torch.randn(6, 4), torch.randn(6)]
@@ -223,12 +236,12 @@ def test_a_call_is_one_launch_on_the_current_stream(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(nvrtc, "launch", lambda *given, device, **grid: launch(*given, device=GPU, **grid))
     for _ in range(2):
         cuda.forward(z, tensors, network.text, [False], x, logabsdet)
-    assert driver.attributes == [("shared", 232448, 6, 0)]
-    assert len(driver.launches) == 2
-    kernel, *grid, threads, one, two, shared, stream = driver.launches[0]
+    assert driver.attributes == [("shared", 232448, 6, 0)] * 2
+    assert [launched[:6] for launched in driver.launches] == [(6, 1, 1, 1, 256, 1), (6, 7, 1, 1, 512, 1)] * 2
+    kernel, *grid, threads, one, two, shared, stream = driver.launches[1]
     assert (kernel, *grid, threads, one, two, stream) == (6, 7, 1, 1, 512, 1, 1, 77)
     assert shared >= 2 * 512 * 4
-    arguments = driver.arguments[0]
+    arguments = cuda.Arguments.from_buffer_copy(driver.arguments[1])
     assert (arguments.z, arguments.z_row, arguments.z_column) == (z.data_ptr(), 1, 7)
     assert (arguments.x, arguments.x_row, arguments.logabsdet) == (x.data_ptr(), 3, logabsdet.data_ptr())
     assert (arguments.batch, arguments.features, arguments.networks, arguments.scratch) == (7, 3, 1, None)

@@ -1,6 +1,6 @@
 """The CUDA launcher of ``autoregressive_inverse``: the weights as a stream in the order of use, and the size of the tiles.
 
-The stream is gathered anew for each call, by one index_select. Every block reads all of it, side by side; through the
+The stream is gathered anew for each call, by one launch. Every block reads all of it, side by side; through the
 orders each of them would read the weights scattered, once for each tile.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 
 from ..._core import nvrtc
 from ..._core.checks import on_host
+from .cuda_gather import Numbers, firsts_of, gather, names_of, numbers_of
 from .network import ACTIVATIONS, Plan, plans
 from .sweep import Parameters, chain
 
@@ -26,8 +26,6 @@ __all__ = [
     "TILES",
     "Arguments",
     "forward",
-    "gather",
-    "index_of",
     "launch",
     "limits_of",
     "rows_of",
@@ -50,7 +48,6 @@ RESIDENT = 4
 FORWARD, BACKWARD = "autoregressive_inverse", "autoregressive_inverse_backward"
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
-_NAMES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "Bfloat16"}
 
 
 class Arguments(ctypes.Structure):
@@ -67,9 +64,7 @@ class Arguments(ctypes.Structure):
 class _Program(NamedTuple):
     """What does not change from call to call, on the device; networks come in the order of use, the last one first."""
 
-    weights: torch.Tensor  # numbers of the weights among those of all networks, in the order of use
-    biases: torch.Tensor
-    contexts: torch.Tensor
+    numbers: Numbers  # of the parameters, in the order of use
     table: torch.Tensor
     constants: torch.Tensor
     units: int  # values that are kept of a sample
@@ -93,26 +88,23 @@ def forward(
         return
     dtype = logabsdet.dtype
     program = _program(text, tuple(contexts), z.device)
-    given = [p for _, p in chain(tensors, text, contexts)]
-    stored = stored_as(given, dtype)
-    terms = [p.context.to(dtype) for p in given if p.context is not None]
-    packed = gather([w.flatten() for p in given for w in p.weights], program.weights, stored)
-    biases = gather([b for p in given for b in p.biases], program.biases, dtype)
-    term = torch.cat(terms, 1).index_select(1, program.contexts) if terms else biases.new_empty((0, 0))
+    limits = limits_of(z.device)
+    stored = stored_as([p for _, p in chain(tensors, text, contexts)], dtype)
+    weights, values = gather(tensors, program.numbers, len(z), dtype, stored, limits[0])
     state = z.to(dtype)
     out = x if x.dtype is dtype else torch.empty_like(x, dtype=dtype)
-    limits = limits_of(z.device)
     staged = program.staged * stored.itemsize
     tile, shared, fits = tile_of(z.shape[0], dtype, program.units, 2, staged, limits)
     blocks = min(-(-z.shape[0] // tile), RESIDENT * limits[0])
     scratch = state.new_empty(0 if fits else blocks * program.units * tile)
+    terms = values.data_ptr() + program.numbers.biases * dtype.itemsize
     arguments = Arguments(
         *(state.data_ptr(), *state.stride(), out.data_ptr(), *out.stride(), logabsdet.data_ptr()),
-        *(packed.data_ptr(), biases.data_ptr(), term.data_ptr(), term.stride(0)),
+        *(weights.data_ptr(), values.data_ptr(), terms, program.numbers.contexts),
         *(program.table.data_ptr(), program.constants.data_ptr(), None if fits else scratch.data_ptr()),
-        *(*z.shape, len(given), program.units, program.staged),
+        *(*z.shape, len(contexts), program.units, program.staged),
     )
-    launch(FORWARD, arguments, dtype, stored, tile, blocks=blocks, shared=shared, device=z.device)
+    launch(FORWARD, arguments, dtype, stored, tile, fits, blocks=blocks, shared=shared, device=z.device)
     if out is not x:
         x.copy_(out)
 
@@ -123,31 +115,27 @@ def stored_as(given: Sequence[Parameters], dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if narrow else dtype
 
 
-def gather(parts: list[torch.Tensor], index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers ``index`` of all parts, one after the other."""
-    return torch.cat([part.to(dtype) for part in parts]).index_select(0, index)
-
-
 def limits_of(device: torch.device) -> tuple[int, int]:
     """The device's multiprocessors, and the bytes of shared memory that a block can have."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def variant(kernel: str, dtype: torch.dtype, stored: torch.dtype, tile: int) -> nvrtc.Variant:
-    """The kernel that computes in ``dtype`` with weights of another, ``tile`` samples at a time."""
-    macros = {
-        "FLOWKERN_VALUE": _NAMES[dtype],
-        "FLOWKERN_WEIGHT": _NAMES[stored],
-        "FLOWKERN_TILE": str(tile),
-        "FLOWKERN_THREADS": str(TILES[dtype][tile]),
-    }
+def variant(kernel: str, dtype: torch.dtype, stored: torch.dtype, tile: int, fits: bool) -> nvrtc.Variant:
+    """The kernel that computes in ``dtype`` with weights of another, ``tile`` samples at a time.
+
+    ``fits``: what is kept of them lies in shared memory, not in a scratch buffer.
+    """
+    of_tile = {"TILE": tile, "THREADS": TILES[dtype][tile], "SCRATCH": int(not fits)}
+    macros = {**names_of(dtype, stored), **{f"FLOWKERN_{name}": str(value) for name, value in of_tile.items()}}
     return nvrtc.Variant(kernel, tuple(macros.items()))
 
 
-def launch(kernel: str, arguments: ctypes.Structure, dtype: torch.dtype, stored: torch.dtype, tile: int, **grid: Any) -> None:
+def launch(
+    kernel: str, arguments: ctypes.Structure, dtype: torch.dtype, stored: torch.dtype, tile: int, fits: bool, **grid: Any
+) -> None:
     """Start one of the kernels; ``grid``: blocks, shared and device."""
-    nvrtc.launch(variant(kernel, dtype, stored, tile), arguments, threads=TILES[dtype][tile], **grid)
+    nvrtc.launch(variant(kernel, dtype, stored, tile, fits), arguments, threads=TILES[dtype][tile], **grid)
 
 
 def tile_of(batch: int, dtype: torch.dtype, units: int, sums: int, staged: int, limits: tuple[int, int]) -> tuple[int, int, bool]:
@@ -172,7 +160,8 @@ def tile_of(batch: int, dtype: torch.dtype, units: int, sums: int, staged: int, 
 def _program(text: str, contexts: tuple[bool, ...], device: torch.device) -> _Program:
     found = plans(text)
     weights, biases, terms, tables, units, staged = [], [], [], [], [], [0]
-    starts = starts_of([plan.network.widths for plan in found], contexts)
+    firsts = firsts_of([plan.network.widths for plan in found], contexts)
+    starts = starts_of(found, contexts, firsts)
     bias_count = term_count = 0
     for plan, context, (weight, bias, term) in reversed([*zip(found, contexts, starts, strict=True)]):
         tables.append(_table(plan, bias_count, term_count if context else -1))
@@ -191,9 +180,7 @@ def _program(text: str, contexts: tuple[bool, ...], device: torch.device) -> _Pr
             weights += tails
     constants = [(plan.network.scale.a, plan.network.scale.b) for plan in reversed(found)]
     return _Program(
-        index_of(weights, device),
-        index_of(biases, device),
-        index_of(terms, device),
+        numbers_of(weights, biases, terms, firsts, device),
         torch.tensor([number for table in tables for number in table], dtype=torch.int32, device=device),
         torch.tensor(constants, dtype=torch.float64, device=device),
         _aligned(max(units)),
@@ -206,23 +193,15 @@ def _aligned(count: int) -> int:
     return -(-count // 8) * 8
 
 
-def index_of(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    index = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-    narrow = not len(index) or int(index.max()) < 2**31
-    return index.to(device, torch.int32 if narrow else torch.int64)
-
-
-def starts_of(widths: list[tuple[int, ...]], contexts: Sequence[bool]) -> Iterator[tuple[list[int], list[int], int]]:
-    """For each network where the weights and biases of its layers begin, and its context, among those of all networks."""
-    weight = bias = term = 0
-    for sizes, context in zip(widths, contexts, strict=True):
-        weights, biases = [], []
-        for columns, rows in itertools.pairwise(sizes):
-            weights.append(weight)
-            biases.append(bias)
-            weight, bias = weight + columns * rows, bias + rows
-        yield weights, biases, term
-        term += sizes[1] if context else 0
+def starts_of(
+    found: Sequence[Plan], contexts: Sequence[bool], firsts: Sequence[int]
+) -> Iterator[tuple[list[int], list[int], int]]:
+    """For each network the first numbers of the weights and biases of its layers, and of its context's term."""
+    tensor = 0
+    for plan, context in zip(found, contexts, strict=True):
+        end = tensor + 2 * plan.network.layers
+        yield [*firsts[tensor:end:2]], [*firsts[tensor + 1 : end : 2]], firsts[end]
+        tensor = end + context
 
 
 def rows_of(plan: Plan, layer: int) -> list[int]:

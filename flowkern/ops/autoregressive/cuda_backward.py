@@ -15,8 +15,9 @@ import torch
 
 from ..._core.checks import accumulation_dtype, on_host
 from . import cuda
+from .cuda_gather import Numbers, firsts_of, gather, numbers_of
 from .network import Plan, plans
-from .sweep import Parameters, Tangent, adds_to_later, chain, ends_of, linearize, parameter_gradients, unsorted
+from .sweep import Tangent, adds_to_later, chain, ends_of, linearize, parameter_gradients, unsorted
 
 __all__ = ["backward"]
 
@@ -48,7 +49,7 @@ class _Rows(NamedTuple):
 class _Program(NamedTuple):
     """What does not change from call to call, on the device; networks come in the order of use, the first one first."""
 
-    weights: torch.Tensor  # numbers of the weights among those of all networks, in the order of use; past them for a zero
+    numbers: Numbers  # of the weights, in the order of use; -1 for a zero
     instructions: torch.Tensor
     entering: torch.Tensor
     rows: list[_Rows]
@@ -74,7 +75,7 @@ def backward(
         for out in outputs:
             out.zero_()
         return
-    pairs, program = chain(tensors, text, contexts), _program(text, x.device)
+    pairs, program = chain(tensors, text, contexts), _program(text, tuple(contexts), x.device)
     grad_log = None if grad_logabsdet is None else grad_logabsdet.to(dtype)
     tangents, state = [], x.to(dtype).t()
     for k, (plan, p) in enumerate(pairs):
@@ -83,7 +84,7 @@ def backward(
     rows = state.new_empty((program.total, batch))
     entering = torch.zeros_like(state) if grad is None else grad.to(dtype).t()
     torch.cat([entering, *(part for at in tangents for part in _given(at))], out=rows[: program.given])
-    _sweep_back(rows, [p for _, p in pairs], program)
+    _sweep_back(rows, tensors, cuda.stored_as([p for _, p in pairs], dtype), program)
     for (plan, p), (_, outs), at, place in zip(pairs, chain(outputs, text, contexts), tangents, program.rows, strict=True):
         layers = range(plan.network.layers + 1)
         deltas = [rows[place.deltas[i] : place.deltas[i] + ends_of(plan, i, plan.depth)] for i in layers]
@@ -98,35 +99,32 @@ def _given(at: Tangent) -> Iterator[torch.Tensor]:
     yield from (slope for slope in at.slopes if slope is not None)
 
 
-def _sweep_back(rows: torch.Tensor, given: Sequence[Parameters], program: _Program) -> None:
-    stored = cuda.stored_as(given, rows.dtype)
-    weights = [w.flatten() for p in given for w in p.weights]
-    packed = cuda.gather([*weights, weights[0].new_zeros(1)], program.weights, stored)
+def _sweep_back(rows: torch.Tensor, tensors: Sequence[torch.Tensor], stored: torch.dtype, program: _Program) -> None:
     batch, limits = rows.shape[1], cuda.limits_of(rows.device)
+    weights, _ = gather(tensors, program.numbers, batch, rows.dtype, stored, limits[0])
     tile, shared, fits = cuda.tile_of(batch, rows.dtype, program.units, 1, 0, limits)
     blocks = min(-(-batch // tile), cuda.RESIDENT * limits[0])
     scratch = rows.new_empty(0 if fits else blocks * program.units * tile)
     arguments = Arguments(
-        *(t.data_ptr() for t in (rows, packed, program.instructions, program.entering)),
-        *(None if fits else scratch.data_ptr(), batch, len(program.entering) // len(given)),
+        *(t.data_ptr() for t in (rows, weights, program.instructions, program.entering)),
+        *(None if fits else scratch.data_ptr(), batch, len(program.entering) // len(program.rows)),
         *(len(program.instructions), program.units),
     )
-    cuda.launch(cuda.BACKWARD, arguments, rows.dtype, stored, tile, blocks=blocks, shared=shared, device=rows.device)
+    cuda.launch(cuda.BACKWARD, arguments, rows.dtype, stored, tile, fits, blocks=blocks, shared=shared, device=rows.device)
 
 
 @functools.lru_cache(maxsize=64)
 @on_host()
-def _program(text: str, device: torch.device) -> _Program:
+def _program(text: str, contexts: tuple[bool, ...], device: torch.device) -> _Program:
     found = plans(text)
     rows, given, count = _rows(found)
-    starts = [weights for weights, _, _ in cuda.starts_of([plan.network.widths for plan in found], [False] * len(found))]
-    zero = sum(a * b for plan in found for a, b in itertools.pairwise(plan.network.widths))
+    firsts = firsts_of([plan.network.widths for plan in found], contexts)
     listings: list[_Listing] = []
-    for k, (plan, place, start) in enumerate(zip(found, rows, starts, strict=True)):
-        listings.append(_Listing(plan, place, start, zero, k * plan.network.features, sum(part.size for part in listings)))
+    for k, (plan, place, starts) in enumerate(zip(found, rows, cuda.starts_of(found, contexts, firsts), strict=True)):
+        listings.append(_Listing(plan, place, starts[0], k * plan.network.features, sum(part.size for part in listings)))
     numbers = [n for listing in listings for instruction in listing.instructions for n in instruction]
     return _Program(
-        cuda.index_of([part for listing in listings for part in listing.numbers], device),
+        numbers_of([part for listing in listings for part in listing.numbers], [], [], firsts, device),
         torch.tensor(numbers, dtype=torch.int32).view(-1, _INSTRUCTION).to(device),
         torch.tensor([*_entering(found, rows)], dtype=torch.int32).to(device),
         *(rows, given, count, max(listing.units for listing in listings)),
@@ -165,8 +163,8 @@ def _entering(found: Sequence[Plan], rows: Sequence[_Rows]) -> Iterator[int]:
 class _Listing:
     """The instructions of one network, and the numbers of the weights that they read one after the other."""
 
-    def __init__(self, plan: Plan, rows: _Rows, starts: Sequence[int], zero: int, entering: int, size: int):
-        self.plan, self.rows, self.starts, self.zero, self.entering = plan, rows, starts, zero, entering
+    def __init__(self, plan: Plan, rows: _Rows, starts: Sequence[int], entering: int, size: int):
+        self.plan, self.rows, self.starts, self.entering = plan, rows, starts, entering
         self.first, self.size = size, 0
         self.instructions: list[tuple[int, ...]] = []
         self.numbers: list[torch.Tensor] = []
@@ -233,6 +231,6 @@ class _Listing:
             numbers = (
                 self.starts[layer] + self.plan.network.widths[layer] * to + torch.tensor(units[columns.start : columns.stop])
             )
-            self.numbers.append(numbers.masked_fill_(~visible, self.zero).flatten())
+            self.numbers.append(numbers.masked_fill_(~visible, -1).flatten())
             self.size += len(rows) * len(columns)
         return start
