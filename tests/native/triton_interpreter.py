@@ -14,14 +14,14 @@ import nearest
 import pytest
 import torch
 from comparison import DTYPES, LIMIT, assert_accurate, assert_same, check, every_op, results, samples, serves
-from flowkern.kernels import _coupling, nearest_code
+from flowkern.kernels import _coupling, masked_linear, nearest_code
 
 import flowkern
 from flowkern import OPS
 from flowkern._core import backend as _backend
 from flowkern._core.op import Op, Sample
 from flowkern._core.split import moved_channels
-from flowkern.ops import FeatureMask, ScaleMap, affine_coupling
+from flowkern.ops import DegreeMask, FeatureMask, ScaleMap, affine_coupling
 
 COUPLINGS = ("affine_coupling", "additive_coupling")
 
@@ -239,6 +239,60 @@ def test_nearest_code_of_several_tiles_and_chunks(
     x[-1] = codebook[290] + 1e-3
     assert 0 < assert_nearest(x, codebook.to(torch.bfloat16), "euclidean") < rows
     canaries.assert_alive()
+
+
+#: How degrees of outputs and of inputs come, and whether the mask is strict; those that are not sorted are gathered.
+ORDERS: dict[str, tuple[Any, Any, bool]] = {
+    "sorted": (torch.sort, torch.sort, False),
+    "strict": (torch.sort, torch.sort, True),
+    "rows": (None, torch.sort, False),
+    "columns": (torch.sort, None, True),
+    "neither": (None, None, False),
+}
+
+
+def masked_problem(sizes: tuple[int, int, int], order: str, dtype: torch.dtype) -> Sample:
+    """Some outputs see nothing, some see all, and many have the same degree. What is masked is NaN."""
+    batch, inputs, outputs = sizes
+    *sorts, strict = ORDERS[order]
+    degrees = (torch.randint(-inputs // 8, inputs + inputs // 8, (n,)) // 3 for n in (outputs, inputs))
+    mask = DegreeMask(*(d if sort is None else sort(d)[0] for sort, d in zip(sorts, degrees, strict=True)), strict=strict)
+    weight = randn(outputs, inputs, dtype=dtype).masked_fill(~mask.dense(), torch.nan)
+    return Sample(f"{sizes}", (randn(batch, inputs, dtype=dtype), weight, randn(outputs, dtype=dtype), mask))
+
+
+# The ends of blocks and of steps: at them, a neighbour before and after, and where 16 bytes are a piece or not.
+@pytest.mark.parametrize(
+    ("order", "dtype"),
+    [
+        (order, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        for order in ORDERS
+        if (order == "sorted") | (dtype.itemsize == 2)
+    ],
+    ids=str,
+)
+def test_masked_linear_at_the_ends_of_blocks(
+    order: str, dtype: torch.dtype, launches: list[_coupling.Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = order in ("sorted", "strict")
+    for sizes in ((70, 136, 200), (64, 64, 64), (1, 65, 127), (17, 60, 4)):
+        launches.clear()
+        check(OPS["masked_linear"], masked_problem(sizes, order, dtype))
+        unit = 16 // dtype.itemsize
+        whole = pieces and not any(n % unit for n in sizes[1:])
+        assert {launch.grid.keywords["UNIT"] for launch in launches[1:]} == {unit if whole else 1}, sizes
+    monkeypatch.setattr(masked_linear, "_MULTIPROCESSORS", 1)  # as if these were more than there are multiprocessors
+    check(OPS["masked_linear"], masked_problem((130, 136, 264), order, dtype))
+
+
+def test_masked_linear_of_any_memory() -> None:
+    """Pieces of 16 bytes are read where they lie so, and nowhere else."""
+    _, weight, bias, mask = masked_problem((9, 64, 72), "sorted", torch.float32).args
+    base = randn(9 * 64 + 1)
+    for given in (base[1:].view(9, 64), base.as_strided((9, 64), (1, 9)), randn(9, 66)[:, :64], randn(1, 64).expand(9, 64)):
+        for matrix in (weight, weight.t().contiguous().t(), torch.nn.functional.pad(weight, (3, 0))[:, 3:]):
+            check(OPS["masked_linear"], Sample("", (given, matrix, bias, mask)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

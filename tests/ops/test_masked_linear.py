@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import torch
-from comparison import assert_refused, assert_threads_do_not_matter, check, every_dtype, needs_native, results
+import torch.nn.functional as F
+from comparison import assert_refused, assert_threads_do_not_matter, check, every_dtype, needs_native, output_gradients, results
 
 from flowkern import OPS, nn, ops
 from flowkern._core import backend as _backend
 from flowkern._core.op import Sample
-from flowkern.ops import DegreeMask
+from flowkern.ops import DegreeMask, _masked_linear
 
 KINDS = ("sorted", "unsorted", "strict")
 SIZES = [(1, 1, 1), (5, 4, 3), (3, 1, 20), (17, 33, 50), (70, 20, 100), (2, 100, 13)]  # batch, inputs, outputs
@@ -146,16 +148,94 @@ def test_same_bits_for_any_number_of_threads(kind: str) -> None:
 
 
 @pytest.mark.skipif(_backend.interpreting(), reason="Triton compiles nothing in its interpreter")
-@pytest.mark.parametrize("dtypes", ["bfloat16", "float16"])
-def test_half_precision_runs_on_tensor_cores(dtypes: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "product"),
+    [
+        ("sm_90", "wgmma.mma_async"),
+        pytest.param("sm_80", "mma.sync", marks=pytest.mark.slow),
+        pytest.param("sm_100", "tcgen05.mma", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("dtypes", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_half_precision_runs_on_tensor_cores(dtypes: str, target: str, product: str) -> None:
+    """Blocks come in asynchronous copies of 16 bytes; element by element come what is one for each unit, and no block."""
     pytest.importorskip("triton")
     from flowkern.kernels.compile import compile_launch, problems
     from flowkern.kernels.masked_linear import compile_cases
 
-    for name, launch in compile_cases((64, 784, 1024), True, dtypes):
-        build = compile_launch(launch, "sm_90")
-        assert problems(build) == [], name
-        assert "wgmma.mma_async" in build.assembly, name
+    for size in ((64, 784, 1024), (4096, 2048, 1536))[: 2 if target == "sm_90" else 1]:
+        for name, launch in compile_cases(size, True, dtypes):
+            build = compile_launch(launch, target)
+            assert problems(build) == [], name
+            assert product in build.assembly, name
+            copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*, (?:0x)?([0-9a-f]+), ", build.assembly)
+            assert len(copies) >= 8, name
+            assert {int(size, 16) for size in copies} == {16}, name
+            elements = re.findall(r"ld\.global(?:\.\w+)*\.[bu]16", build.assembly)
+            assert len(elements) <= (4 if name == "forward" else 0), name
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_autocast_lowers_as_it_does_linear(dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: y is in autocast's dtype, gradients are in those of the inputs, and values those of lowered inputs."""
+    monkeypatch.setattr(_masked_linear, "_LOWERED_ON", {"cpu"})
+    x, weight, bias, mask = problem((9, 40, 24))
+    call = [t.requires_grad_() for t in (x.to(dtypes[0]), weight.to(dtypes[1]), bias)]
+    lowered = [x.to(dtypes[0]).bfloat16(), weight.to(dtypes[1]).bfloat16(), bias]
+    expected = results(ops.masked_linear, Sample("", (*lowered, mask)))
+    for function in (ops.masked_linear, OPS["masked_linear"].reference):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = function(*call, mask)
+            assert y.dtype is F.linear(call[0], call[1]).dtype is torch.bfloat16
+            doubles = function(x.double(), weight, bias, mask)
+        assert doubles.dtype is torch.float64
+        assert torch.equal(doubles, function(x.double(), weight, bias, mask))
+        grads = torch.autograd.grad(y, call, output_gradients((y,))[0].to(y.dtype))
+        assert [g.dtype for g in grads] == [t.dtype for t in call]
+        for actual, other in zip((y, *grads), expected, strict=True):
+            torch.testing.assert_close(actual.float(), other.float(), rtol=2**-7, atol=1e-2)
+
+
+def test_autocast_leaves_a_cpu_alone() -> None:
+    x, weight, bias, mask = problem((9, 40, 24))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.masked_linear(x, weight, bias, mask)
+    assert torch.equal(y, ops.masked_linear(x, weight, bias, mask))
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_mask_of_the_same_degrees_is_made_once(readable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one reads the degrees and copies tables to their device, for which a GPU would be waited for."""
+    made: list[DegreeMask] = []
+    build = DegreeMask.__init__
+    monkeypatch.setattr(DegreeMask, "__init__", lambda self, *a, **k: (made.append(self), build(self, *a, **k))[1])
+    monkeypatch.setattr(_masked_linear, "_masks", {})
+    if not readable:  # as on a GPU
+        monkeypatch.setattr(_masked_linear, "_version", lambda degrees: (id(degrees), degrees._version))
+    x, weight, out, into = torch.randn(2, 4), torch.randn(5, 4), torch.tensor([3, 1, 2, 0, 5]), torch.tensor([2, 1, 4, 1])
+
+    def agrees(masks: int, strict: bool = False) -> None:
+        seen = out[:, None] > into if strict else out[:, None] >= into
+        torch.testing.assert_close(ops.masked_linear(x, weight, None, out, into, strict=strict), x @ (weight * seen).t())
+        assert len(made) == masks
+
+    agrees(1)
+    agrees(1)
+    agrees(2, strict=True)
+    agrees(2)
+    out.add_(1)
+    agrees(3)
+    if readable:
+        out.numpy()[2] = 0  # of which torch knows nothing
+        agrees(4)
+    others = [out + i for i in range(1, 21)]
+    for i, other in enumerate(others, len(made) + 1):
+        ops.masked_linear(x, weight, None, other, into)
+        assert len(made) == i
+    assert len(_masked_linear._masks) == 8
 
 
 def test_a_mask_moves_and_is_copied() -> None:
