@@ -20,14 +20,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .._core.checks import accumulation_dtype, check_floating, check_tensor
-from .._core.op import Law, Output, Sample, define, normal, recording, reference_runs, register
+from .._core.checks import accumulation_dtype, check_floating, check_tensor, has_values
+from .._core.op import Law, Output, Sample, define, normal, observed, recording, reference_runs, register, transformed
 from .._core.reference import differentiate, outside_autocast, reference_differentiates
 from .autoregressive.degrees import DegreeMask, dense_mask
 
 __all__ = ["DegreeMask", "masked_linear"]
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+#: Where autocast lowers the dtype as it does that of ``F.linear``. A CPU multiplies float32 faster than half precision.
+_LOWERED_ON = {"cuda"}
 
 
 @outside_autocast
@@ -48,6 +51,7 @@ def reference(
     strict: bool = False,
 ) -> torch.Tensor:
     """The definition in plain torch: the weights that are masked are replaced by zeros, whatever they are."""
+    x, weight = _lowered(x, weight, bias)
     return _reference(x, weight, bias, *_as_mask(out_degrees, in_degrees, strict).indices)
 
 
@@ -187,11 +191,45 @@ def _differentiate(
     return dx, dweight, dbias[0] if dbias else None
 
 
+def _lowered(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and W in the dtype that autocast has products in. It leaves float64 alone; and b, which is only added, is kept."""
+    kind = x.device.type
+    if kind not in _LOWERED_ON or not torch.is_autocast_enabled(kind) or accumulation_dtype(x, weight, bias) is torch.float64:
+        return x, weight
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), weight.to(dtype)
+
+
+#: The masks made last of degrees that came as tensors, each with these tensors: then no others can have their place in memory.
+_masks: dict[Any, tuple[DegreeMask, torch.Tensor, torch.Tensor]] = {}
+
+
+def _version(degrees: torch.Tensor) -> Any:
+    """What tells whether degrees are others than before: their values, or where reading them waits, their own version."""
+    return tuple(degrees.tolist()) if degrees.is_cpu else (id(degrees), degrees._version)
+
+
+def _mask_of(out_degrees: torch.Tensor, in_degrees: torch.Tensor, strict: bool) -> DegreeMask:
+    """The mask of these degrees. Only the first of many calls with the same tensors has a GPU waited for."""
+    given = (out_degrees, in_degrees)
+    if any(not isinstance(t, torch.Tensor) or t.ndim != 1 or t.is_floating_point() or t.is_inference() for t in given):
+        return DegreeMask(*given, strict=strict)
+    if observed(given) or transformed() or not all(map(has_values, given)):
+        return DegreeMask(*given, strict=strict)
+    key = (out_degrees.device, *map(_version, given), strict)
+    if key not in _masks:
+        mask = DegreeMask(*given, strict=strict)
+        while len(_masks) >= 8:
+            _masks.pop(next(iter(_masks)), None)
+        _masks[key] = mask, *given
+    return _masks[key][0]
+
+
 def _as_mask(out_degrees: torch.Tensor | DegreeMask, in_degrees: torch.Tensor | None, strict: bool) -> DegreeMask:
     if not isinstance(out_degrees, DegreeMask):
         if in_degrees is None:
             raise TypeError("in_degrees: expected an integer tensor, got NoneType")
-        return DegreeMask(out_degrees, in_degrees, strict=strict)
+        return _mask_of(out_degrees, in_degrees, strict)
     if in_degrees is not None or strict:
         raise ValueError("in_degrees, strict: expected neither beside a DegreeMask, which holds them")
     return out_degrees
@@ -215,14 +253,15 @@ def masked_linear(
         x: (..., I), any strides; float64, float32, bfloat16 or float16.
         weight: W, (O, I). May differ from x in floating dtype, as may bias.
         bias: b, (O,), or None.
-        out_degrees: (O,) integers, or a ``DegreeMask`` that was prepared once: then nothing is sorted anew, a GPU is not
-            waited for, and ``torch.compile`` needs no graph break.
+        out_degrees: (O,) integers, or a ``DegreeMask`` that was prepared once, for which ``torch.compile`` needs no graph
+            break. Of the same tensors it is prepared once too: the first call waits for a GPU, and a CUDA graph takes others.
         in_degrees: (I,) integers; not given with a ``DegreeMask``.
         strict: > instead of >=, for the last layer of a MADE.
 
     Returns:
-        y, (..., O), in the dtype of x, also under autocast; sums are in float64 if any input is, else in float32.
-        A NaN in x reaches the outputs of its sample that see it, and no others; of the torch backend all of its sample.
+        y, (..., O), in the dtype of x; under autocast on a GPU in that of autocast, as ``F.linear`` has it. Sums are in
+        float64 if any input is, else in float32. A NaN in x reaches the outputs of its sample that see it, and on a CPU no
+        others; on a GPU it may reach more of its sample, and of the torch backend all.
 
     Raises:
         TypeError: an input that is not a floating tensor, degrees that are not integer tensors.
@@ -242,6 +281,7 @@ def masked_linear(
     if x.ndim != 2:
         y = masked_linear(x.reshape(-1, x.shape[-1]), weight, bias, mask)
         return y.view(*x.shape[:-1], mask.out_features)
+    x, weight = _lowered(x, weight, bias)
     # A compiler would rather see one product than panels.
     if reference_runs(x, own_torch=bool(mask.panels) and not torch.compiler.is_compiling()):
         return _reference(x, weight, bias, *mask.indices)
