@@ -9,7 +9,33 @@ out: ``tl.maximum`` and its like would drop it, comparisons inside ``tl.where`` 
 import triton
 import triton.language as tl
 
-__all__ = ["atan", "exp", "expm1", "log1p", "narrow", "reciprocal", "scale_map", "tanh"]
+__all__ = ["atan", "exp", "expm1", "exponential", "log1p", "narrow", "reciprocal", "scale_map", "tanh"]
+
+
+@triton.jit
+def exponential(x):
+    # exp(x) as a power of two and a number near 0, exp(x) = power (1 + less_one): for -87 <= x <= 88, or 700 in float64.
+    if x.dtype == tl.float64:
+        t = tl.fma(x, 1.4426950408889634, 6755399441055744.0)  # as below
+        n = t - 6755399441055744.0
+        r = tl.fma(n, -1.90821492927058770002e-10, tl.fma(n, -6.93147180369123816490e-01, x))
+        p = tl.zeros_like(r) + 1.0
+        for i in tl.static_range(0, 12):
+            p = tl.fma(p * r, 1.0 / (13 - i), 1.0)
+        power = ((t.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
+        less_one = r * p
+    else:
+        # Adding 1.5 * 2**23 rounds to an integer, and leaves it in the low bits of the sum.
+        t = tl.fma(x, 1.4426950408889634, 12582912.0)
+        n = t - 12582912.0
+        r = tl.fma(n, 1.904654323148236e-09, tl.fma(n, -0.693147182464599609375, x))  # the inner one is exact
+        p = tl.fma(r, 1.3950586438532637e-3, 8.368953223565857e-3)
+        p = tl.fma(p, r, 4.166620438476464e-2)
+        p = tl.fma(p, r, 1.6666518309979017e-1)
+        p = tl.fma(p, r, 0.5)
+        power = ((t.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
+        less_one = tl.fma(r * r, p, r)
+    return power, less_one
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import nearest
 import pytest
 import torch
 from comparison import DTYPES, LIMIT, assert_accurate, assert_same, check, every_op, results, samples, serves
-from flowkern.kernels import _coupling, masked_linear, nearest_code
+from flowkern.kernels import _coupling, discretized_logistic_mixture as mixture, masked_linear, nearest_code
 
 import flowkern
 from flowkern import OPS
@@ -39,12 +39,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[_coupling.Launch]:
     return seen
 
 
-# Where they are not one for each kernel: the gradient of x, and the sum that those of W and b follow from, are two; the
-# gradient comes with the values; a search prepares, screens, decides and looks again.
+# Where they are not one for each kernel: the gradient of x, and the sum that those of W and b follow from, are two; a search
+# prepares, screens, decides and looks again.
 LAUNCHES = {
     "invertible_linear": 3,
     "masked_linear": 3,
-    "discretized_logistic_mixture": 1,
     "nearest_code": 4,
     "vector_quantize": 4,
 }
@@ -67,10 +66,30 @@ def test_launches_write_outputs_whole_and_nothing_else(op: Op, launches: list[_c
     canaries.assert_alive()
 
 
-def test_the_mixture_of_float16_computes_its_gradient_apart(launches: list[_coupling.Launch]) -> None:
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("components", [1, 2, 3, 4, 5, 10])
+def test_components_of_the_mixture_that_share_a_pixel(
+    components: int, channels_last: bool, launches: list[Any], canaries: Any
+) -> None:
+    """One, two or four threads of a pixel, with and without a remainder, and the gradient of the sum with the values."""
     op = OPS["discretized_logistic_mixture"]
-    results(op.function, samples(op, torch.float16)[0])
-    assert len(launches) == 2
+    params = randn(2, 10 * components, 5, 7)
+    params = params.to(memory_format=torch.channels_last) if channels_last else params
+    x = torch.randint(256, (2, 3, 5, 7)).float()
+    check(op, Sample("", (x, params)))
+    rows = launches[0].keywords()["COMPONENTS"]
+    assert rows == (min(4, 1 << (components - 1).bit_length()) if channels_last and components > 1 else 2 - components % 2)
+    with_ones, of_sum = (op.kernels[1](x, params, grad, 256, False) for grad in (torch.ones(2), None))
+    assert_same(of_sum, with_ones)
+    canaries.assert_alive()
+
+
+def test_offsets_of_the_mixture_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too large to try: the kernel that would be used there, on sizes that can be."""
+    constants = mixture.constants
+    monkeypatch.setattr(mixture, "constants", lambda *a, **k: {**constants(*a, **k), "WIDE": True})
+    for sample in samples(OPS["discretized_logistic_mixture"], limit=LIMIT)[:3]:
+        check(OPS["discretized_logistic_mixture"], sample)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
