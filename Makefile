@@ -5,7 +5,7 @@ PYTHON ?= python3
 READY := $(VENV)/.ready
 OUT ?= runs/demo
 
-.PHONY: help demo check test lint bench gpu-check clean
+.PHONY: help demo check test lint ptx bench gpu-check clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ lint: $(READY)  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+ptx: $(READY)  ## execute every GPU kernel from its PTX on the CPU; ARGS="--targets sm_90 --options shuffle=1"
+	$(PY) tests/ptx/every_kernel.py $(ARGS)
 
 bench: $(READY)  ## time, memory and the ratios to eager and torch.compile of every op
 	$(PY) -m bench --csv

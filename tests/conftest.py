@@ -14,6 +14,9 @@ from comparison import NEEDS_GPU, WAYS, running
 
 from flowkern._core import backend as _backend
 
+#: Whether Triton's own interpreter runs the kernels, and not their PTX as in ``ptx/``.
+INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
@@ -23,7 +26,7 @@ def _seeded() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter_at_its_fastest() -> None:
     """Spares Triton's interpreter what changes no result and takes half of its time."""
-    if not _backend.interpreting():
+    if not INTERPRETER:
         return
     import triton.language as tl
     from triton.runtime import interpreter
@@ -46,14 +49,15 @@ def _interpreter_at_its_fastest() -> None:
 
 @pytest.fixture(autouse=True)
 def _in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In Triton's interpreter (see ``test_triton.py``) every op runs its Triton kernels."""
+    """Where Triton kernels run on CPU tensors, in its interpreter (see ``test_triton.py``) or from PTX, every op runs them."""
     if not _backend.interpreting():
         yield
         return
-    from flowkern.kernels import nearest_code
+    if INTERPRETER:
+        from flowkern.kernels import nearest_code
 
-    # The definition for many codes at once: the interpreter takes its time for each operation, whatever its size.
-    monkeypatch.setattr(nearest_code, "_PER_WARP", 2**14)
+        # The definition for many codes at once: the interpreter takes its time for each operation, whatever its size.
+        monkeypatch.setattr(nearest_code, "_PER_WARP", 2**14)
     with _backend.backend("triton"):
         yield
 

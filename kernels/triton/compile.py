@@ -44,6 +44,7 @@ __all__ = [
     "op_names",
     "pairwise",
     "problems",
+    "source",
     "streaming_problems",
 ]
 
@@ -90,7 +91,7 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         yield {name: factors[name][row[name][1]] for name in names}
 
 
-def _source(launch: Any) -> tuple[ASTSource, dict[str, Any]]:
+def source(launch: Any) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton would compile for this launch, specialized on its arguments as a real launch is, and its options."""
     names, keywords = launch.kernel.arg_names, launch.keywords()
     values = dict(zip(names, launch.arguments(), strict=False))
@@ -104,7 +105,7 @@ def _source(launch: Any) -> tuple[ASTSource, dict[str, Any]]:
             signature[name] = _POINTERS[value.dtype]
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if special and (isinstance(value, torch.Tensor) or value % 16 == 0):
+        if special and (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:  # 0 without data
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in keywords.items() if name not in names}
     return ASTSource(launch.kernel, signature, constants, attributes), options
@@ -146,10 +147,10 @@ def _resources(compiled: Any) -> tuple[int, int]:
 
 def compile_launch(launch: Any, target: str) -> Build:
     """Compile ``launch`` for one of TARGETS. Raises TypeError if the launch gives the kernel what it does not take."""
-    source, options = _source(launch)
+    code, options = source(launch)
     if surplus := options.keys() - {"num_warps", "num_stages", "enable_fp_fusion"}:
         raise TypeError(f"{launch.kernel.__name__} takes no {', '.join(sorted(surplus))}")
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    compiled = triton.compile(code, target=TARGETS[target], options=options)
     tensors = [t for t in launch.arguments() if isinstance(t, torch.Tensor)]
     return Build(
         target,

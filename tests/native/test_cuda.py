@@ -353,15 +353,20 @@ def pulled_back(
     return [dz, *found]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tile"), EVERY_TILE, ids=str)
-def test_the_backward_is_accurate(host: Host, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_tile(monkeypatch, tile)
+def assert_pulled_back_right(dtype: torch.dtype) -> None:
+    """As ``assert_right``, of the gradients."""
     for sample in samples(dtype):
         exact, plain = pulled_back(sample, op._torch_backward, torch.float64), pulled_back(sample, op._torch_backward)
         for actual, truth, same_dtype in zip(pulled_back(sample), exact, plain, strict=True):
             assert actual.dtype is same_dtype.dtype
             assert_accurate(actual, truth, same_dtype, ulps=64 if dtype is torch.float64 else 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tile"), EVERY_TILE, ids=str)
+def test_the_backward_is_accurate(host: Host, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tile(monkeypatch, tile)
+    assert_pulled_back_right(dtype)
 
 
 @pytest.mark.slow
