@@ -1,7 +1,7 @@
 """All kernels executed from their PTX: ``python tests/ptx/every_kernel.py [--targets sm_90] [--options shuffle=1,seed=7]``.
 
-It runs by the plugin ``on_ptx`` what Triton's interpreter runs, and the tests of csrc/cuda; prints how often each
-kernel was launched, and fails if a test does or a launch has a note.
+It runs by the plugin ``on_ptx`` what Triton's interpreter runs, csrc/cuda, the certified index with truncated sums, and kernels
+with a barrier, wait or fence left out. It prints how often each kernel was launched, and fails if a test does or one has a note.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ ROOMS = {
     "kernels": (str(TESTS / "native" / "triton_interpreter.py"),),
     "ops": ("-m", "everywhere", str(TESTS / "ops")),
     "csrc/cuda": (str(HERE / "cuda_kernels.py"),),
+    "truncated": (str(HERE / "truncated_sums.py"),),
+    "left out": (str(HERE / "left_out.py"),),
 }
 
 

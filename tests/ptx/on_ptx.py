@@ -40,8 +40,8 @@ class Run(NamedTuple):
     tensors: tuple[torch.Tensor, ...]
     grid: dict[str, int]
 
-    def execute(self, module: Module, options: Options = OPTIONS) -> Launched:
-        return module.launch(self.kernel, self.parameters, self.tensors, options=options, **self.grid)
+    def execute(self, module: Module, options: Options | None = None) -> Launched:
+        return module.launch(self.kernel, self.parameters, self.tensors, options=options or OPTIONS, **self.grid)
 
 
 class Log:

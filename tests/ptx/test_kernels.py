@@ -9,13 +9,11 @@ from every_kernel import HERE, TESTS, run
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(executor.missing()), reason=executor.missing())]
 
-#: The target, files, and which tests: a product on the tensor cores of Hopper, a coupling, and csrc/cuda.
+INTERPRETED = str(TESTS / "native" / "triton_interpreter.py")
+#: The target, files, and which tests: products on the tensor cores of Hopper, a coupling, barriers left out; and csrc/cuda.
 SAMPLES = {
-    "triton": (
-        "sm_90",
-        (str(TESTS / "native" / "triton_interpreter.py"),),
-        "(several_tiles_and_chunks and large) or many_samples",
-    ),
+    "triton": ("sm_90", (INTERPRETED,), "(several_tiles_and_chunks and large) or many_samples"),
+    "faults": ("sm_90", (str(HERE / "left_out.py"), str(HERE / "truncated_sums.py")), "product_kernel or (certified and 15)"),
     "cuda": ("sm_90", (str(HERE / "cuda_kernels.py"),), "float32-16 and small"),
 }
 
