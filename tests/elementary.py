@@ -26,6 +26,12 @@ def _apply(p_x, p_y, N, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
         y = lang.tanh(x)
     elif FUNCTION == "atan":
         y = lang.atan(x)
+    elif FUNCTION == "log":
+        y = lang.log(x)
+    elif FUNCTION == "quotient":
+        y = lang.quotient(x, 3.0 + x)
+    elif FUNCTION == "divide":
+        y = lang.divide(x, 255.0)
     else:
         y = lang.reciprocal(x)
     tl.store(p_y + o, y, mask=o < N)
@@ -47,6 +53,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
     "expm1": (mpmath.expm1, torch.cat([torch.linspace(-30, 5, 500, dtype=torch.float64), -logarithmic(-30, 0)])),
     "tanh": (mpmath.tanh, torch.cat([torch.linspace(-25, 25, 500, dtype=torch.float64), logarithmic(-30, 1)])),
     "atan": (mpmath.atan, torch.cat([torch.linspace(-9, 9, 500, dtype=torch.float64), -logarithmic(-30, 30)])),
+    "log": (mpmath.log, torch.cat([torch.linspace(1e-3, 2, 500, dtype=torch.float64), logarithmic(-37, 38)])),
+    "quotient": (lambda x: x / (3 + x), torch.cat([logarithmic(-30, 17), -logarithmic(-30, 0)])),
+    "divide": (lambda x: x / 255, torch.cat([torch.linspace(0, 255, 500, dtype=torch.float64), -logarithmic(-30, 30)])),
     "reciprocal": (lambda x: 1 / x, logarithmic(0, 17)),
 }
 

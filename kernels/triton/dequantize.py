@@ -14,18 +14,12 @@ from flowkern._core.op import KERNELS
 
 from ._coupling import Launch, example
 from ._philox import elements, noise_grid, words
-from .lang import narrow
+from .lang import divide, log, narrow
 
 __all__ = ["forward"]
 
 #: The kernel computes random numbers while it streams.
 STREAMING = False
-
-
-@triton.jit
-def divide(x, BY: tl.constexpr):
-    # A GPU's quotient of float32 numbers is off by some units in the last place if nobody asks, and may be 1.
-    return x / BY if x.dtype == tl.float64 else tl.div_rn(x, tl.zeros_like(x) + BY)
 
 
 @triton.jit
@@ -41,17 +35,17 @@ def round_down(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def spread(p_v, p_x, mask, bits, LEVELS: tl.constexpr, ALPHA: tl.constexpr, ACC: tl.constexpr):
+def spread(p_v, p_x, mask, bits, LEVELS: tl.constexpr, POWER: tl.constexpr, ALPHA: tl.constexpr, ACC: tl.constexpr):
     # Writes x, and returns log(a) + log(1 - a).
     BELOW_ONE: tl.constexpr = 1.0 - 2.0**-53 if tl.float64 == ACC else 1.0 - 2.0**-24
     bin = tl.load(p_v, mask=mask, other=0).to(ACC)
     w = bin + ((bits >> 8).to(ACC) * 5.960464477539063e-08 + 2.9802322387695312e-08)
     w = tl.where(w < bin + 1.0, w, (bin + 1.0) * BELOW_ONE)
     if ALPHA is None:
-        x, logarithms = round_down(divide(w, LEVELS), p_x.dtype.element_ty), tl.zeros_like(w)
+        x, logarithms = round_down(divide(w, LEVELS, POWER), p_x.dtype.element_ty), tl.zeros_like(w)
     else:
         STEP: tl.constexpr = (1.0 - 2.0 * ALPHA) / LEVELS
-        low, high = tl.log(ALPHA + STEP * w), tl.log(ALPHA + STEP * (LEVELS - w))
+        low, high = log(ALPHA + STEP * w), log(ALPHA + STEP * (LEVELS - w))
         x, logarithms = narrow(low - high, p_x.dtype.element_ty), tl.where(mask, low + high, 0.0)
     tl.store(p_x, x, mask=mask)
     return logarithms
@@ -61,27 +55,28 @@ def spread(p_v, p_x, mask, bits, LEVELS: tl.constexpr, ALPHA: tl.constexpr, ACC:
 def kernel(
     p_v, p_seed, p_x, p_partial,
     N, n_tiles, offset, v_b, v_n,
-    LEVELS: tl.constexpr, ALPHA: tl.constexpr, GROUPS: tl.constexpr, ACC: tl.constexpr,
+    LEVELS: tl.constexpr, POWER: tl.constexpr, ALPHA: tl.constexpr, GROUPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     i_b, i_tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
     c0, c1, c2, c3 = words(p_seed, offset, i_b, i_tile, GROUPS)
     n = elements(i_tile, GROUPS)
     p_v += i_b.to(tl.int64) * v_b
     p_x += i_b.to(tl.int64) * N
-    total = spread(p_v + n * v_n, p_x + n, n < N, c0, LEVELS, ALPHA, ACC)
+    total = spread(p_v + n * v_n, p_x + n, n < N, c0, LEVELS, POWER, ALPHA, ACC)
     n += 16
-    total += spread(p_v + n * v_n, p_x + n, n < N, c1, LEVELS, ALPHA, ACC)
+    total += spread(p_v + n * v_n, p_x + n, n < N, c1, LEVELS, POWER, ALPHA, ACC)
     n += 16
-    total += spread(p_v + n * v_n, p_x + n, n < N, c2, LEVELS, ALPHA, ACC)
+    total += spread(p_v + n * v_n, p_x + n, n < N, c2, LEVELS, POWER, ALPHA, ACC)
     n += 16
-    total += spread(p_v + n * v_n, p_x + n, n < N, c3, LEVELS, ALPHA, ACC)
+    total += spread(p_v + n * v_n, p_x + n, n < N, c3, LEVELS, POWER, ALPHA, ACC)
     tl.store(p_partial + tl.program_id(0), tl.sum(total))
 
 
 def _launch(v: torch.Tensor, seed: torch.Tensor, offset: int, levels: int, alpha: float, x: torch.Tensor) -> Launch:
     """The launch; of its tensors the last has each program's sum of logarithms: (B, tiles)."""
     accumulate, chosen = accumulation_dtype(x), None if alpha < 0 else alpha
-    how = noise_grid(v.shape, accumulate is torch.float64, offset, *v.stride(), LEVELS=float(levels), ALPHA=chosen)
+    bins = {"LEVELS": float(levels), "POWER": levels & (levels - 1) == 0, "ALPHA": chosen}
+    how = noise_grid(v.shape, accumulate is torch.float64, offset, *v.stride(), **bins)
     return Launch(kernel, (v, seed, x, v.new_empty((v.shape[0], how.tiles), dtype=accumulate)), how)
 
 

@@ -1,15 +1,29 @@
 """Device helpers that every kernel may use: elementary functions, and the scale maps of couplings.
 
-The functions compute in the dtype of their argument, float32 or float64, to a few units in the last place. They need
-nothing but exp, log, sqrt and rsqrt: libdevice differs between targets, and the interpreter has none. NaN in gives NaN
-out: ``tl.maximum`` and its like would drop it, comparisons inside ``tl.where`` do not.
+The functions compute in the dtype of their argument, float32 or float64, to a unit or two in the last place. libdevice differs
+between targets, and the interpreter has none; a GPU's own exp2, rsqrt and quotients are off by two units. So there are sums and
+products here, fused where it matters, and rsqrt where what it lost is made good. NaN in gives NaN out: ``tl.maximum`` and
+its like would drop it, comparisons inside ``tl.where`` do not.
 """
 
 # mypy: allow-untyped-defs
 import triton
 import triton.language as tl
 
-__all__ = ["atan", "exp", "expm1", "exponential", "log1p", "narrow", "reciprocal", "scale_map", "tanh"]
+__all__ = [
+    "atan",
+    "divide",
+    "exp",
+    "expm1",
+    "exponential",
+    "log",
+    "log1p",
+    "narrow",
+    "quotient",
+    "reciprocal",
+    "scale_map",
+    "tanh",
+]
 
 
 @triton.jit
@@ -45,14 +59,35 @@ def exp(x):
     if x.dtype == tl.float64:
         result = tl.exp(x)
     else:
-        # Adding 1.5 * 2**23 rounds to an integer, and leaves it in the low bits of the sum.
-        t = x * 1.4426950408889634 + 12582912.0
+        t = tl.fma(x, 1.4426950408889634, 12582912.0)  # as in exponential
         t = tl.where(t < 12583039.0, t, 12583039.0)  # past 127 and -126 the remainder takes over, on to inf and to 0
         t = tl.where(t > 12582786.0, t, 12582786.0)
         n = t - 12582912.0
         # ln 2 in two parts, the first short enough for an exact product.
-        remainder = (x - n * 0.693359375) - n * -2.12194440054690583e-4
+        remainder = tl.fma(n, 2.12194440054690583e-4, tl.fma(n, -0.693359375, x))
         result = tl.exp(remainder) * ((t.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
+    return result
+
+
+@triton.jit
+def log(x):
+    # For normal positive numbers.
+    if x.dtype == tl.float64:
+        result = tl.log(x)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        power = (bits - 0x3F3504F3) & -0x800000  # brings the rest between the roots of 1/2 and 2
+        f = (bits - power).to(tl.float32, bitcast=True) - 1.0
+        n = power.to(tl.float32) * 1.1920928955078125e-07
+        p = tl.fma(f, -0.07634429633617401, 0.12761549651622772)
+        p = tl.fma(p, f, -0.131601944565773)
+        p = tl.fma(p, f, 0.14201761782169342)
+        p = tl.fma(p, f, -0.16623356938362122)
+        p = tl.fma(p, f, 0.20001226663589478)
+        p = tl.fma(p, f, -0.250008225440979)
+        p = tl.fma(p, f, 0.3333333134651184)
+        p = tl.fma(p, f, -0.5)
+        result = tl.fma(n, 0.693359375, tl.fma(f * f, p, tl.fma(n, -2.12194440e-4, f)))
     return result
 
 
@@ -64,8 +99,35 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    # For 1 <= x < 1e18. A GPU divides float32 in ten instructions, most of them for ranges that do not occur here.
+    # For 1e-18 < x < 1e18, to two units. A GPU divides float32 in ten instructions, most for ranges that do not occur here.
     return 1.0 / x if x.dtype == tl.float64 else tl.rsqrt(x * x)
+
+
+@triton.jit
+def quotient(a, b):
+    # a / b to the last digit, for finite a and 1e-18 < b < 1e18.
+    if a.dtype == tl.float64:
+        result = a / b
+    else:
+        inverse = reciprocal(b)
+        result = a * inverse
+        result = tl.fma(tl.fma(-result, b, a), inverse, result)
+    return result
+
+
+@triton.jit
+def divide(x, BY: tl.constexpr, POWER: tl.constexpr = False):
+    # x / BY as IEEE arithmetic rounds it, for finite x, BY maybe a POWER of two. After one correction the quotient is off by
+    # less than a unit, and then the next one rounds it as it should be (Markstein 1990).
+    if x.dtype == tl.float64:
+        result = x / BY
+    else:
+        INVERSE: tl.constexpr = 1.0 / BY
+        result = x * INVERSE
+        if not POWER:
+            result = tl.fma(tl.fma(result, -BY, x), INVERSE, result)
+            result = tl.fma(tl.fma(result, -BY, x), INVERSE, result)
+    return result
 
 
 @triton.jit
@@ -80,38 +142,57 @@ def odd_series(z, SIGN: tl.constexpr, TERMS: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    # For -0.5 <= x <= 1: 2 atanh(x / (2 + x)), whose argument is at most 1/3. The truncation is 1e-8 and 2e-17.
-    TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 7
-    return 2.0 * odd_series(x * reciprocal(2.0 + x), 1, TERMS)
+    # For -0.5 <= x <= 1: 2 atanh(x / (2 + x)), whose argument is at most 1/3.
+    z = quotient(x, 2.0 + x)
+    if x.dtype == tl.float64:
+        result = 2.0 * odd_series(z, 1, 16)
+    else:
+        square = z * z
+        p = tl.fma(square, 0.1401496369970916, 0.13999057563130599)
+        p = tl.fma(p, square, 0.20010878029945728)
+        p = tl.fma(p, square, 0.33333206127270576)
+        result = 2.0 * tl.fma(z * square, p, z)
+    return result
 
 
 @triton.jit
 def expm1(x):
-    # Taylor's series where exp(x) - 1 would cancel. The truncation is 1e-8 and 2e-18.
-    TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 8
-    near = tl.where(tl.abs(x) < 0.5, x, 0.0)
-    total = tl.zeros_like(x) + 1.0
-    for i in tl.static_range(0, TERMS - 1):
-        total = 1.0 + total * near * (1.0 / (TERMS - i))
-    return tl.where(tl.abs(x) < 0.5, near * total, exp(x) - 1.0)
+    MOST: tl.constexpr = 700.0 if x.dtype == tl.float64 else 87.0
+    power, less_one = exponential(tl.where(x > MOST, MOST, tl.where(x < -MOST, -MOST, x)))
+    return tl.where(x > 40.0, exp(x), tl.fma(power, less_one, power - 1.0))
 
 
 @triton.jit
 def tanh(x):
-    e = expm1(-2.0 * tl.abs(x))
-    magnitude = -e / (2.0 + e)
+    MOST: tl.constexpr = 700.0 if x.dtype == tl.float64 else 87.0
+    v = -2.0 * tl.abs(x)
+    power, less_one = exponential(tl.where(v < -MOST, -MOST, v))
+    e = tl.fma(power, less_one, power - 1.0)
+    magnitude = quotient(-e, 2.0 + e)
     return tl.where(x < 0.0, -magnitude, magnitude)
 
 
 @triton.jit
 def atan(x):
-    # atan(z) = pi/2 - atan(1/z) brings |z| under 1, the half angle, 2 atan(z / (1 + sqrt(1 + z^2))), under tan(pi/8).
-    # The truncation is 7e-9 and 1e-17.
-    TERMS: tl.constexpr = 20 if x.dtype == tl.float64 else 9
+    # atan(z) = pi/2 - atan(1/z) brings |z| under 1; in float64 the half angle, 2 atan(z / (1 + sqrt(1 + z^2))), brings it under
+    # tan(pi/8), where the truncation is 1e-17.
     magnitude = tl.abs(x)
     large = magnitude > 1.0
-    z = tl.where(large, 1.0 / tl.where(large, magnitude, 1.0), magnitude)
-    angle = 2.0 * odd_series(z / (1.0 + tl.sqrt(1.0 + z * z)), -1, TERMS)
+    magnitude = tl.where(magnitude > 1e17, 1e17, magnitude)
+    z = tl.where(large, quotient(tl.zeros_like(x) + 1.0, tl.where(large, magnitude, 1.0)), magnitude)
+    if x.dtype == tl.float64:
+        angle = 2.0 * odd_series(z / (1.0 + tl.sqrt(1.0 + z * z)), -1, 20)
+    else:
+        square = z * z
+        p = tl.fma(square, -0.0018271964447430023, 0.011064346636917535)
+        p = tl.fma(p, square, -0.03145548381827918)
+        p = tl.fma(p, square, 0.05823428478410293)
+        p = tl.fma(p, square, -0.08419440574312834)
+        p = tl.fma(p, square, 0.10957568697447871)
+        p = tl.fma(p, square, -0.14265243707767528)
+        p = tl.fma(p, square, 0.19998638438236113)
+        p = tl.fma(p, square, -0.3333330185975513)
+        angle = tl.fma(z * square, p, z)
     angle = tl.where(large, 1.5707963267948966 - angle, angle)
     return tl.where(x < 0.0, -angle, angle)
 
@@ -147,18 +228,21 @@ def scale_map(u, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
             log_s = u
             slope = tl.zeros_like(u) + 1.0
         elif KIND == "tanh":
-            e = exp(-2.0 * tl.abs(u / A))
-            log_s = A * tanh(u / A)
-            slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+            u *= 1.0 / A
+            e = exp(-2.0 * tl.abs(u))
+            log_s = A * tanh(u)
+            inverse = reciprocal(1.0 + e)
+            slope = (4.0 * e) * (inverse * inverse)
         elif KIND == "atan":
             log_s = (0.636 * A) * atan(u)
             slope = (0.636 * A) / (1.0 + u * u)
         else:
             tl.static_assert(KIND == "soft_clip")
-            MOST: tl.constexpr = A * (1e300 if u.dtype == tl.float64 else 1e30)  # an infinite u would give inf / inf
+            MOST: tl.constexpr = A * 1e17  # an infinite u would give inf / inf
             u = tl.where(u > MOST, MOST, tl.where(u < -MOST, -MOST, u))
-            clip = 1.0 + tl.abs(u / A)
-            log_s = u / clip
-            slope = 1.0 / (clip * clip)
+            clip = 1.0 + divide(tl.abs(u), A)
+            log_s = quotient(u, clip)
+            inverse = reciprocal(clip)
+            slope = inverse * inverse
         s = exp(log_s)
     return s, log_s, slope
