@@ -22,15 +22,12 @@ from flowkern._core.op import Op
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(_backend.interpreting(), reason="launches nothing")
 
-#: Degrees that are tensors are sorted on the host in each call, as the op's documentation says; those of a mask are not.
-WAITING = {("masked_linear", "degrees")}
-
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_no_call_waits_for_the_device_or_launches_more_than_before(op: Op) -> None:
     table, worse = launches.read_table(), []
     for key, recorder in launches.rows(op):
-        assert recorder.waits == [] or key[:2] in WAITING, key
+        assert recorder.waits == [], key
         before = table[key]  # new samples have to be counted first
         if any(now > then for now, then in zip(recorder.count, before, strict=True)):
             worse.append(f"{', '.join(key)}: {before}, now {recorder.count}: {recorder.kernels}, {recorder.operations}")
