@@ -15,7 +15,7 @@ import torch
 from flowkern.bench import launches
 from flowkern.bench.launches import Recorder
 
-from flowkern import OPS, ops
+from flowkern import OPS, nn, ops
 from flowkern._core import backend as _backend
 from flowkern._core.op import Op
 
@@ -64,6 +64,25 @@ def test_the_recorder_counts_launches_and_bytes() -> None:
     assert isinstance(recorder, Recorder)
     assert recorder.operations == ["add"]
     assert recorder.count == (0, 1, 64)
+
+
+def test_an_inverse_of_mixtures_searches_in_one_launch() -> None:
+    """Torch's operations launch for the gradient's two evaluations, and what stands around them; a search is 81 evaluations."""
+    transformer, x, params = nn.MixtureLogistic(8), torch.randn(4, 5), torch.randn(4, 5, 26)
+    with launches.recorded() as recorder, recorder:
+        transformer.forward(x, params, True)
+    assert recorder.kernels == ["kernel"]
+    assert len(recorder.operations) <= 75
+    assert not recorder.waits
+
+
+def test_samples_of_a_made_are_placed_at_once() -> None:
+    made = nn.MADEDensity(20, (32,), output="bernoulli")
+    made.sample(3)
+    with launches.recorded() as recorder, recorder:
+        made.sample(3)
+    assert len(recorder.operations) <= 200
+    assert recorder.waits == ["nonzero", "lift_fresh"]  # the former on the host, the latter the places
 
 
 # --- launches that pass Triton by ---

@@ -123,6 +123,17 @@ class TestTheChecksOfCompiledKernels:
         launch = dict(kernels.compile_cases(3, 10, False, "odd", "float32"))["backward"]
         assert problems(compile_launch(launch, "sm_100")) == []
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtypes", ["float32", "float64"])
+    @pytest.mark.parametrize("components", [8, 100])
+    @pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+    def test_roots_of_mixtures(self, target: str, components: int, dtypes: str) -> None:
+        from flowkern.kernels import logistic_mixture_root as kernels
+        from flowkern.kernels.compile import compile_launch, problems
+
+        ((_, launch),) = kernels.compile_cases(components, dtypes)
+        assert problems(compile_launch(launch, target)) == []
+
     def test_unknown_arguments(self) -> None:
         from flowkern.kernels.compile import compile_launch
 

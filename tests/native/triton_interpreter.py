@@ -17,11 +17,12 @@ from comparison import DTYPES, LIMIT, assert_accurate, assert_same, check, every
 from flowkern.kernels import _coupling, discretized_logistic_mixture as mixture, masked_linear, nearest_code
 
 import flowkern
-from flowkern import OPS
+from flowkern import OPS, nn
 from flowkern._core import backend as _backend
 from flowkern._core.op import Op, Sample
 from flowkern._core.split import moved_channels
 from flowkern.ops import DegreeMask, FeatureMask, ScaleMap, affine_coupling
+from flowkern.ops.parts import LogisticMixture
 
 COUPLINGS = ("affine_coupling", "additive_coupling")
 
@@ -382,3 +383,48 @@ def test_elementary_functions_at_the_ends(dtype: torch.dtype) -> None:
     # Between the last finite float32 and infinity, and down through the subnormal numbers.
     ends = torch.tensor([88.72, 88.73, -87.5, -103.0, -104.5])
     torch.testing.assert_close(elementary.evaluate("exp", ends), ends.exp(), rtol=1e-6, atol=2e-45)
+
+
+@pytest.mark.parametrize(
+    ("components", "dtypes"),
+    [
+        (1, (torch.float32, torch.float32)),
+        (3, (torch.float64, torch.float32)),
+        (8, (torch.float32, torch.bfloat16)),
+        (40, (torch.float32, torch.float32)),
+    ],
+)
+def test_roots_of_mixtures(components: int, dtypes: tuple[torch.dtype, ...], launches: list[Any], canaries: Any) -> None:
+    """Against the search in float64: no worse than twice what torch's operations are off."""
+    params = (2 * torch.randn(3, 5, 2 + 3 * components, dtype=torch.float64)).to(dtypes[1]).movedim(-1, 0)[2:]
+    z = (3 * torch.randn(3, 10, dtype=torch.float64)).to(dtypes[0])[:, ::2]
+    z[0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    params[2 * components - 1, 1, 1] = torch.nan
+    accumulate = torch.promote_types(*dtypes)
+    exact, plain = (LogisticMixture(params.to(dtype))._search(z.to(dtype)) for dtype in (torch.float64, accumulate))
+    root = LogisticMixture(params).root(z)
+    assert [launch.kernel.__name__ for launch in launches] == ["kernel"]
+    canaries.assert_alive()
+    assert root.isnan().nonzero().tolist() == [[0, 2], [1, 1]]
+    known = ~root.isnan()
+    assert_accurate(root[known], exact[known], plain[known], ulps=16)
+
+
+def test_no_roots_launch_nothing(launches: list[Any]) -> None:
+    assert LogisticMixture(torch.randn(6, 0, 3)).root(torch.randn(0, 3)).shape == (0, 3)
+    assert not launches
+
+
+def test_couplings_of_mixtures_invert_by_the_kernel(launches: list[Any]) -> None:
+    transformer = nn.MixtureLogistic(3)
+    x, params = torch.randn(4, 5), torch.randn(4, 5, 11)
+    y, logabsdet = transformer.forward(x, params, False)
+    inputs = [t.requires_grad_() for t in (y, params)]
+    found = {}
+    for backend in ("triton", "torch"):
+        with flowkern.backend(backend):
+            back, negated = transformer.forward(*inputs, True)
+        torch.testing.assert_close((back, negated), (x, -logabsdet), rtol=1e-4, atol=1e-4)
+        found[backend] = torch.autograd.grad((back.sin() * negated).sum(), inputs)
+    torch.testing.assert_close(found["triton"], found["torch"], rtol=1e-3, atol=1e-4)
+    assert len(launches) == 1
