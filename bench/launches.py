@@ -247,7 +247,7 @@ def host_time(call: Callable[[], Any], repetitions: int = 200, calls: int = 20) 
     return statistics.median(times), min(times)
 
 
-def _couplings() -> Iterator[tuple[str, Callable[[], Any]]]:
+def _timed() -> Iterator[tuple[str, Callable[[], Any]]]:
     x, params = torch.randn(4, 12, 4, 4), torch.randn(4, 12, 4, 4)
     recorded_x, recorded_params = (t.clone().requires_grad_() for t in (x, params))
     grads = torch.randn_like(x), torch.randn(4)
@@ -258,6 +258,8 @@ def _couplings() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     yield "affine_coupling forward", lambda: flowkern.ops.affine_coupling(x, params)
     yield "affine_coupling forward+backward", both
+    rows, codebook = torch.randn(64, 16), torch.randn(64, 16)
+    yield "nearest_code forward", lambda: flowkern.ops.nearest_code(rows, codebook)
 
 
 def main() -> None:
@@ -274,7 +276,7 @@ def main() -> None:
     print(f"written: {TABLE}")
     torch.set_num_threads(1)
     with stub_driver():
-        for name, call in _couplings():
+        for name, call in _timed():
             call()
             print("{}: {:.1f} us of the host, {:.1f} at best".format(name, *host_time(call)))
 

@@ -329,13 +329,15 @@ def nearest_code(
     check_same_device("codebook", codebook, x)
     if metric not in METRICS:
         raise ValueError(f"metric: unknown name {metric!r}; expected one of {', '.join(map(repr, METRICS))}")
-    flat, codes, cosine = x.detach().reshape(-1, x.shape[-1]), codebook.detach(), metric == "cosine"
+    codes, cosine, shape = codebook.detach(), metric == "cosine", x.shape[:-1]
+    flat = x.detach() if len(shape) == 1 else x.detach().reshape(-1, x.shape[-1])
     if reference_runs(x, own_torch=True):
         index, sqdist = _reference(flat, codes, cosine)
         looked = index.new_tensor(0)
     else:
         index, sqdist, looked = _forward(flat, codes, cosine)
-    index, sqdist = index.view(x.shape[:-1]), sqdist.view(x.shape[:-1])
+    if len(shape) != 1:
+        index, sqdist = index.view(shape), sqdist.view(shape)
     return (index, sqdist, looked) if return_stats else (index, sqdist)
 
 

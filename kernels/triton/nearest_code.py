@@ -1,9 +1,11 @@
 """The nearest code: a screen on the tensor cores with a rigorous bound, then the definition for the codes it leaves.
 
-The definition is at the top of flowkern/ops/_nearest_code.py. Three kernels:
+The definition is at the top of flowkern/ops/_nearest_code.py. Four kernels:
 
-- ``prepare`` rounds the rows, and the codes, to 16 bits, and writes down their norms and those of what was lost. Where that
-  is not exact anyway, both are moved first, by a centre of the codes: it changes no distance, but makes the norms small.
+- ``begin`` finds a centre of the codes, and clears what is added to. Any finite centre is right; it takes, entry by entry, the
+  middle value of some codes, which outliers do not move.
+- ``prepare`` rounds rows and codes to 16 bits, and writes down their norms and those of what was lost, of a tile of codes the
+  largest. Where that is not exact anyway, both are moved first, by the centre: it changes no distance, but makes the norms small.
 - ``screen`` computes scores x.c - |c|^2/2, which are greatest for the nearest code. A program owns a block of rows and walks
   over the tiles of codes. A quarter of a tile is a group, whose codes ``prepare`` lays into those columns of the product that
   one thread of the accumulator's layout has of a row: they are compared without talk among threads. A group is a row of
@@ -20,9 +22,14 @@ In terms of |x|, |c|, of what rounding took from them, dx = x - x~ and dc = c - 
 n covers the sums of the tensor cores, which begin with -|c|^2/2, so that no partial sum exceeds |x~| |c~| + |c|^2/2: they
 may truncate each term to 2^-23 of that, and n has 2^-21 for each; and the bits of a score that hold the number of a quad,
 at most 15 units of its last place, for which n has 2^-18. The term before the last is the rounding of the definition itself.
+
+Nothing is kept from one call to the next. A version counter would not tell that codes have changed: it does not count what is
+written through ``.data``, by a collective, by another library's kernel, or when a CUDA graph that holds a training step is
+replayed, and codes that are looked up in an old copy would be wrong codes without an error.
 """
 
 # mypy: allow-untyped-defs
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -33,8 +40,9 @@ import triton.language as tl
 from flowkern._core.backend import interpreting
 from flowkern._core.op import KERNELS
 
-from ._coupling import DTYPES, Grid, Launch, example
+from ._coupling import DTYPES, example
 from .lang import narrow
+from .launch import Grid, Launch, Strides
 
 __all__ = ["forward"]
 
@@ -49,8 +57,10 @@ FLOAT64 = ("prepare", "decide")
 SLOTS = 4
 #: Groups in a tile: four threads share a row of the accumulator.
 _GROUPS = 4
+#: Codes whose middle is their centre; columns of the program that finds it.
+_SAMPLES, _COLUMNS = 16, 16
 #: Programs that a screen is split into where the rows are few.
-_PROGRAMS, _MOST_SPLITS = 256, 32
+_PROGRAMS, _MOST_SPLITS = 256, 128
 #: (rows, codes, warps, stages) by the major compute capability: where the tensor cores take their operands from shared memory
 #: (9, 10) a tile may be large; elsewhere (0) its operands and what is kept of it compete for registers.
 _TILINGS = {0: (64, 64, 4, 3), 9: (128, 128, 8, 4), 10: (128, 64, 4, 4)}
@@ -92,30 +102,79 @@ def screened_column(k, CODES: tl.constexpr):
     return k // CODES * CODES + place // 2 * 8 + group * 2 + place % 2
 
 
-@triton.jit(do_not_specialize=["N"])
-def prepare_kernel(
-    p_x, p_centre, p_low, p_norm, p_lost, p_shift, N, D, x_n, x_d,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
-    SIZE: tl.constexpr, HALVINGS: tl.constexpr, COSINE: tl.constexpr,
+@triton.jit(do_not_specialize=["K", "n_tiles"])
+def begin_kernel(
+    p_codebook, p_norms, p_count, D, K, n_all, n_tiles, c_k, c_d,
+    CENTRED: tl.constexpr, COLUMNS: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o = i
-    x = operand(load(p_x, i, i < N, D, x_n, x_d, SIZE), ROWS, SIZE, HALVINGS, COSINE)
-    d = tl.arange(0, SIZE)
-    if p_centre is not None:
+    o = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    p_tiles = p_norms + 3 * n_all
+    tl.store(p_tiles + o, 0.0, mask=o < 2 * n_tiles)
+    tl.store(p_count + o, 0, mask=o < 1)
+    if CENTRED:
+        i, step = tl.arange(0, SAMPLES), (K + SAMPLES - 1) // SAMPLES
+        m = (i * step < K)[None, :]
+        p_c = p_codebook + (i * step).to(tl.int64)[None, :] * c_k + o.to(tl.int64)[:, None] * c_d
+        c = tl.load(p_c, mask=m & (o < D)[:, None], other=0.0).to(tl.float32)
+        c = tl.where(tl.abs(c) < float("inf"), c, 0.0)  # [COLUMNS, SAMPLES]
+        one, other = c[:, :, None], c[:, None, :]
+        m_before = ((other < one) | ((other == one) & (i[None, None, :] < i[None, :, None]))) & m[:, None, :]
+        middle = m & (tl.sum(m_before.to(tl.int32), 2) == (tl.sum(m.to(tl.int32), 1) - 1)[:, None] // 2)
+        tl.store(p_tiles + 2 * n_tiles + o, tl.sum(tl.where(middle, c, 0.0), 1), mask=o < D)
+
+
+@triton.jit
+def moved(x, p_centre, d, D, CENTRED: tl.constexpr):
+    if CENTRED:
         x -= tl.load(p_centre + d, mask=d < D, other=0.0).to(tl.float64)[None, :]
-    if p_shift is not None:
-        o = screened_column(i, CODES)
-        # A code that is not finite, or not there, is zero, with a score below all others.
-        m_code = (tl.sum(x * x, 1) < float("inf")) & (i < N)
-        x = tl.where(m_code[:, None], x, 0.0)
-        tl.store(p_shift + o, tl.where(m_code, tl.sum(x * x, 1) * -0.5, -3e38).to(tl.float32))
+    return x
+
+
+@triton.jit
+def store_low(x, o, d, p_low, p_norms, n_all, WIDTH: tl.constexpr):
+    # x in 16 bits as rows o, and (its norms, those of what is lost), rounded upwards.
     low = narrow(x, p_low.dtype.element_ty)
     lost = x - low.to(tl.float32).to(tl.float64)
+    norm, lost = tl.sqrt(tl.sum(x * x, 1)) * (1.0 + 1e-6), tl.sqrt(tl.sum(lost * lost, 1)) * (1.0 + 1e-6)
+    norm, lost = norm.to(tl.float32), lost.to(tl.float32)
     tl.store(p_low + o[:, None] * WIDTH + d[None, :], low, mask=(d < WIDTH)[None, :])
-    # Rounded upwards.
-    tl.store(p_norm + o, (tl.sqrt(tl.sum(x * x, 1)) * (1.0 + 1e-6)).to(tl.float32))
-    tl.store(p_lost + o, (tl.sqrt(tl.sum(lost * lost, 1)) * (1.0 + 1e-6)).to(tl.float32))
+    tl.store(p_norms + o, norm)
+    tl.store(p_norms + n_all + o, lost)
+    return norm, lost
+
+
+@triton.jit
+def largest(p, values):
+    # The greatest of these and of what p holds, as integers: both are zero or more. In any order it is the same.
+    tl.atomic_max(p.to(tl.pointer_type(tl.int32), bitcast=True), tl.max(values, 0).to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["N", "K", "n_tiles"])
+def prepare_kernel(
+    p_x, p_codebook, p_low, p_norms, D, N, K, n_rows, n_all, n_tiles, x_n, x_d, c_k, c_d,
+    CENTRED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr,
+    SIZE: tl.constexpr, HALVINGS: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    first, d = tl.program_id(0).to(tl.int64) * ROWS, tl.arange(0, SIZE)
+    p_tiles = p_norms + 3 * n_all
+    p_centre = p_tiles + 2 * n_tiles
+    if first < n_rows:
+        i = first + tl.arange(0, ROWS)
+        x = operand(load(p_x, i, i < N, D, x_n, x_d, SIZE), ROWS, SIZE, HALVINGS, COSINE)
+        store_low(moved(x, p_centre, d, D, CENTRED), i, d, p_low, p_norms, n_all, WIDTH)
+    else:
+        k = first - n_rows + tl.arange(0, ROWS)
+        c = operand(load(p_codebook, k, k < K, D, c_k, c_d, SIZE), ROWS, SIZE, HALVINGS, COSINE)
+        c = moved(c, p_centre, d, D, CENTRED)
+        # A code that is not finite, or not there, is zero, with a score below all others.
+        m_code = (tl.sum(c * c, 1) < float("inf")) & (k < K)
+        c = tl.where(m_code[:, None], c, 0.0)
+        o = n_rows + screened_column(k, CODES)
+        norm, lost = store_low(c, o, d, p_low, p_norms, n_all, WIDTH)
+        tl.store(p_norms + 2 * n_all + o, tl.where(m_code, tl.sum(c * c, 1) * -0.5, -3e38).to(tl.float32))
+        p_tile = p_tiles + (first - n_rows) // CODES
+        largest(p_tile, norm)
+        largest(p_tile + n_tiles, lost)
 
 
 @triton.jit
@@ -154,9 +213,9 @@ def exchange(upper, code, kept_upper, kept_code):
 
 
 @triton.jit
-def store_slot(p_upper, p_code, o, upper, code):
-    tl.store(p_upper + o, upper)
-    tl.store(p_code + o, code)
+def store_slot(p, n_groups, upper, code):
+    tl.store(p, upper)
+    tl.store(p + 4 * n_groups, code.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -167,8 +226,7 @@ def beginning(p_shift, tile, ROWS: tl.constexpr, CODES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tiles", "n_splits", "n_walk"])
 def screen_kernel(
-    p_x, p_codes, p_norm, p_lost, p_shift, p_tile_norm, p_tile_lost, p_upper, p_code, p_lower, p_dropped,
-    n_tiles, n_splits, n_walk,
+    p_low, p_norms, p_kept, n_rows, n_all, n_tiles, n_splits, n_walk,
     WIDTH: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = WIDTH // INNER
@@ -176,9 +234,11 @@ def screen_kernel(
     i = (tl.program_id(0) // n_splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first_tile = i_split * n_walk
     walk = tl.minimum(n_walk, n_tiles - first_tile)
-    norm, lost = tl.load(p_norm + i), tl.load(p_lost + i)
+    norm, lost = tl.load(p_norms + i), tl.load(p_norms + n_all + i)
     k, d, group = tl.arange(0, CODES), tl.arange(0, INNER), tl.arange(0, 4)[None, :]
-    p_rows = p_x + i[:, None] * WIDTH + d[None, :]
+    p_rows = p_low + i[:, None] * WIDTH + d[None, :]
+    p_codes, p_shift = p_low + n_rows.to(tl.int64) * WIDTH, p_norms + 2 * n_all + n_rows
+    p_tiles = p_norms + 3 * n_all
     nothing = tl.full((ROWS, 4), -float("inf"), tl.float32)
     no_code = tl.full((ROWS, 4), -1, tl.int32)
     lower, dropped = nothing, nothing
@@ -204,7 +264,7 @@ def screen_kernel(
             best, second = best_two(total, ROWS, CODES)
             total = beginning(p_shift, tl.minimum(tile + 1, n_tiles - 1), ROWS, CODES)
             quad = best.to(tl.int32, bitcast=True) & (CODES // 16 - 1)
-            error, bounded = bound(norm, lost, tl.load(p_tile_norm + tile), tl.load(p_tile_lost + tile), WIDTH)
+            error, bounded = bound(norm, lost, tl.load(p_tiles + tile), tl.load(p_tiles + n_tiles + tile), WIDTH)
             lower = tl.maximum(lower, tl.where(bounded, best - error, -float("inf")))
             upper = tl.where(bounded, best + error, float("inf"))
             whole = ((second + error >= lower) | (bounded == 0)).to(tl.int32)
@@ -214,22 +274,20 @@ def screen_kernel(
             u2, k2, upper, code = exchange(upper, code, u2, k2)
             u3, k3, upper, code = exchange(upper, code, u3, k3)
             dropped = tl.maximum(dropped, upper)
+    # Of a row: the bounds of its entries, their codes, then the lower bounds and those of what was dropped.
     n_groups = n_splits * 4
-    o_group = i_split * 4 + group
-    o_row = i[:, None] * n_groups
-    tl.store(p_lower + o_row + o_group, lower)
-    tl.store(p_dropped + o_row + o_group, dropped)
-    o = o_row * 4 + o_group
-    store_slot(p_upper, p_code, o, u0, k0)
-    store_slot(p_upper, p_code, o + n_groups, u1, k1)
-    store_slot(p_upper, p_code, o + 2 * n_groups, u2, k2)
-    store_slot(p_upper, p_code, o + 3 * n_groups, u3, k3)
+    o = p_kept + i[:, None] * (n_groups * 10) + i_split * 4 + group
+    store_slot(o, n_groups, u0, k0)
+    store_slot(o + n_groups, n_groups, u1, k1)
+    store_slot(o + 2 * n_groups, n_groups, u2, k2)
+    store_slot(o + 3 * n_groups, n_groups, u3, k3)
+    tl.store(o + 8 * n_groups, lower)
+    tl.store(o + 9 * n_groups, dropped)
 
 
 @triton.jit
 def decide_kernel(
-    p_x, p_codebook, p_upper, p_code, p_lower, p_dropped, p_index, p_sqdist, p_looked,
-    D, K, x_n, x_d, c_k, c_d,
+    p_x, p_codebook, p_kept, p_index, p_sqdist, p_count, D, K, x_n, x_d, c_k, c_d,
     ENTRIES: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, VISIT: tl.constexpr,
     SIZE: tl.constexpr, HALVINGS: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
@@ -240,14 +298,16 @@ def decide_kernel(
 
     # The codes from start to end, for each entry.
     e = tl.arange(0, ENTRIES)
-    if p_upper is None:
+    if p_kept is None:
         m, start, end = e == 0, e * 0, e * 0 + K
         looked = K > 1
     else:
-        o_group = i * GROUPS + tl.arange(0, GROUPS)
-        lower, dropped = tl.max(tl.load(p_lower + o_group), 0), tl.max(tl.load(p_dropped + o_group), 0)
-        code = tl.load(p_code + i * ENTRIES + e)  # the quad's first, which four divide, plus whether all of its group is meant
-        m = (tl.load(p_upper + i * ENTRIES + e) >= lower) & (code >= 0)
+        p_kept += i * (GROUPS * 10)
+        p_bounds = p_kept + 8 * GROUPS + tl.arange(0, GROUPS)
+        lower, dropped = tl.max(tl.load(p_bounds), 0), tl.max(tl.load(p_bounds + GROUPS), 0)
+        # The quad's first code, which four divide, plus whether all of its group is meant.
+        code = tl.load(p_kept + ENTRIES + e).to(tl.int32, bitcast=True)
+        m = (tl.load(p_kept + e) >= lower) & (code >= 0)
         whole = m & ((code & 1) == 1)
         everything = dropped >= lower
         looked = (everything | (tl.sum(tl.where(m, 1, 0)) > 1)) | (tl.sum(tl.where(whole, 1, 0)) > 0)
@@ -255,6 +315,7 @@ def decide_kernel(
         end = tl.where(everything, K, tl.minimum(start + tl.where(whole, GROUP, 4), K))
         m = tl.where(everything, e == 0, m)
     m = m & (n_special == 0)
+    tl.atomic_add(p_count, 1, mask=looked & (n_special == 0), sem="relaxed")
 
     # From low codes to high ones, each once: of equals the first stays.
     best, index = tl.full((), float("inf"), tl.float64), tl.full((), 0, tl.int32)
@@ -274,7 +335,6 @@ def decide_kernel(
     best = tl.where(n_special > 0, tl.where(n_nan > 0, float("nan"), float("inf")), best)
     tl.store(p_index + i, index.to(tl.int64))
     tl.store(p_sqdist + i, narrow(best, p_sqdist.dtype.element_ty))
-    tl.store(p_looked + i, (looked & (n_special == 0)).to(tl.int32))
 
 
 class _Sizes(NamedTuple):
@@ -295,8 +355,7 @@ class _Sizes(NamedTuple):
     tiles: int
 
     @classmethod
-    def of(cls, x: torch.Tensor, codebook: torch.Tensor, generation: int) -> "_Sizes":
-        rows, depth, codes = *x.shape, len(codebook)
+    def of(cls, rows: int, codes: int, depth: int, generation: int) -> "_Sizes":
         block, tile, warps, stages = _TILINGS.get(generation, _TILINGS[0])
         block, warps = (block, warps) if rows > 64 else (64, 4)
         size = max(triton.next_power_of_2(depth), 16)
@@ -310,103 +369,91 @@ class _Sizes(NamedTuple):
         width = triton.cdiv(max(depth, 1), inner) * inner
         return cls(rows, codes, depth, block, tile, inner, splits, warps, stages, size, width, blocks, tiles)
 
-    def exact(self, cosine: bool) -> dict[str, Any]:
-        """What the kernels that follow the definition share."""
-        # The products of the definition are not fused with its sums.
-        options = {"num_warps": min(max(self.size // _PER_WARP, 1), 16), "enable_fp_fusion": False}
-        return {"SIZE": self.size, "HALVINGS": self.size.bit_length() - 1, "COSINE": cosine, **options}
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(rows, codes) of whole blocks and tiles."""
+        return self.blocks * self.block, self.tiles * self.tile
+
+    @property
+    def groups(self) -> int:
+        """Lists of a row."""
+        return self.splits * _GROUPS
 
 
-class _Low(NamedTuple):
-    """Rows in 16 bits, padded to whole blocks, with what the bound needs of them."""
+class _Grids(NamedTuple):
+    """How the kernels are launched."""
+
+    begin: Grid
+    prepare: Grid
+    screen: Grid
+    decide: Grid
+
+
+@functools.lru_cache(maxsize=4096)
+def _grids(sizes: _Sizes, x_strides: Strides, code_strides: Strides, cosine: bool, screened: bool, centred: bool) -> _Grids:
+    rows, codes = sizes.padded
+    # The products of the definition are not fused with its sums.
+    warps = min(max(sizes.size // _PER_WARP, 1), 16)
+    exact = {"SIZE": sizes.size, "HALVINGS": sizes.size.bit_length() - 1, "COSINE": cosine, "enable_fp_fusion": False}
+    begin = {"CENTRED": centred, "COLUMNS": _COLUMNS, "SAMPLES": _SAMPLES, "num_warps": 4, "enable_fp_fusion": True}
+    together = min(max(_PER_WARP // sizes.size, 1), 64)  # what is padded to is a multiple of it
+    prepare = {"CENTRED": centred, "WIDTH": sizes.width, "ROWS": together, "CODES": sizes.tile, **exact, "num_warps": warps}
+    # The interpreter would multiply the bits of bfloat16.
+    screen = {"WIDTH": sizes.width, "INNER": sizes.inner, "ROWS": sizes.block, "CODES": sizes.tile, "UPCAST": interpreting()}
+    screen |= {"num_warps": sizes.warps, "num_stages": sizes.stages, "enable_fp_fusion": True}
+    # At least a quad is looked at together, where it fits into the registers; for the cosine each code takes more of them.
+    visit = max(_PER_WARP // sizes.size, 1)
+    visit = visit if cosine else max(visit, min(4, 2 * _PER_WARP // sizes.size))
+    entries = SLOTS * sizes.groups if screened else 1
+    decide = {"ENTRIES": entries, "GROUPS": sizes.groups, "GROUP": sizes.tile // _GROUPS, "VISIT": visit, **exact}
+    decide["num_warps"] = max(warps, min(entries // 256, 16))
+    walk = triton.cdiv(sizes.tiles, sizes.splits)
+    tiled = rows + codes, sizes.tiles
+    strides = *x_strides, *code_strides
+    programs = triton.cdiv(max(sizes.depth, 2 * sizes.tiles), _COLUMNS)
+    return _Grids(
+        Grid(programs, 1, (sizes.depth, sizes.codes, *tiled, *code_strides), begin),
+        Grid(triton.cdiv(rows + codes, together), 1, (sizes.depth, sizes.rows, sizes.codes, rows, *tiled, *strides), prepare),
+        Grid(sizes.blocks * sizes.splits, sizes.tiles, (rows, *tiled, sizes.splits, walk), screen),
+        Grid(sizes.rows, 1, (sizes.depth, sizes.codes, *strides), decide),
+    )
+
+
+class _Work(NamedTuple):
+    """What the kernels hand on to each other. Rows, padded to whole blocks, come before codes, padded to whole tiles."""
 
     low: torch.Tensor
-    norm: torch.Tensor
-    lost: torch.Tensor
-    shift: torch.Tensor | None
+    #: Norms, norms of what was lost, and what the scores of a code begin with; of tiles the largest two; and the centre.
+    norms: torch.Tensor
+    kept: torch.Tensor  # what the screen leaves of each row
 
     @classmethod
-    def empty(cls, like: torch.Tensor, rows: int, width: int, dtype: torch.dtype, codes: bool) -> "_Low":
-        vectors = like.new_empty((3, rows), dtype=torch.float32)
-        return cls(like.new_empty((rows, width), dtype=dtype), vectors[0], vectors[1], vectors[2] if codes else None)
+    def empty(cls, x: torch.Tensor, codebook: torch.Tensor, sizes: _Sizes) -> "_Work":
+        rows, codes = sizes.padded
+        # float16 loses nothing of float16, and overflows for all else.
+        dtype = torch.float16 if x.dtype is codebook.dtype is torch.float16 else torch.bfloat16
+        return cls(
+            x.new_empty((rows + codes, sizes.width), dtype=dtype),
+            x.new_empty(3 * (rows + codes) + 2 * sizes.tiles + sizes.depth, dtype=torch.float32),
+            x.new_empty((rows, 2 * SLOTS + 2, sizes.groups), dtype=torch.float32),
+        )
 
 
-class _Entries(NamedTuple):
-    """What the screen leaves of each row."""
-
-    upper: torch.Tensor
-    code: torch.Tensor
-    lower: torch.Tensor
-    dropped: torch.Tensor
-
-    @classmethod
-    def empty(cls, like: torch.Tensor, sizes: _Sizes) -> "_Entries":
-        groups = (sizes.blocks * sizes.block, sizes.splits * _GROUPS)
-        entries = (groups[0], SLOTS * groups[1])
-        shapes = (entries, entries, groups, groups)
-        kinds = (torch.float32, torch.int32, torch.float32, torch.float32)
-        return cls(*(like.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)))
-
-
-def _low_dtype(x: torch.Tensor, codebook: torch.Tensor) -> torch.dtype:
-    """float16 loses nothing of float16, and overflows for all else."""
-    return torch.float16 if x.dtype is codebook.dtype is torch.float16 else torch.bfloat16
-
-
-def _centre(x: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> torch.Tensor | None:
-    """Where the codes lie: the middle value of some, entry by entry, which outliers do not move. Any finite one is right."""
-    if cosine or (x.dtype is codebook.dtype and x.dtype is not torch.float32):
-        return None
-    some = codebook[:: triton.cdiv(len(codebook), 64)].to(torch.float32)
-    return some.sort(0).values[(len(some) - 1) // 2].nan_to_num(0.0, 0.0, 0.0)
-
-
-def _prepare_launch(x: torch.Tensor, centre: torch.Tensor | None, to: _Low, sizes: _Sizes, cosine: bool) -> Launch:
-    rows = min(max(_PER_WARP // sizes.size, 1), 64)  # what is padded to is a multiple of it
-    keywords = {"WIDTH": sizes.width, "ROWS": rows, "CODES": sizes.tile, **sizes.exact(cosine)}
-    padded = len(to.low)
-    return Launch(prepare_kernel, (x, centre, *to), Grid(triton.cdiv(padded, rows), 1, (*x.shape, *x.stride()), keywords))
-
-
-def _screen_launch(x: _Low, codes: _Low, tile_norm: torch.Tensor, tile_lost: torch.Tensor, to: _Entries, sizes: _Sizes) -> Launch:
-    walk = triton.cdiv(sizes.tiles, sizes.splits)
-    # The interpreter would multiply the bits of bfloat16.
-    constants = {"WIDTH": sizes.width, "INNER": sizes.inner, "ROWS": sizes.block, "CODES": sizes.tile, "UPCAST": interpreting()}
-    keywords = {**constants, "num_warps": sizes.warps, "num_stages": sizes.stages, "enable_fp_fusion": True}
-    tensors = (x.low, codes.low, x.norm, x.lost, codes.shift, tile_norm, tile_lost, *to)
-    grid = Grid(sizes.blocks * sizes.splits, sizes.tiles, (sizes.tiles, sizes.splits, walk), keywords)
-    return Launch(screen_kernel, tensors, grid)
-
-
-def _decide_launch(
-    x: torch.Tensor,
-    codebook: torch.Tensor,
-    entries: _Entries | None,
-    outputs: Sequence[torch.Tensor],
-    sizes: _Sizes,
-    cosine: bool,
-) -> Launch:
-    groups, visit = _GROUPS * sizes.splits, max(_PER_WARP // sizes.size, 1)
-    # At least a quad, where it fits into the registers; for the cosine each code takes more of them.
-    visit = visit if cosine else max(visit, min(4, 2 * _PER_WARP // sizes.size))
-    count = 1 if entries is None else SLOTS * groups
-    keywords = {"ENTRIES": count, "GROUPS": groups, "GROUP": sizes.tile // 4, "VISIT": visit, **sizes.exact(cosine)}
-    integers = (sizes.depth, sizes.codes, *x.stride(), *codebook.stride())
-    tensors = (x, codebook, *(entries or (None,) * 4), *outputs)
-    return Launch(decide_kernel, tensors, Grid(sizes.rows, 1, integers, keywords))
-
-
-def _screened(x: torch.Tensor, codebook: torch.Tensor, sizes: _Sizes, cosine: bool) -> _Entries:
-    dtype = _low_dtype(x, codebook)
-    rows = _Low.empty(x, sizes.blocks * sizes.block, sizes.width, dtype, codes=False)
-    codes = _Low.empty(x, sizes.tiles * sizes.tile, sizes.width, dtype, codes=True)
-    centre = _centre(x, codebook, cosine)
-    _prepare_launch(x, centre, rows, sizes, cosine).run()
-    _prepare_launch(codebook, centre, codes, sizes, cosine).run()
-    tile_norm, tile_lost = (t.view(-1, sizes.tile).amax(1) for t in (codes.norm, codes.lost))
-    entries = _Entries.empty(x, sizes)
-    _screen_launch(rows, codes, tile_norm, tile_lost, entries, sizes).run()
-    return entries
+def _launches(
+    x: torch.Tensor, codebook: torch.Tensor, cosine: bool, outputs: Sequence[torch.Tensor], work: _Work | None, sizes: _Sizes
+) -> dict[str, Launch]:
+    """All launches of a call, in their order. Without a screen nothing needs to be prepared."""
+    centred = not cosine and (x.dtype is not codebook.dtype or x.dtype is torch.float32)
+    grids = _grids(sizes, x.stride(), codebook.stride(), cosine, work is not None, centred)
+    if work is None:
+        return {"decide": Launch(decide_kernel, (x, codebook, None, *outputs), grids.decide)}
+    low, norms, kept = work
+    return {
+        "begin": Launch(begin_kernel, (codebook, norms, outputs[2]), grids.begin),
+        "prepare": Launch(prepare_kernel, (x, codebook, low, norms), grids.prepare),
+        "screen": Launch(screen_kernel, (low, norms, kept), grids.screen),
+        "decide": Launch(decide_kernel, (x, codebook, kept, *outputs), grids.decide),
+    }
 
 
 def _generation(device: torch.device) -> int:
@@ -414,18 +461,22 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
 
 
+_sizes = functools.lru_cache(maxsize=4096)(_Sizes.of)
+
+
 def forward(
     x: torch.Tensor, codebook: torch.Tensor, cosine: bool, index: torch.Tensor, sqdist: torch.Tensor, count: torch.Tensor
 ) -> None:
     """``flowkern::nearest_code``: fills index, sqdist, and how many rows were looked at again."""
-    if not len(x):
+    rows, screened = x.shape[0], sqdist.dtype is not torch.float64
+    if not (rows and screened):
         count.zero_()
+    if not rows:
         return
-    sizes = _Sizes.of(x, codebook, _generation(x.device))
-    entries = None if sqdist.dtype is torch.float64 else _screened(x, codebook, sizes, cosine)
-    looked = x.new_empty((len(x),), dtype=torch.int32)
-    _decide_launch(x, codebook, entries, (index, sqdist, looked), sizes, cosine).run()
-    torch.sum(looked, 0, out=count)
+    sizes = _sizes(rows, *codebook.shape, _generation(x.device))
+    work = _Work.empty(x, codebook, sizes) if screened else None
+    for launch in _launches(x, codebook, cosine, (index, sqdist, count), work, sizes).values():
+        launch.run()
 
 
 FACTORS: dict[str, Any] = {
@@ -442,24 +493,16 @@ def trips(name: str, launch: Launch) -> tuple[Any, ...]:
     """How often the loops of a launch run, where one code of a row is looked at."""
     if name == "screen":
         chunks = launch.grid.keywords["WIDTH"] // launch.grid.keywords["INNER"]
-        return ((launch.grid.integers[2] * chunks, 1 / chunks),)
-    return {"prepare": (), "decide": (1, 1)}[name]
+        return ((launch.grid.integers[-1] * chunks, 1 / chunks),)
+    return (1, 1) if name == "decide" else ()
 
 
 def compile_cases(sizes: tuple[int, int, int], cosine: bool, dtypes: str, target: str) -> Iterator[tuple[str, Launch]]:
-    """The launches (named) of one choice from FACTORS. The rows are prepared by less than what prepares the codes."""
+    """The launches (named) of one choice from FACTORS."""
     rows, depth, codes = sizes
     of_x, of_codes = DTYPES[dtypes]
     x, codebook = example((rows, depth), of_x, "vector"), example((codes, depth), of_codes, "vector")
-    how = _Sizes.of(x, codebook, int(target[3:]) // 10 if target.startswith("sm_") else 0)
-    index, sqdist, _ = KERNELS["nearest_code"].outputs(x, codebook, cosine)
-    entries = None
-    if sqdist.dtype is not torch.float64:
-        dtype, entries = _low_dtype(x, codebook), _Entries.empty(x, how)
-        low = _Low.empty(x, how.blocks * how.block, how.width, dtype, codes=False)
-        low_codes = _Low.empty(x, how.tiles * how.tile, how.width, dtype, codes=True)
-        by_tile = x.new_empty((how.tiles,), dtype=torch.float32)
-        yield "prepare", _prepare_launch(codebook, _centre(x, codebook, cosine), low_codes, how, cosine)
-        yield "screen", _screen_launch(low, low_codes, by_tile, by_tile, entries, how)
-    looked = x.new_empty((rows,), dtype=torch.int32)
-    yield "decide", _decide_launch(x, codebook, entries, (index, sqdist, looked), how, cosine)
+    how = _Sizes.of(rows, codes, depth, int(target[3:]) // 10 if target.startswith("sm_") else 0)
+    outputs = KERNELS["nearest_code"].outputs(x, codebook, cosine)
+    work = None if outputs[1].dtype is torch.float64 else _Work.empty(x, codebook, how)
+    yield from _launches(x, codebook, cosine, outputs, work, how).items()

@@ -19,7 +19,7 @@ from flowkern.kernels import _coupling, discretized_logistic_mixture as mixture,
 import flowkern
 from flowkern import OPS, nn
 from flowkern._core import backend as _backend
-from flowkern._core.op import Op, Sample
+from flowkern._core.op import KERNELS, Op, Sample
 from flowkern._core.split import moved_channels
 from flowkern.ops import DegreeMask, FeatureMask, ScaleMap, affine_coupling
 from flowkern.ops.parts import LogisticMixture
@@ -322,10 +322,17 @@ def test_masked_linear_of_any_memory() -> None:
 def test_the_bound_of_the_screen_of_nearest_code(dtype: torch.dtype, cosine: bool) -> None:
     """It holds the score of every entry and of the nearest code, and is no wider than what 16 bits lose."""
     x, codebook = randn(20, 40, dtype=dtype), randn(150, 40, dtype=dtype) * torch.linspace(0.2, 2, 150)[:, None].to(dtype)
-    sizes = nearest_code._Sizes.of(x, codebook, 0)
-    upper, code, lower, dropped = (t[:20] for t in nearest_code._screened(x, codebook, sizes, cosine))
+    sizes = nearest_code._Sizes.of(20, 150, 40, 0)
+    work = nearest_code._Work.empty(x, codebook, sizes)
+    outputs = KERNELS["nearest_code"].outputs(x, codebook, cosine)
+    for launch in nearest_code._launches(x, codebook, cosine, outputs, work, sizes).values():
+        launch.run()
+    kept = work.kept[:20]
+    upper, code, lower, dropped = kept[:, :4].flatten(1), kept[:, 4:8].flatten(1).view(torch.int32), kept[:, 8], kept[:, 9]
     exact = [nearest.normalized(t.double()) if cosine else t.double() for t in (x, codebook)]
-    if (centre := nearest_code._centre(x, codebook, cosine)) is not None:
+    if dtype is torch.float32 and not cosine:
+        centre = codebook[::10].sort(0).values[7]  # of 15
+        assert torch.equal(work.norms[-40:], centre)
         exact = [t - centre for t in exact]
     scores = exact[0] @ exact[1].t() - exact[1].square().sum(1) / 2
     whole, first = code % 2 == 1, code.long() & -4
