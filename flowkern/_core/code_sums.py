@@ -18,8 +18,9 @@ __all__ = ["CodeSums", "code_sums", "magnitudes"]
 
 #: Sums the values of all processes, or takes the largest ("sum", "max"), in place.
 Reduce = Callable[[torch.Tensor, str], object]
-#: Columns that are summed at a time, and sums: a few MB. The number of blocks depends on nothing that processes differ in.
-_COLUMNS, _SUMS = 16, 1 << 17
+#: Columns that are summed at a time on a CPU, and sums: a few MB. A GPU, where launches cost more than memory, takes all columns
+#: at once, of so many values. The number of blocks depends on nothing that processes differ in.
+_COLUMNS, _SUMS, _VALUES = 16, 1 << 17, 1 << 24
 
 
 def alone(values: torch.Tensor, how: str) -> None:
@@ -68,12 +69,19 @@ class CodeSums:
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(columns, S of these columns in float64), one block of columns after the other. S is the caller's to change."""
-        features = self.x.shape[1]
-        width = max(1, min(_COLUMNS, _SUMS // max(1, self.codes)))
+        samples, features = self.x.shape
+        if self.x.is_cuda:
+            width, together = max(1, features), max(1, _VALUES // max(1, features))
+        else:
+            width, together = max(1, min(_COLUMNS, _SUMS // max(1, self.codes))), max(1, samples)
         for start in range(0, features, width):
             columns = slice(start, min(start + width, features))
-            fixed = (self.x[:, columns].double() * self._per_unit).round_().long()
-            sums = fixed.new_zeros(self.bins, fixed.shape[1]).index_add_(0, self.index, fixed)
+            for first in range(0, max(1, samples), together):
+                rows = slice(first, first + together)
+                fixed = (self.x[rows, columns].double() * self._per_unit[rows]).round_().long()
+                if first == 0:
+                    sums = fixed.new_zeros(self.bins, fixed.shape[1])
+                sums.index_add_(0, self.index[rows], fixed)
             self.reduce(sums, "sum")
             yield columns, sums[: self.codes].double().mul_(self._unit)
 

@@ -9,6 +9,7 @@ import torch
 from comparison import assert_refused, assert_threads_do_not_matter, check, every_dtype, results
 
 from flowkern import OPS, ops
+from flowkern._core import code_sums as _code_sums
 from flowkern._core.code_sums import CodeSums, code_sums
 from flowkern._core.op import Sample
 from flowkern.ops._vector_quantize import pass_gradient
@@ -117,6 +118,17 @@ def test_sums_do_not_depend_on_order_threads_or_parts() -> None:
     order = torch.randperm(5000)
     assert torch.equal(code_sums(x[order], index[order], 12), expected)
     assert_threads_do_not_matter(lambda: [code_sums(x, index, 12)])
+
+
+@pytest.mark.parametrize("values", [1 << 24, 7 * 40], ids=["all rows at once", "a few rows at a time"])
+def test_a_gpu_sums_all_columns_at_once(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, index = torch.randn(50, 40), torch.randint(0, 9, (50,))
+    expected = code_sums(x, index, 9)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(_code_sums, "_VALUES", values)
+    ((columns, sums),) = CodeSums(x, index, 9).blocks()
+    assert columns == slice(0, 40)
+    assert torch.equal(sums.float(), expected)
 
 
 def test_sums_of_extreme_values() -> None:
