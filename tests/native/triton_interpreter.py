@@ -398,7 +398,7 @@ def test_elementary_functions_at_the_ends(dtype: torch.dtype) -> None:
         (1, (torch.float32, torch.float32)),
         (3, (torch.float64, torch.float32)),
         (8, (torch.float32, torch.bfloat16)),
-        (40, (torch.float32, torch.float32)),
+        (20, (torch.float32, torch.float32)),
     ],
 )
 def test_roots_of_mixtures(components: int, dtypes: tuple[torch.dtype, ...], launches: list[Any], canaries: Any) -> None:
