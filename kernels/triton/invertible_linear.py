@@ -4,6 +4,12 @@ The formulas are at the top of flowkern/ops/_invertible_linear.py. The first ker
 gradient of x; a program owns a tile of pixels of one sample and a block of output channels, and walks over the input
 channels. The second owns a block of the product and every n-th tile of pixels; the partial products are added in a
 fixed order. The factorization of W is torch's, on the device, without waiting for it.
+
+From 32 channels on, NVIDIA's tensor cores multiply bfloat16: each operand is split into numbers of eight binary digits.
+Three of them make a float32, and the six products that reach its last digits leave out less than 2^-22 of a product, where
+float32 arithmetic rounds each sum. Results of 16 bits take two numbers and up to three products. What does not fit into a
+sum such cores cut off instead of rounding, so they add 32 or 64 places at a time, and the sums are added elsewhere. bfloat16
+ends at 2^-133: to multiples of that all operands are rounded.
 """
 
 # mypy: allow-untyped-defs
@@ -15,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from flowkern._core.backend import interpreting
 from flowkern._core.checks import accumulation_dtype, empty_as
 
 from ._coupling import DTYPES, FORMS, Grid, Launch, Strides, constants, example, sample_strides
@@ -37,15 +44,64 @@ def pixel_offsets(p, W, s_h, s_w, FLAT: tl.constexpr):
     return o
 
 
+@triton.jit
+def leading(x, ROUND: tl.constexpr):
+    # The first eight binary digits of a float32, rounded to nearest or cut off: that makes nothing infinite.
+    bits = x.to(tl.int32, bitcast=True) + ROUND * 32768
+    return (bits & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split(x, TERMS: tl.constexpr, DOT: tl.constexpr):
+    # x as the sum of so many numbers of eight digits, the largest first: three are all of a float32, one is x itself.
+    first = x.to(DOT)
+    second, third = first, first
+    if TERMS > 1:
+        x = x.to(tl.float32) + 0.0  # a NaN that arithmetic made has a leading digit
+        cut = leading(x, False)
+        rest = x - cut
+        near = leading(rest, TERMS == 3)
+        first, second, third = cut.to(DOT), near.to(DOT), (rest - near).to(DOT)
+    return first, second, third
+
+
+@triton.jit
+def add_product(total, a, b, A_TERMS: tl.constexpr, B_TERMS: tl.constexpr, DOT: tl.constexpr):
+    # total + a b, on tensor cores if the operands have terms.
+    if A_TERMS == 0:
+        ACC: tl.constexpr = total.dtype
+        total = tl.dot(a.to(ACC), b.to(ACC), total, input_precision="ieee", out_dtype=ACC)
+    else:
+        a_1, a_2, a_3 = split(a, A_TERMS, DOT)
+        b_1, b_2, b_3 = split(b, B_TERMS, DOT)
+        part = tl.zeros_like(total)
+        if A_TERMS == 3:
+            part = tl.dot(a_1, b_3, part, input_precision="ieee")
+            part = tl.dot(a_2, b_2, part, input_precision="ieee")
+            part = tl.dot(a_3, b_1, part, input_precision="ieee")
+        if A_TERMS > 1:
+            part = tl.dot(a_2, b_1, part, input_precision="ieee")
+        if B_TERMS > 1:
+            part = tl.dot(a_1, b_2, part, input_precision="ieee")
+        if A_TERMS > 1 or B_TERMS > 1:
+            # NaN beside an infinite number: then the first terms alone say what comes out. The minimum passes over NaN.
+            part = tl.minimum(part, 3e38)
+        # The sum is taken outside, where it is rounded: without a limit to what they may add the compiler moves it inside.
+        total += tl.dot(a_1, b_1, part, input_precision="ieee", max_num_imprecise_acc=1)
+    return total
+
+
 @triton.jit(do_not_specialize=["n_tiles"])
 def map_kernel(
     p_x, p_matrix, p_minus, p_plus, p_y,
     N, W, C, n_tiles, n_blocks,
     x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w, m_out, m_in,
     FLAT: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
-    PIXELS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, ACC: tl.constexpr,
+    PIXELS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+    X_TERMS: tl.constexpr, MATRIX_TERMS: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    # y = matrix (x - minus) + plus. Tiles are [pixel, channel] if LAST, else [channel, pixel], as they lie in memory.
+    # y = matrix (x - minus) + plus. Tiles are [pixel, channel] if LAST, else [channel, pixel], as they lie in memory. The
+    # matrix stays in the multiprocessor's cache, for the program after this one.
     i_block = tl.program_id(0) % n_blocks
     i_tile = tl.program_id(0) // n_blocks
     i_b = (i_tile // n_tiles).to(tl.int64)
@@ -65,17 +121,19 @@ def map_kernel(
         m_c = c < C
         o_c = c.to(tl.int64) * x_c if WIDE else c * x_c
         if LAST:
-            b_x = tl.load(p_x + o_x[:, None] + o_c[None, :], mask=m_p[:, None] & m_c[None, :], other=0.0).to(ACC)
+            b_x = tl.load(p_x + o_x[:, None] + o_c[None, :], mask=m_p[:, None] & m_c[None, :], other=0.0)
             if p_minus is not None:
-                b_x -= tl.load(p_minus + c, mask=m_c, other=0.0)[None, :]
-            b_m = tl.load(p_matrix + c[:, None] * m_in + o[None, :] * m_out, mask=m_c[:, None] & m_o[None, :], other=0.0)
-            total = tl.dot(b_x, b_m, total, input_precision="ieee", out_dtype=ACC)
+                b_x = b_x.to(ACC) - tl.load(p_minus + c, mask=m_c, other=0.0)[None, :]
+            p_m = p_matrix + c[:, None] * m_in + o[None, :] * m_out
+            b_m = tl.load(p_m, mask=m_c[:, None] & m_o[None, :], other=0.0, cache_modifier=".ca")
+            total = add_product(total, b_x, b_m, X_TERMS, MATRIX_TERMS, DOT)
         else:
-            b_x = tl.load(p_x + o_c[:, None] + o_x[None, :], mask=m_c[:, None] & m_p[None, :], other=0.0).to(ACC)
+            b_x = tl.load(p_x + o_c[:, None] + o_x[None, :], mask=m_c[:, None] & m_p[None, :], other=0.0)
             if p_minus is not None:
-                b_x -= tl.load(p_minus + c, mask=m_c, other=0.0)[:, None]
-            b_m = tl.load(p_matrix + o[:, None] * m_out + c[None, :] * m_in, mask=m_o[:, None] & m_c[None, :], other=0.0)
-            total = tl.dot(b_m, b_x, total, input_precision="ieee", out_dtype=ACC)
+                b_x = b_x.to(ACC) - tl.load(p_minus + c, mask=m_c, other=0.0)[:, None]
+            p_m = p_matrix + o[:, None] * m_out + c[None, :] * m_in
+            b_m = tl.load(p_m, mask=m_o[:, None] & m_c[None, :], other=0.0, cache_modifier=".ca")
+            total = add_product(total, b_m, b_x, MATRIX_TERMS, X_TERMS, DOT)
     o_o = o.to(tl.int64) * y_c if WIDE else o * y_c
     if p_plus is not None:
         plus = tl.load(p_plus + o, mask=m_o, other=0.0)
@@ -91,20 +149,21 @@ def map_kernel(
 @triton.jit(do_not_specialize=["n_all", "n_tiles"])
 def product_kernel(
     p_grad, p_x, p_product, p_sum,
-    N, W, C, n_all, n_tiles, n_parts, n_blocks,
+    N, W, C, n_all, n_tiles, n_parts, n_left, n_right,
     g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w,
-    FLAT: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    FLAT: tl.constexpr, WIDE: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     # Part i of sum g x^T [C, C] and of sum g [C]: the tiles i, i + n_parts, i + 2 n_parts, ...
-    i_right = tl.program_id(0) % n_blocks
-    i_left = tl.program_id(0) // n_blocks % n_blocks
-    i_part = tl.program_id(0) // n_blocks // n_blocks
-    o, c = i_left * BLOCK + tl.arange(0, BLOCK), i_right * BLOCK + tl.arange(0, BLOCK)
+    i_right = tl.program_id(0) % n_right
+    i_left = tl.program_id(0) // n_right % n_left
+    i_part = tl.program_id(0) // n_right // n_left
+    o, c = i_left * ROWS + tl.arange(0, ROWS), i_right * COLUMNS + tl.arange(0, COLUMNS)
     m_o, m_c = o < C, c < C
     o_o = o.to(tl.int64) * g_c if WIDE else o * g_c
     o_c = c.to(tl.int64) * x_c if WIDE else c * x_c
-    total = tl.zeros((BLOCK, BLOCK), ACC)
-    sums = tl.zeros((BLOCK,), ACC)
+    total = tl.zeros((ROWS, COLUMNS), ACC)
+    sums = tl.zeros((ROWS,), ACC)
     for i in range(i_part, n_all, n_parts):
         i_b = (i // n_tiles).to(tl.int64)
         i_tile = i % n_tiles
@@ -113,10 +172,10 @@ def product_kernel(
         m_p = p < N
         o_g, o_x = pixel_offsets(p, W, g_h, g_w, FLAT), pixel_offsets(p, W, x_h, x_w, FLAT)
         p_g = p_grad + i_b * g_b + o_o[:, None] + o_g[None, :]
-        b_g = tl.load(p_g, mask=m_o[:, None] & m_p[None, :], other=0.0).to(ACC)
-        b_x = tl.load(p_x + i_b * x_b + o_x[:, None] + o_c[None, :], mask=m_p[:, None] & m_c[None, :], other=0.0).to(ACC)
-        total = tl.dot(b_g, b_x, total, input_precision="ieee", out_dtype=ACC)
-        sums += tl.sum(b_g, 1)
+        b_g = tl.load(p_g, mask=m_o[:, None] & m_p[None, :], other=0.0)
+        b_x = tl.load(p_x + i_b * x_b + o_x[:, None] + o_c[None, :], mask=m_p[:, None] & m_c[None, :], other=0.0)
+        total = add_product(total, b_g, b_x, TERMS, TERMS, DOT)
+        sums += tl.sum(b_g.to(ACC), 1)
     tl.store(p_product + (i_part * C + o)[:, None] * C + c[None, :], total, mask=m_o[:, None] & m_c[None, :])
     if i_right == 0:
         tl.store(p_sum + i_part * C + o, sums, mask=m_o)
@@ -146,34 +205,82 @@ def _wide(channels: int, pixels: int, width: int, strides: tuple[Strides, ...]) 
     return max(pixels, *reach) + 2**16 >= 2**31
 
 
+@functools.cache
+def _generation(device: torch.device) -> int:
+    """That of NVIDIA's tensor cores, by the compute capability; 0 for none. The interpreter does what Hopper's do."""
+    if interpreting():
+        return 9
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
+
+
+def _splits(channels: int, double: bool, generation: int) -> bool:
+    """Whether tensor cores multiply: not float64, nor so few channels that the product is cheap beside the bytes.
+
+    Those of Ampere and Hopper: on Blackwell Triton has them read terms from tensor memory, which no test here executes.
+    """
+    return generation in (8, 9) and not double and channels >= 32
+
+
+def _operand(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The dtype in which tensor cores multiply such numbers or terms. The interpreter would multiply bfloat16's bits."""
+    return tl.float32 if interpreting() else tl.float16 if dtype is torch.float16 else tl.bfloat16
+
+
 @functools.lru_cache(maxsize=4096)
-def _map_grid(shape: tuple[int, ...], x: Strides, y: Strides, matrix: Strides, flipped: bool, double: bool) -> Grid:
+def _map_grid(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    strides: tuple[Strides, Strides],
+    steps: tuple[int, int],
+    shifted: bool,
+    double: bool,
+    generation: int,
+) -> Grid:
+    """Of x and y; ``steps`` lead to the matrix's next output and input, ``shifted`` says whether something is taken from x."""
     channels = shape[1]
-    (samples, pixels, width), flat, strides = _collapsed(shape, (x, y))
-    block = min(triton.next_power_of_2(max(channels, 16)), 64 if double else 128)
-    most = 32 if double else 64 if block > 32 else 128
-    tile = min(triton.next_power_of_2(max(pixels, 16)), most)
-    tiles, blocks = triton.cdiv(pixels, tile), triton.cdiv(channels, block)
-    wide, warps = _wide(channels, pixels, width, strides), 8 if block * tile >= 8192 else 4
-    keywords = constants(double, warps, FLAT=flat, LAST=y[1] == 1, WIDE=wide, PIXELS=tile, OUT=block, IN=16)
-    steps = matrix[::-1] if flipped else matrix
+    (samples, pixels, width), flat, strides = _collapsed(shape, strides)  # type: ignore[assignment]
+    last = strides[1][1] == 1
+    fits = triton.next_power_of_2(max(pixels, 16))
+    if _splits(channels, double, generation):
+        block, tile, inner = 64 if channels <= 64 else 128, min(fits, 64), 32
+        of_matrix = 3 if dtype is torch.float32 else 2
+        of_x = 1 if dtype is torch.bfloat16 and not shifted else of_matrix
+        warps = 4 if last else block // 16
+        stages = 1 if shifted or dtype is torch.float16 else 2  # registers are short
+    else:
+        block = min(triton.next_power_of_2(max(channels, 16)), 64 if double else 128)
+        tile, inner = min(fits, 32 if double else 64 if block > 32 else 128), 16
+        of_matrix = of_x = 0
+        warps, stages = 8 if block * tile >= 8192 else 4, 3
+    tiles, blocks, wide = triton.cdiv(pixels, tile), triton.cdiv(channels, block), _wide(channels, pixels, width, strides)
+    terms = {"X_TERMS": of_x, "MATRIX_TERMS": of_matrix, "DOT": _operand()}
+    sizes = {"PIXELS": tile, "OUT": block, "IN": inner, "num_stages": stages}
+    keywords = constants(double, warps, FLAT=flat, LAST=last, WIDE=wide, **sizes, **terms)
     integers = (pixels, width, channels, tiles, blocks, *strides[0], *strides[1], *steps)
     return Grid(samples * tiles * blocks, tiles, integers, keywords)
 
 
 @functools.lru_cache(maxsize=4096)
-def _product_grid(shape: tuple[int, ...], grad: Strides, x: Strides, double: bool) -> Grid:
+def _product_grid(shape: tuple[int, ...], dtype: torch.dtype, grad: Strides, x: Strides, double: bool, generation: int) -> Grid:
     channels = shape[1]
     (samples, pixels, width), flat, strides = _collapsed(shape, (grad, x))
-    block = min(triton.next_power_of_2(max(channels, 16)), 32 if double else 64)
-    tile = 16  # a thread holds whole rows and columns of this length: with more it spills
-    tiles, blocks = triton.cdiv(pixels, tile), triton.cdiv(channels, block)
+    if _splits(channels, double, generation):
+        terms = 3 if dtype is torch.float32 else 1
+        # Where data does not move in whole pieces their addresses take the registers. Twice the columns halve the splitting.
+        even = all(size == 1 or size % 16 == 0 for size in (channels, pixels, *strides[0], *strides[1]))
+        rows, columns = 64, 128 if terms == 3 and channels > 64 and even and generation == 9 else 64
+        tile, warps = 32 if even or terms == 1 else 16, 4 if even else 8
+    else:
+        terms, tile = 0, 16  # a thread holds whole rows and columns of this length: with more it spills
+        rows = columns = min(triton.next_power_of_2(max(channels, 16)), 32 if double else 64)
+        warps = 8 if rows > 16 else 4
+    tiles, left, right = triton.cdiv(pixels, tile), triton.cdiv(channels, rows), triton.cdiv(channels, columns)
     # Several programs for every multiprocessor of a large GPU; the same number everywhere, so that the sums are the same.
-    parts = min(samples * tiles, max(1024 // blocks**2, 1))
-    wide, warps = _wide(channels, pixels, width, strides), 8 if block > 16 else 4
-    keywords = constants(double, warps, FLAT=flat, WIDE=wide, PIXELS=tile, BLOCK=block, num_stages=2)
-    integers = (pixels, width, channels, samples * tiles, tiles, parts, blocks, *strides[0], *strides[1])
-    return Grid(parts * blocks**2, parts, integers, keywords)
+    parts = min(samples * tiles, max(1024 // left**2, 1))
+    sizes = {"PIXELS": tile, "ROWS": rows, "COLUMNS": columns, "TERMS": terms, "DOT": _operand(dtype), "num_stages": 2}
+    keywords = constants(double, warps, FLAT=flat, WIDE=_wide(channels, pixels, width, strides), **sizes)
+    integers = (pixels, width, channels, samples * tiles, tiles, parts, left, right, *strides[0], *strides[1])
+    return Grid(parts * left * right, parts, integers, keywords)
 
 
 def _map_launch(
@@ -183,13 +290,18 @@ def _map_launch(
     flipped: bool = False,
     minus: torch.Tensor | None = None,
     plus: torch.Tensor | None = None,
+    generation: int | None = None,
 ) -> Launch:
-    how = _map_grid(x.shape, x.stride(), y.stride(), matrix.stride(), flipped, matrix.dtype is torch.float64)
+    generation = _generation(x.device) if generation is None else generation
+    steps = matrix.stride()[::-1] if flipped else matrix.stride()
+    double = matrix.dtype is torch.float64
+    how = _map_grid(x.shape, x.dtype, (x.stride(), y.stride()), steps, minus is not None, double, generation)
     return Launch(map_kernel, (x, matrix, minus, plus, y), how)
 
 
-def _product_launch(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> Launch:
-    how = _product_grid(x.shape, grad.stride(), x.stride(), dtype is torch.float64)
+def _product_launch(grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, generation: int | None = None) -> Launch:
+    generation = _generation(x.device) if generation is None else generation
+    how = _product_grid(x.shape, x.dtype, grad.stride(), x.stride(), dtype is torch.float64, generation)
     channels = x.shape[1]
     partial = x.new_empty((how.tiles, channels, channels), dtype=dtype)
     return Launch(product_kernel, (grad, x, partial, x.new_empty((how.tiles, channels), dtype=dtype)), how)
@@ -255,6 +367,7 @@ def backward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
         dbias.copy_(sums)
 
 
+BY_TARGET = True
 FACTORS = {"channels": (96, 12, 48, 192), "inverse": (False, True), "dtypes": tuple(DTYPES), "form": tuple(FORMS)}
 
 
@@ -269,14 +382,15 @@ def trips(name: str, launch: Launch) -> tuple[int, ...]:
     return (triton.cdiv(channels, launch.grid.keywords["IN"]),)
 
 
-def compile_cases(channels: int, inverse: bool, dtypes: str, form: str) -> Iterator[tuple[str, Launch]]:
+def compile_cases(channels: int, inverse: bool, dtypes: str, form: str, target: str) -> Iterator[tuple[str, Launch]]:
     """The launches (named) of one choice from FACTORS."""
     first, *rest = FORMS[form]
     of_x, of_weight = DTYPES[dtypes]
     dtype = torch.float64 if torch.float64 in (of_x, of_weight) else torch.float32
     x = example((first, channels, *rest[1:]), of_x, form)
-    y = empty_as(x)
+    y, generation = empty_as(x), int(target[3:]) // 10 if target.startswith("sm_") else 0
     matrix, shift = example((channels, channels), dtype, "vector"), example((channels,), dtype, "vector")
-    yield "map", _map_launch(x, matrix, y, minus=shift if inverse else None, plus=None if inverse else shift)
-    yield "map-back", _map_launch(y, matrix, y, flipped=True)
-    yield "product", _product_launch(y, x, dtype)
+    minus, plus = (shift, None) if inverse else (None, shift)
+    yield "map", _map_launch(x, matrix, y, minus=minus, plus=plus, generation=generation)
+    yield "map-back", _map_launch(y, matrix, y, flipped=True, generation=generation)
+    yield "product", _product_launch(y, x, dtype, generation)

@@ -14,7 +14,8 @@ import nearest
 import pytest
 import torch
 from comparison import DTYPES, LIMIT, assert_accurate, assert_same, check, every_op, results, samples, serves
-from flowkern.kernels import _coupling, discretized_logistic_mixture as mixture, masked_linear, nearest_code
+from flowkern.kernels import _coupling, discretized_logistic_mixture as mixture, invertible_linear, masked_linear, nearest_code
+from triton.runtime import interpreter
 
 import flowkern
 from flowkern import OPS, nn
@@ -435,3 +436,137 @@ def test_couplings_of_mixtures_invert_by_the_kernel(launches: list[Any]) -> None
         found[backend] = torch.autograd.grad((back.sin() * negated).sum(), inputs)
     torch.testing.assert_close(found["triton"], found["torch"], rtol=1e-3, atol=1e-4)
     assert len(launches) == 1
+
+
+def tensor_core_dot(_: Any, a: Any, b: Any, total: Any, *options: Any) -> Any:
+    """``create_dot`` of the interpreter as a pessimist's tensor core computes it.
+
+    Operands are rounded to bfloat16. The products of 16 places and what was there are aligned to the largest of them, and
+    cut off 23 binary digits below it, as is their sum.
+    """
+    left, right = (torch.from_numpy(t.data).bfloat16().double() for t in (a, b))
+    assert (left == torch.from_numpy(a.data)).logical_or(left.abs() < 2.0**-110).logical_or(left != left).all(), "not split"
+    found = torch.from_numpy(total.data).double()
+    for k in range(0, left.shape[1], 16):
+        addends = torch.cat([(left[:, k : k + 16, None] * right[None, k : k + 16]).transpose(1, 2), found[..., None]], -1)
+        ulp = torch.ldexp(torch.ones_like(found), addends.abs().amax(-1).frexp().exponent - 24)[..., None]
+        cut = torch.where(addends.isfinite() & (ulp > 0), (addends / ulp).trunc() * ulp, addends).sum(-1)
+        ulp = torch.ldexp(torch.ones_like(found), cut.frexp().exponent - 24)
+        found = torch.where(cut.isfinite() & (cut != 0), (cut / ulp).trunc() * ulp, cut).float().double()
+    return interpreter.TensorHandle(found.float().numpy(), total.dtype.scalar)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", tensor_core_dot)
+
+
+def full_range(*shape: int) -> torch.Tensor:
+    return randn(*shape) * torch.randint(-30, 30, shape).double().exp2().float()
+
+
+def worst_digits(*shape: int) -> torch.Tensor:
+    """The second eight digits are ones, and the third are half of their last: as much of a product is left out as can be."""
+    return torch.full(shape, 1 + 2.0**-7 - 2.0**-16).copysign(randn(*shape))
+
+
+def cancelling(*shape: int) -> torch.Tensor:
+    """Neighbouring channels almost cancel."""
+    x = randn(*shape)
+    x[:, 1::2] = -x[:, : shape[1] // 2 * 2 : 2] * (1 + 2.0**-20)
+    return x
+
+
+#: (x, weight), float32.
+HARD = {
+    "usual": lambda: (randn(3, 70, 8, 5), randn(70, 70)),
+    "full range": lambda: (full_range(3, 70, 8, 5), full_range(70, 70)),
+    "worst digits": lambda: (worst_digits(3, 70, 8, 5), worst_digits(70, 70)),
+    "cancelling": lambda: (cancelling(3, 70, 8, 5), 1 + 1e-4 * randn(70, 70)),
+    "many channels": lambda: (randn(40, 300), randn(300, 300)),
+    "large": lambda: (1e37 * randn(40, 33).clamp(-3, 3), 0.1 * randn(33, 33)),
+    "largest": lambda: (torch.full((40, 33), torch.finfo(torch.float32).max), torch.eye(33).roll(1, 0)),
+    "small": lambda: (2.0**-100 * randn(40, 33), randn(33, 33)),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_split_products_are_as_good_as_float32(name: str, launches: list[_coupling.Launch], tensor_cores: None) -> None:
+    """Each result, and not only the largest: beside the sum of its products' sizes, as rounding is."""
+    x, weight = HARD[name]()
+    grad = full_range(*x.shape) if name == "full range" else randn(*x.shape) * (1e-30 if name.startswith("large") else 1)
+
+    def products(dtype: torch.dtype, sizes: bool = False) -> list[torch.Tensor]:
+        given = [(t.abs() if sizes else t).to(dtype).movedim(1, -1).reshape(-1, t.shape[1]) for t in (x, grad)]
+        left = (weight.abs() if sizes else weight).to(dtype)
+        return [given[0] @ left.t(), given[1] @ left, given[1].t() @ given[0]]
+
+    known = torch.tensor(0.0)
+    x.requires_grad_(), weight.requires_grad_()
+    y, _ = flowkern.ops.invertible_linear(x, weight, logabsdet=known)
+    dx, dweight = torch.autograd.grad(y, (x, weight), grad)
+    x, weight = x.detach(), weight.detach()
+    keywords = [launch.keywords() for launch in launches]
+    assert [k.get("TERMS", k.get("X_TERMS")) for k in keywords] == [3, 3, 3]
+    actual = [*(t.detach().movedim(1, -1).reshape(-1, x.shape[1]) for t in (y, dx)), dweight]
+    for a, exact, plain, size in zip(
+        actual, products(torch.float64), products(torch.float32), products(torch.float64, sizes=True), strict=True
+    ):
+        error, granted = ((t.double() - exact).abs() / size for t in (a, plain))
+        assert a.isfinite().all()
+        assert error.max() <= 2 * granted.max() + 2.0**-23, (error.max() * 2**24, granted.max() * 2**24)
+
+
+def test_split_products_round_what_is_subnormal(tensor_cores: None) -> None:
+    """To multiples of 2^-133, which is as far as bfloat16 reaches."""
+    x, weight = 2.0**-125 * randn(40, 33), randn(33, 33)
+    y, _ = flowkern.ops.invertible_linear(x, weight, logabsdet=torch.tensor(0.0))
+    error = (y.double() - x.double() @ weight.double().t()).abs()
+    assert (error <= 2.0**-133 * weight.double().abs().sum(1)).all()
+
+
+NAN_OF_LAST_DIGIT = torch.tensor([0x7F800001], dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["interpreter", "tensor cores"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_split_products_keep_infinity_and_nan(dtype: torch.dtype, patched: bool, request: pytest.FixtureRequest) -> None:
+    """Where the terms of a number have a zero, beside infinity, that would make NaN."""
+    if patched and dtype is torch.float16:
+        pytest.skip("tensor cores multiply float16 too")
+    if patched:
+        request.getfixturevalue("tensor_cores")
+    weight = randn(40, 40)
+    weight[:, 3], weight[5], weight[7, 7], weight[2, 9] = 1.0, 2.0, 0.0, float("-inf")
+    x = randn(60, 40).to(dtype)
+    for row, value in enumerate((float("inf"), -float("inf"), float("nan"), NAN_OF_LAST_DIGIT)):
+        x[row, row + 3 : row + 8 : 4] = value
+    x[10, 3], x[10, 4] = float("inf"), -float("inf")
+    grad = randn(60, 40).to(dtype)
+    grad[20, 5], grad[21, 6], grad[22] = float("inf"), float("nan"), 0.0
+    x.requires_grad_(), weight.requires_grad_()
+    y, _ = flowkern.ops.invertible_linear(x, weight, logabsdet=torch.tensor(0.0))
+    dx, dweight = torch.autograd.grad(y, (x, weight), grad)
+    left, right, factor = grad.float(), x.detach().float(), weight.detach()
+    for actual, expected in ((y, (right @ factor.t()).to(dtype)), (dx, (left @ factor).to(dtype)), (dweight, left.t() @ right)):
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(actual), kind(expected)), kind
+    assert y.isfinite().any(), "it would prove nothing"
+
+
+@pytest.mark.parametrize("generation", [0, 9], ids=["float32", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_with_and_without_tensor_cores(
+    dtype: torch.dtype, generation: int, monkeypatch: pytest.MonkeyPatch, launches: list[_coupling.Launch]
+) -> None:
+    monkeypatch.setattr(invertible_linear, "_generation", lambda device: generation)
+    if dtype is not torch.float16 and generation:
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", tensor_core_dot)
+    op, seen = OPS["invertible_linear"], set()
+    for sample in samples(op, dtype, limit=LIMIT):
+        if sample.args[0].shape[1] >= 32:
+            check(op, sample)
+            seen |= {launch.keywords().get("X_TERMS") for launch in launches}
+    assert seen - {None} == (
+        {0} if not generation else {3} if dtype is torch.float32 else {2} if dtype is torch.float16 else {1, 2}
+    )
