@@ -96,7 +96,9 @@ SHARED = re.compile(
 
 
 def assert_noticed(found: list[Launch], share: float = 1.0) -> None:
-    """All waits and fences are, and such a share of the barriers, but for those behind the last access to what they order.
+    """Such a share of them is, and every fence and wait, but for those behind the last access to what they order.
+
+    On sm_80 Triton waits twice for the same copies: there the share is of waits, too.
 
     All are printed, with those that nothing shows to be missing.
     """
@@ -107,7 +109,8 @@ def assert_noticed(found: list[Launch], share: float = 1.0) -> None:
         if not how and SHARED.search(rest):
             unnoticed.append(statement)
     assert noticed
-    assert all(re.search(r": (@\S+ )?bar", statement) for statement in unnoticed), "\n".join(unnoticed)
+    may = r": (@\S+ )?(bar|cp\.async)" if on_ptx.TARGET == "sm_80" else r": (@\S+ )?bar"
+    assert all(re.search(may, statement) for statement in unnoticed), "\n".join(unnoticed)
     assert noticed >= share * (noticed + len(unnoticed)), "\n".join(unnoticed)
 
 
@@ -126,7 +129,7 @@ def test_the_screen_of_nearest_code() -> None:
     codebook = torch.randn(140, 130)
     x = codebook[torch.randint(0, 140, (66,))] + 0.3 * torch.randn(66, 130)
     # On sm_100 barriers stand on both sides of fences and of waits for tensor cores, of which one is enough.
-    share = 0.4 if on_ptx.TARGET == "sm_100" else 1.0
+    share = {"sm_80": 0.9, "sm_90": 1.0, "sm_100": 0.4}[on_ptx.TARGET]
     assert_noticed(launches(lambda: flowkern.ops.nearest_code(x, codebook), "screen"), share)
 
 
