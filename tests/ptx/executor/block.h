@@ -47,6 +47,7 @@ struct Product {
   std::vector<int> registers;            // wgmma: those of the sum
   std::vector<std::array<u32, 4>> a_in;  // wgmma: A by lanes, where it comes in registers
   u32 tensor_address = 0;                // tcgen05: where the sum lies
+  bool a_in_tensor = false;              // tcgen05: A lies in tensor memory too, and `a` is where
   u32 serial = 0;
   int group = -1, thread = 0;
   const Instruction* instruction = nullptr;

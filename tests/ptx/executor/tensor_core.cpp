@@ -184,7 +184,7 @@ Factors read(Block& block, Warp& warp, const Product& product, u64 a_layout, u64
   const Instruction* waits = std::exchange(block.launch.current, product.instruction);
   const Reader reader{block, warp, product};
   Factors found;
-  for (int row = 0; row < product.rows && product.a_in.empty(); row++) {
+  for (int row = 0; row < product.rows && product.a_in.empty() && !product.a_in_tensor; row++) {
     const Matrix a = matrix_of(product.a, a_layout, product, product.a_transposed);
     for (int k = 0; k < product.depth; k++) found.a.push_back(reader(a.address(u64(first_row + row), u64(k))));
   }
@@ -351,7 +351,16 @@ u64 layout_of(u64 descriptor) {
 }
 
 Factors read_for_block(Block& block, const Product& product) {
-  return read(block, block.warps[size_t(product.thread / kLanes)], product, layout_of(product.a), layout_of(product.b), 0);
+  Warp& warp = block.warps[size_t(product.thread / kLanes)];
+  Factors found = read(block, warp, product, product.a_in_tensor ? 0 : layout_of(product.a), layout_of(product.b), 0);
+  const int packed = 4 / bytes_of(product.type);
+  for (int row = 0; row < product.rows && product.a_in_tensor; row++)
+    for (int k = 0; k < product.depth; k++) {
+      const TensorCell& c = cell(block, tensor_lane(product, row), u32(product.a & 0xffff) + u32(k / packed));
+      if (!c.written) block.note("uninitialized", "tensor memory is read that nothing wrote", warp, product.thread % kLanes);
+      found.a.push_back(entry(c.bits >> 16 * (k % packed), product.type));
+    }
+  return found;
 }
 
 void compute(Block& block, const Product& product) {
@@ -379,14 +388,16 @@ void describe(Block& block, Warp& warp, int lane, Product& product, u32 descript
 Action product_of_block(Form& form) {
   form.need({"cta_group::1"});
   const std::string kind = form.one_of({"kind::f16", "kind::tf32"});
-  if (kind.empty() || form.operands() != 5 || form.operand(1).kind != Operand::in_register) form.unsupported();
+  const bool in_tensor = form.operands() == 5 && form.operand(1).kind == Operand::address;
+  if (kind.empty() || form.operands() != 5 || (!in_tensor && form.operand(1).kind != Operand::in_register)) form.unsupported();
   const Slot d = form.slot(0), a = form.slot(1), b = form.slot(2), descriptor = form.slot(3), accumulates = form.slot(4);
   return [=](Block& block, Warp& warp, Lanes lanes) {
     for_each(lanes, [&](int lane) {
       Product product;
       product.type = kind.substr(6);
       product.tensor_address = u32(d.address(warp, lane));
-      product.a = a.bits(warp, lane);
+      product.a_in_tensor = in_tensor;
+      product.a = in_tensor ? a.address(warp, lane) : a.bits(warp, lane);
       product.b = b.bits(warp, lane);
       describe(block, warp, lane, product, descriptor.get<u32>(warp, lane));
       product.accumulates = accumulates.get<bool>(warp, lane);
