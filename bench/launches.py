@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch._dynamo  # now: while the recorder stands in for attributes of tensors it would take them for torch's
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
