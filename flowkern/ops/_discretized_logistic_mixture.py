@@ -262,6 +262,9 @@ def sample_discretized_logistic_mixture(
     mean + temperature * exp(log_scale) * logit(u) lies, and the means of the next channels depend on it. So at temperature 1
     samples follow the mixture exactly (the published code conditions on the value before it is rounded, which does not).
 
+    It is torch's operations everywhere, on a GPU 53 launches for three channels and 27 for one: a decoder draws all pixels of
+    its images at once, so that they come once a batch, behind its whole network.
+
     Args:
         params: as for ``discretized_logistic_mixture``.
         channels: 3, or 1.

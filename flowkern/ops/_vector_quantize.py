@@ -10,6 +10,11 @@ gradient of x    g + 2 beta l (x - c) / (N D); rotation: |c|/|x| (g - 2 r (r.g) 
 of the codebook  2 l / (N D) times the sum of c - x over the rows of each code
 ================ ===================================================================================================
 
+On a GPU the search is a kernel, and the rest of a step is torch's, 7 launches each way where averages move the codes. Forward
+needs one pass, the gather, for the loss is a sum of the search's distances. Backward moves 8 values for each of x where one
+kernel would move 4: of 16384 rows, 256 columns and 8192 codes that kernel would save at most 22 us, the time in which a copy
+at 3.0 TB/s moves as much, of a step whose search takes 105 us at its counted ceiling of 655 TFLOP/s.
+
 Sources: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning" (2017), eq. 3; the rotation: Fifty
 et al., "Restructuring Vector Quantization with the Rotation Trick" (2024), section 4.
 """
