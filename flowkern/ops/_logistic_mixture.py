@@ -47,12 +47,12 @@ class LogisticMixture:
         value, log_slope = self.logit(x)
         return value - z, log_slope.exp()
 
-    @torch.no_grad()
     def root(self, z: torch.Tensor) -> torch.Tensor:
         """The x with logit(F(x)) = z, not differentiable."""
-        if transformed() or (z.is_cpu and backend.requested() != "triton") or backend.only_torch(z):
-            return self._search(z)
-        return _root(z, self.params)
+        with torch.no_grad():  # as a decorator it would be a method that torch.compile does not follow
+            if transformed() or (z.is_cpu and backend.requested() != "triton") or backend.only_torch(z):
+                return self._search(z)
+            return _root(z, self.params)
 
     def _search(self, z: torch.Tensor) -> torch.Tensor:
         candidates = self.mean + self.scale * z

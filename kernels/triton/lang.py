@@ -239,10 +239,11 @@ def scale_map(u, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
         else:
             tl.static_assert(KIND == "soft_clip")
             MOST: tl.constexpr = A * 1e17  # an infinite u would give inf / inf
+            beyond, farthest = tl.abs(u) > MOST, A / tl.abs(u)
             u = tl.where(u > MOST, MOST, tl.where(u < -MOST, -MOST, u))
             clip = 1.0 + divide(tl.abs(u), A)
             log_s = quotient(u, clip)
-            inverse = reciprocal(clip)
+            inverse = tl.where(beyond, farthest, reciprocal(clip))
             slope = inverse * inverse
         s = exp(log_s)
     return s, log_s, slope

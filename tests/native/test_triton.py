@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -76,7 +77,7 @@ class TestTheChecksOfCompiledKernels:
         return dict(kernels.compile_cases(**{**first, **choice}))["forward"]
 
     def changed(self, launch: Any, **keywords: Any) -> Any:
-        return launch._replace(grid=launch.grid._replace(keywords={**launch.grid.keywords, **keywords}))
+        return launch._replace(grid=dataclasses.replace(launch.grid, keywords={**launch.grid.keywords, **keywords}))
 
     @pytest.mark.parametrize(("target", "elements"), [("sm_90", 4096), ("gfx942", 16384)])
     def test_spills(self, target: str, elements: int) -> None:

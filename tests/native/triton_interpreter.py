@@ -6,6 +6,7 @@ imported: ``TRITON_INTERPRET=1 python -m pytest tests/native/triton_interpreter.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_64_bit_offsets_are_used_where_32_do_not_reach(monkeypatch: pytest.Monke
 
         def forced(*args: Any, original: Any = original) -> _coupling.Grid:
             how = original(*args)
-            return how._replace(keywords={**how.keywords, "WIDE": True})
+            return dataclasses.replace(how, keywords={**how.keywords, "WIDE": True})
 
         monkeypatch.setattr(module, "_grid", forced)
     for sample in samples(OPS["additive_coupling"]):

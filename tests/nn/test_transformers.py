@@ -188,7 +188,7 @@ def test_a_module_moves_and_learns_with_its_layer() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["own", "mixture"])
 def test_own_layers_compile_in_one_graph_and_keep_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowkern.nn.bijections.root._ROUNDS", 1)  # of the solver
+    monkeypatch.setattr("flowkern._core.root.ROUNDS", 1)  # of the solver
     layers = coupling(TRANSFORMERS[name](), "channel")[0].float(), autoregressive(name)[0].float()
     for layer, x in zip(layers, (torch.randn(4, 5), torch.randn(4, 4)), strict=True):
         # The steps of a solver in each of several passes are a graph that takes long to trace.

@@ -12,6 +12,7 @@ from executor import Options
 from flowkern.kernels import nearest_code
 
 import flowkern
+from flowkern._core.op import KERNELS
 
 #: Entries of a row: more than one chunk of a product.
 DEPTH = 128
@@ -41,9 +42,13 @@ def scores(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 def bounds(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row: what its best score is at least, and what any score of a code is at most, as the screen says."""
-    sizes = nearest_code._Sizes.of(x, codebook, nearest_code._generation(x.device))
-    entries = nearest_code._screened(x, codebook, sizes, False)
-    return entries.lower[: len(x)].amax(1), torch.maximum(entries.upper, entries.dropped.amax(1, keepdim=True))[: len(x)].amax(1)
+    sizes = nearest_code._sizes(len(x), *codebook.shape, nearest_code._generation(x.device))
+    work, outputs = nearest_code._Work.empty(x, codebook, sizes), KERNELS["nearest_code"].outputs(x, codebook, False)
+    launches = nearest_code._launches(x, codebook, False, outputs, work, sizes)
+    for name in ("begin", "prepare", "screen"):
+        launches[name].run()
+    upper, lower, dropped = (work.kept[: len(x), part].flatten(1) for part in (slice(4), slice(8, 9), slice(9, 10)))
+    return lower.amax(1), torch.cat([upper, dropped], 1).amax(1)
 
 
 @pytest.mark.parametrize("spread", [10, 15, 20, 24])

@@ -1,6 +1,5 @@
 """The transformer of Flow++: values pass through the distribution function of a mixture of logistics."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +47,7 @@ class MixtureLogistic(Transformer, kind="mixture_logistic"):
         shift, mixture = params[1], LogisticMixture(params[2:])
         if inverse:
             z = (x - shift) / scale
-            x = followed(functools.partial(mixture.off, z), mixture.root(z))
+            x = followed(lambda x: mixture.off(z, x), mixture.root(z))
             return x, -(mixture.logit(x)[1] + log_scale)
         z, log_slope = mixture.logit(x)
         return z * scale + shift, log_slope + log_scale
