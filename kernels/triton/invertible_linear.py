@@ -26,6 +26,7 @@ from flowkern._core.checks import accumulation_dtype, empty_as
 
 from ._coupling import DTYPES, FORMS, Grid, Launch, Strides, constants, example, sample_strides
 from .lang import narrow
+from .launch import generation
 
 __all__ = ["backward", "forward"]
 
@@ -205,18 +206,15 @@ def _wide(channels: int, pixels: int, width: int, strides: tuple[Strides, ...]) 
     return max(pixels, *reach) + 2**16 >= 2**31
 
 
-@functools.cache
 def _generation(device: torch.device) -> int:
-    """That of NVIDIA's tensor cores, by the compute capability; 0 for none. The interpreter does what Hopper's do."""
-    if interpreting():
-        return 9
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
+    """That of NVIDIA's tensor cores; 0 for none. The interpreter does what Hopper's do."""
+    return 9 if interpreting() else generation(device)
 
 
 def _splits(channels: int, double: bool, generation: int) -> bool:
     """Whether tensor cores multiply: not float64, nor so few channels that the product is cheap beside the bytes.
 
-    Those of Ampere and Hopper: on Blackwell Triton has them read terms from tensor memory, which no test here executes.
+    Those of Ampere and Hopper: on Blackwell Triton has them read terms from tensor memory, and that has not been executed yet.
     """
     return generation in (8, 9) and not double and channels >= 32
 

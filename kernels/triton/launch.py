@@ -7,6 +7,7 @@ a grid keeps the code that Triton chose, and later launches start it at once.
 """
 
 # mypy: allow-untyped-defs
+import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-__all__ = ["Grid", "Launch", "Strides", "constants"]
+__all__ = ["Grid", "Launch", "Strides", "constants", "generation"]
 
 Strides = tuple[int, ...]
 
@@ -94,3 +95,9 @@ def _as_usual(kernel: Any) -> bool:
 def constants(double: bool, num_warps: int, **others: Any) -> dict[str, Any]:
     """A kernel's constants, the dtype of its arithmetic, and the compiler's options: the default of fusion differs by release."""
     return {**others, "ACC": tl.float64 if double else tl.float32, "num_warps": num_warps, "enable_fp_fusion": True}
+
+
+@functools.cache
+def generation(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA GPU, else 0."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0

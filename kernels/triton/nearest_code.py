@@ -42,7 +42,7 @@ from flowkern._core.op import KERNELS
 
 from ._coupling import DTYPES, example
 from .lang import narrow
-from .launch import Grid, Launch, Strides
+from .launch import Grid, Launch, Strides, generation
 
 __all__ = ["forward"]
 
@@ -456,11 +456,6 @@ def _launches(
     }
 
 
-def _generation(device: torch.device) -> int:
-    """The major compute capability of an NVIDIA GPU, else 0."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and not torch.version.hip else 0
-
-
 _sizes = functools.lru_cache(maxsize=4096)(_Sizes.of)
 
 
@@ -473,7 +468,7 @@ def forward(
         count.zero_()
     if not rows:
         return
-    sizes = _sizes(rows, *codebook.shape, _generation(x.device))
+    sizes = _sizes(rows, *codebook.shape, generation(x.device))
     work = _Work.empty(x, codebook, sizes) if screened else None
     for launch in _launches(x, codebook, cosine, (index, sqdist, count), work, sizes).values():
         launch.run()

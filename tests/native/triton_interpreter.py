@@ -254,7 +254,7 @@ def test_nearest_code(cases: str, dtype: torch.dtype, launches: list[_coupling.L
 def test_nearest_code_of_several_tiles_and_chunks(
     generation: int, rows: int, monkeypatch: pytest.MonkeyPatch, canaries: Any
 ) -> None:
-    monkeypatch.setattr(nearest_code, "_generation", lambda device: generation)
+    monkeypatch.setattr(nearest_code, "generation", lambda device: generation)
     codebook = randn(300, 70)
     codebook[17] = codebook[290] = codebook[40]
     x = codebook[torch.randint(0, 300, (rows,))] + 0.3 * randn(rows, 70)

@@ -130,7 +130,7 @@ def install() -> None:
     JITFunction.run = run_kernel
     Launch.run = run_launch
     backend.interpreting = lambda: True
-    nearest_code._generation = invertible_linear._generation = lambda device: int(TARGET[3:]) // 10
+    nearest_code.generation = invertible_linear._generation = lambda device: int(TARGET[3:]) // 10
     nvrtc.launch = run_cuda
 
 

@@ -42,7 +42,7 @@ def scores(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 def bounds(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row: what its best score is at least, and what any score of a code is at most, as the screen says."""
-    sizes = nearest_code._sizes(len(x), *codebook.shape, nearest_code._generation(x.device))
+    sizes = nearest_code._sizes(len(x), *codebook.shape, nearest_code.generation(x.device))
     work, outputs = nearest_code._Work.empty(x, codebook, sizes), KERNELS["nearest_code"].outputs(x, codebook, False)
     launches = nearest_code._launches(x, codebook, False, outputs, work, sizes)
     for name in ("begin", "prepare", "screen"):
