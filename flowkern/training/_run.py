@@ -28,7 +28,7 @@ from ._gallery import save_gallery
 from ._pictures import atomic, draw_curve, read_log
 from ._plan import Plan, read_run
 from ._processes import alone_in, check_processes, end_with_launcher, launching
-from ._task import AtomicCheckpointIO, Checkpoints, ExponentialAverage, FlowData, FlowTask, Progress
+from ._task import AtomicCheckpointIO, Checkpoints, ExponentialAverage, FlowData, FlowTask, Progress, Termination
 
 # Weights in half precision, which Lightning also offers, would round the data to fewer levels than it has.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -200,7 +200,7 @@ def _quiet() -> None:
 
 
 def _callbacks(plan: Plan, max_minutes: float | None, checkpoints: Checkpoints) -> list[Any]:
-    callbacks: list[Any] = [Progress(sys.stdout is not None and sys.stdout.isatty())]
+    callbacks: list[Any] = [Termination(), Progress(sys.stdout is not None and sys.stdout.isatty())]
     # Always there: Lightning wants the callbacks that a checkpoint knows when it resumes from it.
     minutes = math.inf if max_minutes is None else max_minutes
     limit = timedelta(minutes=minutes) if minutes <= timedelta.max / timedelta(minutes=1) else None

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import math
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -304,6 +306,35 @@ class Checkpoints(Checkpoint):
             last = self.folder / "last.ckpt"
             then = f"--resume continues from {last}" if last.exists() else "there is no checkpoint to resume from yet"
             print(f"\ninterrupted at step {trainer.global_step}; {then}")
+
+
+class Termination(Callback):
+    """SIGTERM ends the run before its next batch, after the checkpoint of the last one.
+
+    Lightning's own handler calls a collective wherever the signal comes, amid a step's collectives on one rank and between two
+    steps on another: the ranks may then wait for each other half an hour. This one only notes the signal. A rank that another
+    one starts hears of it from there: what waits for a rank that has left fails, and ``end_with_launcher`` ends it.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def _note(self, *signal_and_frame: Any) -> None:
+        self.received = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)  # till Lightning puts back what was there before
+
+    def _require_none(self) -> None:
+        if self.received:
+            raise SIGTERMException
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._require_none()
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        self._require_none()
 
 
 class Progress(Callback):

@@ -145,6 +145,13 @@ def test_a_rank_that_diverges_ends_the_run(tmp_path, rank):
     assert all(v.isfinite().all() for v in content["state_dict"].values() if v.is_floating_point())
 
 
+def test_sigterm_amid_a_step_ends_the_run(tmp_path):
+    """The step ends, its checkpoint is written, and no rank waits for the other."""
+    done = run(SCRIPT, str(tmp_path), json.dumps({"plan": GLOW, "options": {**TWO, "checkpoint_steps": 1}, "terminate": 2}))
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
+    assert last(tmp_path / "out")["global_step"] == 3
+
+
 def ranks_in_turn(task: Any, batch: Any, index: int) -> None:
     """The samples of a batch as two ranks number them together: those of the first, every other one, before the second's."""
     order = torch.cat([torch.arange(rank, len(batch.x), 2) for rank in range(2)])

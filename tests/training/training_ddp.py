@@ -3,7 +3,8 @@
 The request has the run's ``plan`` and ``options``, and in ``then`` plans of runs that follow, by name. Each rank leaves in
 FOLDER its process's number, rank-N, as soon as it trains, and what it saw: its losses, its weights after the first step and at
 the end, what it printed and, as a process of its own, which files it wrote. With ``poison``, [step, rank], its loss is NaN
-there; if ``stuck``, the first rank waits for the second one for ever. Not collected by pytest: Lightning starts the same script
+there; with ``terminate``, rank 0 has SIGTERM at that step, amid what the ranks do together; if ``stuck``, the first rank waits
+for the second one for ever. Not collected by pytest: Lightning starts the same script
 for each rank, so test_ddp.py runs it.
 """
 
@@ -11,8 +12,10 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,10 @@ def watch(folder: Path) -> Record:
         values = nll(self, batch)
         if record.get("poison") == [self.global_step, self.global_rank]:
             values = values * torch.nan
+        if record.get("terminate") == self.global_step and self.global_rank == 0:
+            record["terminate"] = None
+            time.sleep(0.5)  # the other rank waits for this one's gradients meanwhile
+            signal.raise_signal(signal.SIGTERM)
         keep("train" if self.trainer.training else "val", values, batch.total)
         return values
 
@@ -69,7 +76,7 @@ def watch(folder: Path) -> Record:
 
 def main(folder: Path, request: dict[str, Any]) -> None:
     record = watch(folder)
-    record["poison"] = request.get("poison")
+    record |= {name: request.get(name) for name in ("poison", "terminate")}
     if request.get("stuck") and os.environ.get("LOCAL_RANK", "0") != "0":
         training.Plan.build = lambda *_: (leave_number(folder, 1), threading.Event().wait())  # type: ignore[method-assign,assignment]
     for name, plan in ({"out": request["plan"]} | request.get("then", {})).items():
