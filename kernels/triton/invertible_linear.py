@@ -212,11 +212,8 @@ def _generation(device: torch.device) -> int:
 
 
 def _splits(channels: int, double: bool, generation: int) -> bool:
-    """Whether tensor cores multiply: not float64, nor so few channels that the product is cheap beside the bytes.
-
-    Those of Ampere and Hopper: on Blackwell Triton has them read terms from tensor memory, and that has not been executed yet.
-    """
-    return generation in (8, 9) and not double and channels >= 32
+    """Whether tensor cores multiply: not float64, nor so few channels that the product is cheap beside the bytes."""
+    return generation >= 8 and not double and channels >= 32
 
 
 def _operand(dtype: torch.dtype = torch.bfloat16) -> Any:
