@@ -107,6 +107,31 @@ def test_draw_and_kl_in_one_pass_are_those_apart(x: torch.Tensor) -> None:
     assert (eps.square().mean(0) - 1.0).abs().max() < 5 * math.sqrt(2.0 / len(eps))
 
 
+def test_log_scales_far_out_still_have_a_gradient() -> None:
+    """Taken as they come from -10 to 10, and beyond within 15 and back on a slope, also at infinity."""
+    posterior, infinity = nn.GaussianPosterior(5), math.inf
+    free, far = torch.tensor([-10.0, -3.5, 0.0, 9.0, 10.0]), torch.tensor([-infinity, -200.0, -11.0, 30.0, 1e38])
+    for raw in (free, far):
+        raw.requires_grad_()
+        log_scale = posterior.parameters_of(torch.cat([torch.zeros(5), raw])[None])[1][0]
+        (slope,) = torch.autograd.grad(log_scale.sum(), raw)
+        if raw is free:
+            assert torch.equal(log_scale, free)
+            assert torch.equal(slope, torch.ones(5))
+        else:
+            assert (log_scale.abs() > 10.0).all()
+            assert (log_scale.abs() <= 15.0).all()
+            assert (slope[1:4] > 1e-4).all()
+    # A posterior that was far too narrow, or too wide, finds back to the prior.
+    h = torch.tensor([[0.0, 0.0, -20.0, 20.0]], requires_grad=True)
+    optimizer = torch.optim.Rprop([h])
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.GaussianPosterior(2).kl(h).sum().backward()
+        optimizer.step()
+    assert nn.GaussianPosterior(2).kl(h).sum() < 0.01
+
+
 def _gradients(vae: nn.VAE, x: torch.Tensor, objective: nn.Objective, draws: int) -> torch.Tensor:
     """(draws, P): gradients of the encoder and the decoder, each from samples of its own."""
     parameters = [*vae.encoder.parameters(), *vae.decoder.parameters()]

@@ -1,5 +1,7 @@
 """Approximate posteriors q(z | x): distributions of a latent whose parameters an encoder puts out."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -8,6 +10,14 @@ from ..._core.checks import accumulation_dtype
 from ..bijections.bijection import Bijection
 from .base import Base, StandardNormal, normal_log_prob
 from .flow import Flow
+
+#: A log-scale is what it is from -10 to 10, and is bent beyond so that it stays within -15 and 15 and still has a gradient.
+_FREE, _BEYOND = 10.0, ops.ScaleMap.soft_clip(math.exp(-5.0))
+
+
+def _held(log_scale: torch.Tensor) -> torch.Tensor:
+    inner = log_scale.clamp(-_FREE, _FREE)
+    return inner + _BEYOND(log_scale - inner)[1]
 
 
 class Posterior(nn.Module):
@@ -49,7 +59,9 @@ class Posterior(nn.Module):
 
 
 class GaussianPosterior(Posterior):
-    """N(mean, diag exp(2 log_scale)) with (mean, log_scale) the halves of h (B, 2 L), log_scale held from -10 to 10.
+    """N(mean, diag exp(2 log_scale)) with (mean, log_scale) the halves of h (B, 2 L).
+
+    log_scale is taken as it comes from -10 to 10; an excess v beyond counts as v / (1 + |v| / 5), within -15 and 15.
 
     KL(q || N(0, I)) = sum_j (mean_j^2 + exp(2 log_scale_j) - 1) / 2 - log_scale_j, in nats.
     Source: Kingma and Welling, "Auto-Encoding Variational Bayes" (2014), appendix B.
@@ -61,7 +73,7 @@ class GaussianPosterior(Posterior):
     def parameters_of(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean, log_scale), each (B, L)."""
         mean, log_scale = self.check(h).to(accumulation_dtype(h)).chunk(2, 1)
-        return mean, log_scale.clamp(-10.0, 10.0)
+        return mean, _held(log_scale)
 
     def sample_and_log_prob(self, h: torch.Tensor, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         mean, log_scale = self.parameters_of(h)
