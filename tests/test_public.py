@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ import pytest
 STORED: dict[str, dict[str, list[tuple[str, str, str | None]] | None]] = json.loads(
     Path(__file__).with_name("public_0.1.0.json").read_text()
 )
+
+#: What was changed on purpose, and the changelog says: (module, name, parameter) -> its default now.
+CHANGED = {("flowkern.nn", "AffineCoupling", "scale"): f"ScaleMap(kind='soft_clip', a={math.log(1e3)!r}, b=0.0)"}
 
 
 def parameters(function: Callable[..., Any]) -> list[tuple[str, str, str | None]]:
@@ -61,7 +65,8 @@ def test_names_and_signatures_of_0_1_0(module: str) -> None:
         if value is None:
             changes.append(f"{path} is gone")
         elif before is not None:
-            changes += [f"{path}: {change}" for change in refused([(a, b, c) for a, b, c in before], parameters(value))]
+            expected = [(name, kind, CHANGED.get((module, path, name), default)) for name, kind, default in before]
+            changes += [f"{path}: {change}" for change in refused(expected, parameters(value))]
     assert not changes, "\n".join(changes)
 
 

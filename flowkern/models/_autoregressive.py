@@ -12,7 +12,7 @@ from typing import Any
 from .. import nn, ops
 from ..nn.densities.base import check_name, check_sizes
 from ._model import FlowModel, arguments, model_shape, preprocessing
-from ._registry import model
+from ._registry import model, plain
 
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 
@@ -46,7 +46,9 @@ class _AutoregressiveFlow(FlowModel):
         how: dict[str, Any] = {"scale": scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)}
         layer = affine
         if transformer is not None:
-            layer, how = nn.Autoregressive, {"transformer": nn.Transformer.of(transformer), "direction": direction}
+            transformer = nn.Transformer.of(transformer)
+            self.settle(transformer=plain(transformer))
+            layer, how = nn.Autoregressive, {"transformer": transformer, "direction": direction}
         built = preprocessing(preprocess)
         if len(sizes) == 3:
             built.append(nn.Flatten(sizes))

@@ -62,6 +62,7 @@ class DequantizedFlow(DiscreteModel):
         check_sizes(couplings=couplings, hidden=hidden)
         self.flow = _FLOWS[flow](shape, **{"preprocess": {"logit": 0.005}, **(settings or {})})
         self.shape, self.levels, self.context = self.flow.shape, levels, None
+        self.settle(settings=settings and {name: self.flow.config[name] for name in settings})
         if dequantization == "uniform":
             self.dequantization: torch.nn.Module = nn.UniformDequantization()
         else:

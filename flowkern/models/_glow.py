@@ -15,7 +15,7 @@ from ..nn.bijections.bijection import Bijection
 from ..nn.densities.base import check_sizes
 from ..nn.densities.flow import context_rows
 from ._model import FlowModel, preprocessing
-from ._registry import model
+from ._registry import model, plain
 
 # Bounded on both sides: with the sigmoid, which comes near zero, one in twenty samples of photographs was not finite.
 _BOUNDED = ops.ScaleMap.tanh(1.0)
@@ -99,6 +99,7 @@ class Glow(FlowModel):
         check_sizes(hidden=hidden, context=context)
         scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
         other = None if transformer is None else nn.Transformer.of(transformer)
+        self.settle(transformer=plain(other))
         network: dict[str, Any] = {"hidden": hidden, "activation": activation, "dropout": dropout}
 
         def step(channels: int) -> Bijection:

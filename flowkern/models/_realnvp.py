@@ -12,7 +12,7 @@ import torch
 from .. import nn, ops
 from ..nn.bijections.bijection import Bijection
 from ._model import CouplingFlow, arguments, model_shape
-from ._registry import model
+from ._registry import model, plain
 
 _BOUNDED = ops.ScaleMap.tanh(1.0)
 
@@ -116,6 +116,7 @@ class RealNVP(CouplingFlow):
         self.settle(couplings=couplings, hidden=hidden)
         scale = scale if isinstance(scale, ops.ScaleMap) else ops.ScaleMap(**scale)
         other = None if transformer is None else nn.Transformer.of(transformer)
+        self.settle(transformer=plain(other))
 
         def couple(network: torch.nn.Module, split: str) -> Bijection:
             if other is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from .._core.checks import FLOATING
+from .._core.scale_map import ScaleMap
 from .._core.version import __version__
 from ._budget import Budget
 from ._model import Model
@@ -142,6 +144,17 @@ def read_checkpoint(path: StrPath) -> dict[str, Any]:
     return content
 
 
+def _as_meant(config: Any) -> Any:
+    """A configuration with what it left out while that had another default: an affine transformer's scale was a sigmoid.
+
+    Configurations are whole now, but once held a transformer as it was given.
+    """
+    if not isinstance(config, Mapping):
+        return config
+    unsaid = {"scale": dataclasses.asdict(ScaleMap.sigmoid())} if config.get("kind") == "affine" else {}
+    return {**unsaid, **{name: _as_meant(value) for name, value in config.items()}}
+
+
 def load(path: StrPath) -> Model:
     """The model that ``save`` (or a training run) wrote, rebuilt on the CPU with its weights, in evaluation mode.
 
@@ -152,7 +165,7 @@ def load(path: StrPath) -> Model:
     model, state = content["model"], content["state_dict"]
     try:
         with Budget(state.values()):
-            flow = build(model["name"], model["config"])
+            flow = build(model["name"], _as_meant(model["config"]))
         dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
         # Between floating dtypes a value may be converted, not to another kind of number.
         for name, own in flow.state_dict().items():

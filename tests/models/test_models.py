@@ -431,6 +431,30 @@ def test_checkpoints_of_0_1_0_mean_what_they_meant(tmp_path, name: str) -> None:
     assert models.read_checkpoint(tmp_path / "again.ckpt").keys() == content.keys()
 
 
+AFFINE: dict[str, tuple[str, dict[str, Any]]] = {
+    "realnvp": ("realnvp", {"shape": [4], "couplings": 2, "hidden": 8, "transformer": {"kind": "affine"}}),
+    "glow": ("glow", {"shape": [1, 4, 4], "steps": 1, "hidden": 8, "transformer": {"kind": "affine"}}),
+    "maf": ("maf", {"shape": [4], "layers": 2, "hidden": [8], "transformer": {"kind": "affine"}}),
+    "dequantized": (
+        "dequantized",
+        {"shape": [1, 4, 4], "levels": 4, "settings": {"transformer": {"kind": "affine"}, "hidden": 4}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_a_transformer_that_was_saved_without_its_scale(tmp_path, name: str) -> None:
+    """It had a sigmoid then, the default of another time; now a checkpoint holds it whole."""
+    kind, config = AFFINE[name]
+    models.save(models.build(kind, config), tmp_path / "m.ckpt")
+    now = models.read_checkpoint(tmp_path / "m.ckpt")
+    for content, scale in ((now, "soft_clip"), ({**now, "model": {"name": kind, "config": config}}, "sigmoid")):
+        torch.save(content, tmp_path / "m.ckpt")
+        model = models.load(tmp_path / "m.ckpt")
+        couplings = [m for m in getattr(model, "flow", model).modules() if hasattr(m, "transformer")]
+        assert scale in {m.transformer.scale.kind for m in couplings} <= {scale, "tanh"}  # a Glow's Gaussians have tanh
+
+
 def test_extra_keys_are_kept_for_the_trainer(tmp_path) -> None:
     path, model = tmp_path / "model.ckpt", models.NICE(4, hidden=8)
     models.save(model, path)

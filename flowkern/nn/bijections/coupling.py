@@ -12,7 +12,6 @@ from ..transformers.mixture_logistic import MixtureLogistic
 from ..transformers.transformer import Transformer, setting
 from .bijection import Bijection, Pair, Replay
 
-_SIGMOID = ops.ScaleMap.sigmoid()
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 
 
@@ -85,7 +84,8 @@ class AffineCoupling(Coupling):
 
     Args:
         conditioner: as in ``Coupling``; it returns the ``params`` of ``flowkern.ops.affine_coupling``.
-        split, scale, layout, shift_first: as in ``flowkern.ops.affine_coupling``.
+        scale: the ``ScaleMap`` from u to s; that of ``Affine`` if none is given, which expands and contracts by up to 1000.
+        split, layout, shift_first: as in ``flowkern.ops.affine_coupling``.
 
     Shapes and errors are those of ``Coupling``; TypeError for another scale and ValueError for an unknown layout besides.
 
@@ -99,7 +99,7 @@ class AffineCoupling(Coupling):
         conditioner: nn.Module,
         *,
         split: Split = "channel",
-        scale: ops.ScaleMap = _SIGMOID,
+        scale: ops.ScaleMap = _SOFT_CLIP,
         layout: str = "scale_shift",
         shift_first: bool = False,
     ):

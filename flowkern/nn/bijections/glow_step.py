@@ -53,7 +53,7 @@ class GlowStep(Compose):
         channels: C.
         conditioner: the network of the coupling, as ``AffineCoupling`` takes it.
         parametrization: of W, as ``InvertibleConv1x1`` takes it.
-        scale, split, layout, shift_first: of the coupling.
+        scale, split, layout, shift_first: of the coupling; the scale of Glow's code, a sigmoid, if none is given.
         transformer: of the coupling, with ``split`` alone, in the place of the affine one.
 
     Shapes: x and z (B, C, H, W), context (B, K), logabsdet (B,) in nats. The first forward in training mode

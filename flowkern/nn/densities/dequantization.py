@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ... import ops
 from ..._core.checks import accumulation_dtype
 from ..bijections.bijection import Bijection, Pair
 from ..bijections.compose import Compose
 from ..bijections.coupling import AffineCoupling
 from ..networks.conditioner import ConvNet
 from .base import check_sizes, normal_log_prob
+
+_SIGMOID = ops.ScaleMap.sigmoid()
 
 
 class UniformDequantization(nn.Module):
@@ -52,7 +55,7 @@ class VariationalDequantization(nn.Module):
 
         def couple(i: int) -> AffineCoupling:
             network = _SeesMap(ConvNet(channels, channels, hidden), self.shape)
-            return AffineCoupling(network, split=("checkerboard", "checkerboard_swap")[i % 2])
+            return AffineCoupling(network, split=("checkerboard", "checkerboard_swap")[i % 2], scale=_SIGMOID)
 
         self.flow = flow or Compose(*map(couple, range(couplings)))
 

@@ -13,6 +13,7 @@ from ..bijections.bijection import Pair
 from .transformer import Transformer, take_scale
 
 _SIGMOID = ops.ScaleMap.sigmoid()
+_SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,15 @@ class Affine(Transformer, kind="affine"):
     """y = x s(u) + t for each value, by the parameters (u, t); log|dy / dx| = log s(u).
 
     Args:
-        scale: how u becomes s: a ``ScaleMap``, or its fields ``{"kind", "a", "b"}``.
+        scale: how u becomes s: a ``ScaleMap``, or its fields ``{"kind", "a", "b"}``. The default expands and contracts, by up
+            to 1000; the sigmoid, default of ``ops.affine_coupling`` and Glow's own, only contracts.
         layout: of a coupling's parameters, as in ``ops.affine_coupling``; elsewhere ``...shift_scale`` means (t, u).
         shift_first: y = (x + t) s(u) instead.
 
     Raises TypeError for another scale, ValueError for an unknown layout.
     """
 
-    scale: ops.ScaleMap = _SIGMOID
+    scale: ops.ScaleMap = _SOFT_CLIP
     layout: str = "scale_shift"
     shift_first: bool = False
 
