@@ -13,7 +13,6 @@ from .._core.checks import check_floating, has_values, host_tensor
 from .._core.split import FeatureMask, kept_channels, moved_channels
 from ..nn.bijections.bijection import Bijection
 from ..nn.densities.base import check_sizes
-from ..nn.densities.flow import context_rows
 from ._model import FlowModel, preprocessing
 from ._registry import model, plain
 
@@ -125,16 +124,19 @@ class Glow(FlowModel):
                 module.label = name
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, C, H, W) in [0, 1], context labels (B,), (B, K) or None -> (B,) in nats. Raises ValueError for other shapes."""
-        x, context = self._prepared(x, context)
+        """x (..., C, H, W) in [0, 1], context labels (B,), (..., K) or None -> (...) in nats. Raises as ``nn.Flow``."""
+        check_floating("x", x)
         return super().log_prob(x, context)
 
-    def _rows(self, context: torch.Tensor | None, n: int) -> torch.Tensor | None:
-        """The context of n samples as (n, K): labels (n,) or (1,), (n, K) or (1, K)."""
-        return context_rows(self._as_context(context), n)
+    def _log_prob(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        self._initialize_from(x, context)
+        return super()._log_prob(x, context)
 
     def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        x, context = self._prepared(x, context)
+        check_floating("x", x)
+        self.check_shape(x)
+        context = self._as_context(context)
+        self._initialize_from(x, context)
         return super().embed(x, context)
 
     def render(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
@@ -144,15 +146,6 @@ class Glow(FlowModel):
     def reconstruct(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, C, H, W) to its latents and back: x up to rounding, which tells how well conditioned the model is."""
         return self.render(self.embed(x, context), context)
-
-    def _prepared(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x and the context as (B, K), checked, and the ActNorm layers initialized from them where they have to be."""
-        context = self._as_context(context)
-        check_floating("x", x)
-        self.check_shape(x)
-        if self.training and not all(layer.known for layer in self._actnorms):
-            self._initialize_from(x, context)
-        return x, context
 
     def _as_context(self, context: torch.Tensor | None) -> torch.Tensor | None:
         """Labels one-hot, anything else as it is. Raises ValueError for labels that are no classes."""
@@ -170,10 +163,15 @@ class Glow(FlowModel):
         one_hot = context[:, None] == torch.arange(self.classes, device=context.device)
         return one_hot.to(next(self.parameters()).dtype)
 
+    def _initialize_from(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
+        """The first forward in training sets the ActNorm layers from x."""
+        if self.training and not all(layer.known for layer in self._actnorms):
+            self._initialize(x, context)
+
     @torch._disable_dynamo
     @torch.no_grad()
-    def _initialize_from(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
-        """The first forward in training sets the ActNorm layers from x: all of them or none."""
+    def _initialize(self, x: torch.Tensor, context: torch.Tensor | None) -> None:
+        """Sets all of the ActNorm layers or none."""
         waiting = [layer for layer in self._actnorms if not layer.is_initialized()]
         if not waiting or not has_values(x):
             return

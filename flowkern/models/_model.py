@@ -192,14 +192,27 @@ class FlowModel(nn.Flow, Model):
 
     def __init__(self, bijection: Bijection, config: dict[str, Any], base: nn.Base | None = None):
         shape = tuple(config["shape"])
-        super().__init__(bijection, nn.StandardNormal(bijection.output_shape(shape)) if base is None else base)
-        self.shape, self.context = shape, config["context"]
+        super().__init__(bijection, nn.StandardNormal(bijection.output_shape(shape)) if base is None else base, shape)
+        self.context = config["context"]
         self.config = self.__dict__.get("config", config)
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, *shape), context (B, K) or None -> (B,) in nats. Raises ValueError for another shape."""
-        self.check_shape(x)
+        """x (..., *shape), context (..., K) or None -> (...) in nats, as ``nn.Flow``. Raises ValueError for other shapes."""
+        if tuple(x.shape[-len(self.shape) :]) != self.shape:
+            self.check_shape(x)
         return super().log_prob(x, context)
+
+    def condition(self, context: torch.Tensor, validate_args: bool | None = None) -> nn.FlowDistribution:
+        rows = self._as_context(context)
+        if rows is not None and tuple(rows.shape[-1:]) != (self.context,):
+            expected = "none" if self.context is None else f"shape (..., {self.context})"
+            raise ValueError(f"context: expected {expected}, got shape {tuple(rows.shape)}")
+        return super().condition(context, validate_args)
+
+    def distribution(self, validate_args: bool | None = None) -> nn.FlowDistribution:
+        if self.context is not None:
+            raise ValueError(f"context: expected one of shape (..., {self.context}), call condition(context) instead")
+        return super().distribution(validate_args)
 
     def embed(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         self.check_shape(x)

@@ -30,6 +30,7 @@ from .densities.dequantization import (
     UniformDequantization as UniformDequantization,
     VariationalDequantization as VariationalDequantization,
 )
+from .densities.distribution import FlowDistribution as FlowDistribution
 from .densities.flow import Flow as Flow, bits_per_dim as bits_per_dim
 from .densities.likelihood import (
     Bernoulli as Bernoulli,

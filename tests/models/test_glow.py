@@ -165,7 +165,7 @@ def test_errors() -> None:
         *((lambda bad=bad: models.Glow(bad), r"shape: Glow is for images \(C, H, W\)") for bad in shapes),
         (lambda: model.log_prob(x.to(torch.uint8)), r"x: expected a floating dtype .* got torch.uint8", TypeError),
         (lambda: models.Glow((1, 7, 8)), "halves the image at least once, but 7 x 8 has an odd side"),
-        *((lambda bad=bad: model.log_prob(bad), shape) for bad in (x[:, :1], x[0], x.flatten(1))),
+        *((lambda bad=bad: model.log_prob(bad), shape) for bad in (x[:, :1], x[0, 0], x.flatten(1))),
         (lambda: model.interpolate(x[:, :1], x[:, :1], 3), "x0: expected shape"),
         (lambda: model.interpolate(x, x[:2], 3), "x1: expected shape"),
         (lambda: model.interpolate(x, x, 1), "steps: expected at least 2"),

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributions import constraints
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -35,6 +36,8 @@ class Bijection(nn.Module):
     ``forward(x, context=None) -> (z, logabsdet)`` runs data to latent and ``inverse(z, context=None) -> (x, logabsdet)``
     back. ``logabsdet`` is log|det d out / d in| of the direction called: shape (B,), in nats, float64 if the input is,
     else float32. ``context`` is None or a (B, K) tensor; layers without parameters to condition ignore it.
+    Not every x need have a z: for a sample with an element outside of ``domain``, logabsdet is -inf, z any finite value and
+    their gradients zero, so that a flow gives it the density zero. NaN stays NaN.
 
     In a ``Compose`` with reversible memory a layer is undone by ``backward_step``, which has a default for any layer. What it
     asks of a layer is that ``forward`` and ``inverse`` depend on nothing but their arguments, the parameters and torch's
@@ -42,6 +45,9 @@ class Bijection(nn.Module):
     ``is_initialized() -> bool``. A container may have a method ``walk(x, context, inverse, run) -> (y, logabsdet)``
     that calls ``run`` for each of its bijections; each of them is then undone on its own.
     """
+
+    #: What an element of x can be.
+    domain: constraints.Constraint = constraints.real
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         raise NotImplementedError(f"{type(self).__name__} has no forward")

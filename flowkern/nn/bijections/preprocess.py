@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributions import constraints
 
 from ..._core.checks import accumulation_dtype, has_values, host_tensor, on_host
 from ..._core.state import CheckedState, require
@@ -13,6 +14,7 @@ from .bijection import Bijection, Pair
 class Logit(Bijection):
     """z = logit(alpha + (1 - 2 alpha) x) for x in [0, 1]; alpha > 0 keeps the ends finite.
 
+    ``domain`` is all x that the logit has a value for, a margin of alpha / (1 - 2 alpha) on both sides included.
     logabsdet = sum of log(1 - 2 alpha) + softplus(z) + softplus(-z), in nats: exact for any z. Any shape (B, ...).
     Raises ValueError unless 0 <= alpha < 0.5.
 
@@ -25,6 +27,11 @@ class Logit(Bijection):
             raise ValueError(f"Logit: alpha must lie in [0, 0.5), got {alpha}")
         self.alpha = float(alpha)
 
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        margin = self.alpha / (1.0 - 2.0 * self.alpha)
+        return constraints.interval(-margin, 1.0 + margin)
+
     def _logabsdet(self, z: torch.Tensor) -> torch.Tensor:
         # softplus(z) + softplus(-z) written in |z|, which neither overflows nor cancels.
         size = z.abs()
@@ -35,8 +42,10 @@ class Logit(Bijection):
         wide = x.to(accumulation_dtype(x))
         span = 1.0 - 2.0 * self.alpha
         # Both distances to the ends are exact up to rounding: 1 - x is, where x is near 1.
-        z = torch.log(self.alpha + span * wide) - torch.log(self.alpha + span * (1.0 - wide))
-        return z.to(x.dtype), self._logabsdet(z)
+        below, above = self.alpha + span * wide, self.alpha + span * (1.0 - wide)
+        outside = torch.minimum(below, above) <= 0.0
+        z = torch.log(torch.where(outside, 0.5, below)) - torch.log(torch.where(outside, 0.5, above))
+        return z.to(x.dtype), self._logabsdet(z).masked_fill(outside.flatten(1).any(1), -math.inf)
 
     def inverse(self, z: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         wide = z.to(accumulation_dtype(z))

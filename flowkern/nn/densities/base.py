@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributions import Distribution, Independent, Transform
+from torch.distributions import Distribution, Independent, Transform, TransformedDistribution, constraints
 
 from ..._core.checks import accumulation_dtype
 from ..._core.mixture import log_sum
@@ -58,11 +58,20 @@ class Base(nn.Module):
     ``log_prob(z, context=None)``: z (B, *shape) -> (B,) in nats, float64 if z is, else float32.
     ``rsample(n, temperature=1.0, context=None)``: (n, *shape), differentiable in the parameters.
     ``sample`` is the same without gradients. The temperature multiplies the standard deviation.
+    ``log_prob`` is -inf outside of the support.
     """
+
+    #: What the elements of z can be; None where that is not known.
+    support: constraints.Constraint | None = constraints.real
 
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = as_shape(shape)
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether ``rsample`` is there."""
+        return type(self).rsample is not Base.rsample
 
     def check(self, z: torch.Tensor) -> torch.Tensor:
         """z in the dtype of the arithmetic. Raises ValueError for another shape than (B, *shape)."""
@@ -137,6 +146,8 @@ class Mixture(Base):
     the draw of the component has no derivative. Raises ValueError for fewer than one component.
     """
 
+    has_rsample = False
+
     def __init__(self, shape: Shape, components: int):
         super().__init__(shape)
         if components < 1:
@@ -181,6 +192,49 @@ def _map_tensors(value: Any, function: Callable[[str, torch.Tensor], torch.Tenso
     return value
 
 
+def any_of(elements: torch.Tensor) -> torch.Tensor:
+    """Whether any element of a sample is true: (B, ...) -> (B,)."""
+    return elements.flatten(1).any(1) if elements.ndim > 1 else elements
+
+
+@torch.no_grad()
+def _inside(distribution: Distribution, z: torch.Tensor) -> torch.Tensor:
+    """Which samples z (B, ...) lie in the support: (B,)."""
+    if isinstance(distribution, Independent):
+        return _inside(distribution.base_dist, z)
+    if not isinstance(distribution, TransformedDistribution):
+        try:
+            return _meets(distribution.support, z)
+        except NotImplementedError:
+            return z.new_ones(z.shape[0], dtype=torch.bool)
+    inside = z.new_ones(z.shape[0], dtype=torch.bool)
+    for transform in reversed(distribution.transforms):
+        inside = inside & _meets(transform.codomain, z)
+        z = transform.inv(z)
+    return inside & _inside(distribution.base_dist, z)
+
+
+def _meets(constraint: constraints.Constraint | None, z: torch.Tensor) -> torch.Tensor:
+    if constraint is None or constraints.is_dependent(constraint):
+        return z.new_ones(z.shape[0], dtype=torch.bool)
+    return ~any_of(~constraint.check(z))
+
+
+def _typical(distribution: Distribution, otherwise: torch.Tensor) -> torch.Tensor:
+    """A point of the support, made of means; ``otherwise`` where torch knows none."""
+    if isinstance(distribution, Independent):
+        return _typical(distribution.base_dist, otherwise)
+    if isinstance(distribution, TransformedDistribution):
+        z = _typical(distribution.base_dist, otherwise)
+        for transform in distribution.transforms if z is not otherwise else ():
+            z = transform(z)
+        return z
+    try:
+        return distribution.mean.nan_to_num()
+    except NotImplementedError:
+        return otherwise
+
+
 class _Wrapped(Base):
     """A ``torch.distributions.Distribution`` as a base. Its tensors move with ``.to()``, but are constants, not parameters.
 
@@ -215,8 +269,26 @@ class _Wrapped(Base):
         _map_tensors(self.distribution, move)
         return self
 
+    @property
+    def support(self) -> constraints.Constraint | None:  # type: ignore[override]
+        inner = self.distribution
+        while isinstance(inner, Independent):
+            inner = inner.base_dist
+        # torch tells the codomain of the last transform as the support of a transformed one, which may be larger.
+        known = not isinstance(inner, TransformedDistribution) and inner.support in (constraints.real, constraints.real_vector)
+        return constraints.real if known else None
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.distribution.has_rsample
+
     def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        return self.distribution.log_prob(self.check(z))
+        z = self.check(z)
+        inside = _inside(self.distribution, z)
+        # A point of the support in place of the others: torch would raise for them, and their gradients would be NaN.
+        known = torch.where(inside.view(-1, *(1 for _ in self.shape)), z, _typical(self.distribution, z))
+        log_prob = self.distribution.log_prob(known).masked_fill(~inside, -math.inf)
+        return log_prob.masked_fill(any_of(z.isnan()), math.nan)
 
     def _draw(self, draw: Callable[[tuple[int]], torch.Tensor], n: int, temperature: float) -> torch.Tensor:
         if temperature != 1.0:

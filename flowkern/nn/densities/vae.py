@@ -96,6 +96,8 @@ class VampPrior(Base):
     Source: Tomczak and Welling, "VAE with a VampPrior" (2018), eq. 9.
     """
 
+    has_rsample = False
+
     def __init__(self, encoder: nn.Module, posterior: Posterior, pseudo_inputs: torch.Tensor):
         super().__init__(posterior.features)
         # In a tuple: the modules belong to the VAE, and are not to be counted and stored twice.
