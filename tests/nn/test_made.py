@@ -248,6 +248,25 @@ def test_continuous_densities_integrate_to_one(output: str, masks: int) -> None:
 
 
 @pytest.mark.parametrize("masks", [1, 2])
+@pytest.mark.parametrize(("output", "wrong"), [
+    ("gaussian", (math.inf, -math.inf)), ("mixture", (math.inf, -math.inf)), ("bernoulli", (-0.1, 1.1, 2.0, math.inf)),
+    ("categorical", (-1.0, 0.5, 3.0, 1e30, math.inf, -math.inf)),
+])  # fmt: skip
+def test_what_no_sample_can_be_has_density_zero(output: str, wrong: tuple[float, ...], masks: int) -> None:
+    density = scrambled(nn.MADEDensity(3, (9,), output=output, components=2, levels=3, masks=masks).double())
+    x = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64).repeat(len(wrong) + 2, 1)
+    for i, value in enumerate((*wrong, math.nan)):
+        x[i, i % 3] = value
+    log_prob = density.log_prob(x)
+    assert log_prob[:-2].tolist() == [-math.inf] * len(wrong)
+    assert log_prob[-2].isnan()
+    torch.testing.assert_close(log_prob[-1:], density.log_prob(x[-1:]))
+    if masks == 1:  # in training there is one set at a time
+        density.log_prob(x[: len(wrong)]).clamp_min(-1e3).sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in density.parameters())
+
+
+@pytest.mark.parametrize("masks", [1, 2])
 def test_samples_have_the_probabilities(masks: int) -> None:
     density = scrambled(nn.MADEDensity(3, (8,), output="categorical", levels=2, masks=masks))
     x = density.sample(20000)

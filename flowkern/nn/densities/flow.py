@@ -143,7 +143,7 @@ class Flow(nn.Module):
     def _log_prob(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         """x (B, *shape), context (B, K) or None -> (B,)."""
         infinite = x.isinf()  # networks would make NaN of them, and NaN gradients
-        z, logabsdet = self.bijection(torch.where(infinite, 0.0, x), context)
+        z, logabsdet = self.bijection(torch.where(infinite, 0, x), context)
         log_prob = self.base.log_prob(z, context) + logabsdet
         return log_prob.masked_fill(any_of(infinite), -math.inf)
 

@@ -142,7 +142,7 @@ class GaussianMixture(Likelihood):
 
 
 class Bernoulli(Likelihood):
-    """P(1) = sigmoid(params). Values between 0 and 1 count as probabilities: the cross-entropy."""
+    """P(1) = sigmoid(params). Values between 0 and 1 count as probabilities: the cross-entropy. Others have probability zero."""
 
     discrete = True
     levels = 2
@@ -152,7 +152,9 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         logit = params[..., 0]
-        return -F.binary_cross_entropy_with_logits(logit, x.to(logit.dtype).expand_as(logit), reduction="none")
+        x = x.to(logit.dtype).expand_as(logit)
+        log_prob = -F.binary_cross_entropy_with_logits(logit, x.clamp(0.0, 1.0), reduction="none")
+        return log_prob.masked_fill((x < 0.0) | (x > 1.0), -math.inf)
 
     def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         return (params[..., 0] / temperature).sigmoid().bernoulli()
@@ -174,13 +176,15 @@ class _OfLevels(Likelihood):
 
 
 class Categorical(_OfLevels):
-    """One logit for each of ``levels`` values."""
+    """One logit for each of ``levels`` values; no other value has a probability."""
 
     def __init__(self, levels: int):
         self.params = self.levels = levels
 
     def log_prob(self, x: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        return params.log_softmax(-1).gather(-1, x.long()[..., None])[..., 0]
+        index = x.long().clamp(0, self.levels - 1)
+        log_prob = params.log_softmax(-1).gather(-1, index[..., None])[..., 0]
+        return log_prob.masked_fill(index != x, -math.inf).masked_fill(x.isnan(), math.nan)
 
     def sample(self, params: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         return _drawn(params / temperature).to(params.dtype)

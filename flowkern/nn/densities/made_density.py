@@ -10,7 +10,7 @@ from torch import nn
 from ..._core.checks import accumulation_dtype
 from ..._core.mixture import log_sum
 from ..networks.made import MADE
-from .base import check_sizes
+from .base import any_of, check_sizes
 from .flow import context_rows
 from .likelihood import likelihood
 
@@ -77,15 +77,17 @@ class MADEDensity(nn.Module):
 
     def _log_prob(self, masks: nn.Module, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
         self.network.use_masks([*masks.children()])
+        infinite = x.isinf()  # the network would make NaN of them
+        x = torch.where(infinite, 0, x)
         shown = self.distribution.encode(x if x.is_floating_point() else x.to(next(self.network.parameters()).dtype))
         dtype = accumulation_dtype(shown)
         params = self.network(shown, context)
-        return self.distribution.total(x.to(dtype), params.to(dtype))
+        return self.distribution.total(x.to(dtype), params.to(dtype)).masked_fill(any_of(infinite), -math.inf)
 
     def log_prob(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """x (B, D), context (B, C) or None -> (B,) in nats, float64 if x is, else float32.
 
-        Raises ValueError for a wrong shape.
+        -inf for values that no sample can have. Raises ValueError for a wrong shape.
         """
         if self.training:
             masks = self.mask_sets[self.steps % len(self.mask_sets)]
