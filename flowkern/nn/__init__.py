@@ -8,6 +8,7 @@ from .bijections.autoregressive import (
 )
 from .bijections.batch_norm import BatchNormFlow as BatchNormFlow
 from .bijections.bijection import Bijection as Bijection
+from .bijections.columns import Columns as Columns
 from .bijections.compose import Compose as Compose
 from .bijections.coupling import (
     AdditiveCoupling as AdditiveCoupling,
@@ -15,7 +16,9 @@ from .bijections.coupling import (
     Coupling as Coupling,
     MixtureLogisticCoupling as MixtureLogisticCoupling,
 )
+from .bijections.elementwise import Exp as Exp, Logit as Logit, Softplus as Softplus, Tanh as Tanh
 from .bijections.glow_step import GlowStep as GlowStep, NormalizedLinear as NormalizedLinear
+from .bijections.inverse import Inverse as Inverse
 from .bijections.invertible_linear import (
     PARAMETRIZATIONS as PARAMETRIZATIONS,
     InvertibleConv1x1 as InvertibleConv1x1,
@@ -24,9 +27,15 @@ from .bijections.invertible_linear import (
 from .bijections.multiscale import MultiScale as MultiScale
 from .bijections.permutation import Flatten as Flatten, Permutation as Permutation, Squeeze as Squeeze
 from .bijections.planar import Planar as Planar, Radial as Radial
-from .bijections.preprocess import Logit as Logit, Rescale as Rescale, Scaling as Scaling
+from .bijections.preprocess import (
+    Interval as Interval,
+    Rescale as Rescale,
+    Scaling as Scaling,
+    Standardize as Standardize,
+)
 from .densities.base import Base as Base, DiagonalNormal as DiagonalNormal, Mixture as Mixture, StandardNormal as StandardNormal
 from .densities.dequantization import (
+    Dequantize as Dequantize,
     UniformDequantization as UniformDequantization,
     VariationalDequantization as VariationalDequantization,
 )

@@ -118,14 +118,22 @@ BIJECTIONS: dict[str, Layer] = {
     "Autoregressive": (lambda: nn.Autoregressive(4, nn.MixtureLogistic(2), (5, 6), order="random"), (4,), None),
     "BatchNormFlow": (lambda: nn.BatchNormFlow(3), (3,), None),
     "BatchNormFlow-image": (lambda: nn.BatchNormFlow(3), (3, 2, 2), None),
+    "Columns": (lambda: nn.Columns({1: nn.Logit(), (4, 0): nn.Inverse(nn.Exp()), range(2, 4): nn.ActNorm(2)}), (6,), None),
+    "Columns-context": (lambda: nn.Columns({(3, 1): nn.AffineCoupling(nn.MLP(1, 2, (8,), context=2)), 2: nn.Tanh()}), (4,), 2),
     "Compose": (lambda: nn.Compose(nn.AffineCoupling(nn.MLP(2, 4, (8,))), nn.Permutation.reverse(4), nn.ActNorm(4)), (4,), None),
     "Compose-nothing": (nn.Compose, (4,), None),
     "Coupling": (lambda: nn.Coupling(nn.MLP(2, 16, (5,)), nn.MixtureLogistic(2)), (4,), None),
+    "Exp": (nn.Exp, (2, 3), None),
     "Flatten": (lambda: nn.Flatten((2, 3, 2)), (2, 3, 2), None),
     **{f"GlowStep-{p}": (lambda p=p: step_of_glow(p, 2), (5, 2, 2), 2) for p in nn.PARAMETRIZATIONS},
     **{f"{kind.__name__}-{p}{'-bias' * bias}": (lambda k=kind, p=p, b=bias: k(5, p, bias=b), (5, *shape), None)
        for kind, shape in ((nn.InvertibleLinear, ()), (nn.InvertibleConv1x1, (1, 2)))
        for p in nn.PARAMETRIZATIONS for bias in (True, False)},
+    "Interval": (lambda: nn.Interval(-0.5, 3.0), (2, 3), None),
+    "Interval-columns": (lambda: nn.Interval(torch.tensor([-2.0, 0.0]), torch.tensor([1.0, 5.0])), (2,), None),
+    "Inverse": (lambda: nn.Inverse(nn.AffineCoupling(nn.MLP(2, 2, (8,), context=2))), (3,), 2),
+    **{f"Inverse-{kind.__name__}": (lambda kind=kind: nn.Inverse(kind()), (3,), None)
+       for kind in (nn.Exp, nn.Logit, nn.Softplus, nn.Tanh)},
     "InverseAutoregressive": (lambda: nn.InverseAutoregressive(4, (5, 6), order="random"), (4,), None),
     "Logit": (lambda: nn.Logit(0.05), (2, 3, 2), None),
     "MaskedAutoregressive": (lambda: nn.MaskedAutoregressive(4, (5, 6)), (4,), None),
@@ -139,7 +147,10 @@ BIJECTIONS: dict[str, Layer] = {
     "Rescale": (lambda: nn.Rescale(17.0, -0.5), (6,), None),
     "Rescale-channels": (lambda: nn.Rescale(torch.tensor([2.0, -3.0]).view(2, 1, 1), torch.ones(2, 1, 1)), (2, 2, 3), None),
     "Scaling": (lambda: nn.Scaling((2, 3)), (2, 3), None),
+    "Softplus": (nn.Softplus, (2, 3), None),
     "Squeeze": (nn.Squeeze, (3, 4, 6), None),
+    "Standardize": (lambda: nn.Standardize(2).fit(torch.tensor([[1.0, -5.0], [2.0, 5.0], [4.0, 30.0]])), (2,), None),
+    "Tanh": (nn.Tanh, (2, 3), None),
 }  # fmt: skip
 
 
@@ -154,6 +165,7 @@ LAYERS: dict[str, Layer] = BIJECTIONS | {
     "ConvDecoder": (lambda: nn.ConvDecoder(4, (1, 4, 4), 2, (5,)), (4,), None),
     "ConvEncoder": (lambda: nn.ConvEncoder((1, 4, 4), 2, (5,)), (1, 4, 4), None),
     "ConvNet": (lambda: nn.ConvNet(2, 3, 5), (2, 4, 4), None),
+    "Dequantize": (nn.Dequantize, (4,), None),
     "DiagonalNormal": (lambda: nn.DiagonalNormal(4), (4,), None),
     "Flow": (lambda: nn.Flow(nn.Permutation.random(4, 0), nn.StandardNormal(4)), (4,), None),
     "FlowPosterior": (lambda: nn.FlowPosterior(2, nn.InverseAutoregressive(2, (5,))), (4,), None),

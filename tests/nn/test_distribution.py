@@ -325,10 +325,10 @@ def test_density_is_zero_outside_of_the_domain_of_a_logit(alpha: float) -> None:
 
 
 def test_samples_are_never_outside_of_a_logits_domain() -> None:
-    """In float32, of latents so far out that the sigmoid saturates, but for those that round to an end of the open interval."""
-    flow = nn.Flow(nn.Logit(0.05), nn.StandardNormal(D))
-    assert flow.log_prob(flow.sample(1000, temperature=2.0)).isfinite().all()
-    assert not flow.log_prob(flow.sample(1000, temperature=100.0)).isnan().any()
+    """In float32, of latents so far out that the sigmoid saturates."""
+    for alpha in (0.0, 0.05):
+        flow = nn.Flow(nn.Logit(alpha), nn.StandardNormal(D))
+        assert flow.log_prob(flow.sample(1000, temperature=100.0)).isfinite().all()
 
 
 def test_infinite_values_have_density_zero() -> None:

@@ -56,7 +56,7 @@ def test_float32_log_determinant_of_half_inputs(name: str) -> None:
 
 
 CONVOLUTIONS = (f"InvertibleConv1x1-{p}-bias" for p in nn.PARAMETRIZATIONS)
-COMPILED = ("GlowStep-plu", "InverseAutoregressive", "MaskedAutoregressive", *CONVOLUTIONS)
+COMPILED = ("Columns", "GlowStep-plu", "InverseAutoregressive", "MaskedAutoregressive", *CONVOLUTIONS)
 
 
 @pytest.mark.parametrize("name", ["ActNorm", *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED)])
