@@ -201,7 +201,7 @@ def affine_coupling(
         split: ``"channel"`` transforms the last C // 2 channels, ``"channel_swap"`` exactly those that ``"channel"``
             keeps, ``"checkerboard"`` the pixels with h + w odd, ``"checkerboard_swap"`` those with h + w even, and a
             ``FeatureMask`` the channels where it is True.
-        scale: the ``ScaleMap`` from u to s.
+        scale: the ``ScaleMap`` from u to s. The default is Glow's, which only contracts; that of ``nn.AffineCoupling`` does both.
         layout: one of ``LAYOUTS``.
         shift_first: y = (x + t) * s(u) instead.
         inverse: the inverse transform, and its logabsdet.
