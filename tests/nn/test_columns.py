@@ -79,6 +79,15 @@ def test_float32_keeps_the_digits_of_float64(name: str) -> None:
         torch.testing.assert_close(slope.double()[inside], of_exact[inside], rtol=3e-7, atol=2e-7)
 
 
+def test_channels_last_stays() -> None:
+    x = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    layers = [*(nn.Inverse(kind()) for kind in (nn.Exp, nn.Softplus, nn.Tanh)), nn.Logit(), nn.Interval(-1.0, 2.0)]
+    for layer in layers:
+        z = layer(x)[0]
+        assert z.is_contiguous(memory_format=torch.channels_last)
+        assert layer.inverse(z)[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_large_values_stay_nearly_as_they_are_under_softplus() -> None:
     x = torch.tensor([[25.0, 1e3, 1e300]], dtype=torch.float64)
     z, logabsdet = nn.Inverse(nn.Softplus())(x)

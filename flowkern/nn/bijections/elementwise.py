@@ -43,8 +43,9 @@ class _Onto(Bijection):
     def back(self, y: torch.Tensor) -> Pair:
         wide = y.to(accumulation_dtype(y))
         outside = (wide <= self.low) | (wide >= self.high)
-        v, slope = self.inverse_function(wide.masked_fill(outside, self.inside))
-        return v.to(y.dtype), slope.masked_fill(outside, -math.inf).flatten(1).sum(1)
+        # No masked_fill, which loses the memory format.
+        v, slope = self.inverse_function(torch.where(outside, self.inside, wide))
+        return v.to(y.dtype), torch.where(outside, -math.inf, slope).flatten(1).sum(1)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         return self.onto(x)

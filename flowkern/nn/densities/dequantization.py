@@ -48,7 +48,7 @@ class Dequantize(Bijection):
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         u, zeros = _uniform(x)
-        whole = x.floor().masked_fill(x.isinf(), 0.0)
+        whole = torch.where(x.isinf(), 0.0, x.floor())
         z = (whole + u).to(x.dtype)
         return torch.where(z.floor() > whole, whole, z), zeros.masked_fill((x != whole).flatten(1).any(1), -math.inf)
 
