@@ -237,7 +237,8 @@ def test_support() -> None:
     for flow in unknown:
         with pytest.raises(NotImplementedError, match="support: not known"):
             flow.distribution().support  # noqa: B018
-    assert flow_of(None, distributions.Normal(torch.zeros(D), torch.ones(D))).distribution().support.check(x).all()
+    for base in (distributions.Normal(torch.zeros(D), torch.ones(D)), distributions.Gumbel(torch.zeros(D), torch.ones(D))):
+        assert flow_of(None, base).distribution().support.check(x).all()
 
 
 def test_validate_args_raises_as_torchs_do() -> None:
@@ -257,6 +258,12 @@ def uniform_from_one_to_three() -> distributions.Distribution:
     return distributions.TransformedDistribution(of(distributions.Uniform, 0.0, 1.0)(), distributions.AffineTransform(1.0, 2.0))
 
 
+def two_uniforms() -> distributions.Distribution:
+    low = torch.tensor([[0.0] * D, [2.0] * D], dtype=torch.float64)
+    parts = distributions.Independent(distributions.Uniform(low, low + 1.0, validate_args=False), 1)
+    return distributions.MixtureSameFamily(distributions.Categorical(low[:, 0] + 1.0), parts, validate_args=False)
+
+
 #: Distribution and a value that it cannot have: in one place of a sample.
 BOUNDED: dict[str, tuple[Callable[[], distributions.Distribution], float]] = {
     "uniform": (of(distributions.Uniform, 0.0, 1.0), 1.5),
@@ -270,6 +277,8 @@ BOUNDED: dict[str, tuple[Callable[[], distributions.Distribution], float]] = {
     "independent": (lambda: distributions.Independent(of(distributions.Uniform, 0.0, 1.0)(), 1), 2.0),
     "transformed": (uniform_from_one_to_three, 0.5),
     "dirichlet": (lambda: distributions.Dirichlet(torch.full((D,), 2.0, dtype=torch.float64)), 0.9),
+    "gumbel": (of(distributions.Gumbel, 0.0, 1.0), math.inf),
+    "mixture": (two_uniforms, 1.5),
     "cauchy": (of(distributions.Cauchy, 0.0, 1.0), math.inf),
     "normal": (of(distributions.Normal, 0.0, 1.0), math.inf),
 }
@@ -292,6 +301,26 @@ def test_density_is_zero_outside_of_the_support_of_the_base(name: str) -> None:
     assert x.grad.isfinite().all()
     assert (x.grad[1] == 0.0).all()
     assert scale.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["uniform", "gamma", "transformed", "dirichlet", "mixture", "normal"])
+def test_bases_of_torch_are_left_as_they_are_and_compile(name: str) -> None:
+    given = BOUNDED[name][0]()
+    torch.compiler.reset()  # each base is another graph
+    before, x = vars(given).copy(), given.sample((3,))
+    flow = nn.Flow(nn.Compose(), given)
+    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
+    assert_near(compiled(x), flow.log_prob(x))
+    flow.float().sample(2)
+    assert vars(given).keys() == before.keys()
+    assert all(vars(given)[key] is value for key, value in before.items())
+
+
+def test_far_out_but_inside() -> None:
+    """What torch's own formula gives, though the uniform that a Gumbel is made of rounds to its end."""
+    x = torch.tensor([[-7.0, 3.0]])
+    expected = distributions.Gumbel(torch.zeros(2), torch.ones(2)).log_prob(x).sum(1)
+    assert_near(nn.Flow(nn.Compose(), distributions.Gumbel(torch.zeros(2), torch.ones(2))).log_prob(x), expected)
 
 
 class Stretch(nn.Bijection):

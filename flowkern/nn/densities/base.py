@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributions import Distribution, Independent, Transform, TransformedDistribution, constraints
+from torch.distributions import Distribution, Independent, MixtureSameFamily, Transform, TransformedDistribution, constraints
 
 from ..._core.checks import accumulation_dtype
 from ..._core.mixture import log_sum
@@ -175,7 +176,9 @@ class Mixture(Base):
         return f"shape={self.shape}, components={len(self.logits)}"
 
 
-def _map_tensors(value: Any, function: Callable[[str, torch.Tensor], torch.Tensor | None], path: str = "") -> Any:
+def _map_tensors(
+    value: Any, function: Callable[[str, torch.Tensor], torch.Tensor | None], path: str = "", seen: frozenset[int] = frozenset()
+) -> Any:
     """``value`` with ``function`` applied, in place, to the tensors inside distributions, transforms and lists of them.
 
     The function is told where each tensor is; where it gives None, the attribute goes.
@@ -183,10 +186,10 @@ def _map_tensors(value: Any, function: Callable[[str, torch.Tensor], torch.Tenso
     if isinstance(value, torch.Tensor):
         return function(path, value)
     if isinstance(value, list):
-        return [_map_tensors(v, function, f"{path}.{i}") for i, v in enumerate(value)]
-    if isinstance(value, Distribution | Transform):
+        return [_map_tensors(v, function, f"{path}.{i}", seen) for i, v in enumerate(value)]
+    if isinstance(value, Distribution | Transform) and id(value) not in seen:  # a transform and its inverse hold each other
         for name, entry in [*vars(value).items()]:
-            vars(value)[name] = mapped = _map_tensors(entry, function, f"{path}.{name}")
+            vars(value)[name] = mapped = _map_tensors(entry, function, f"{path}.{name}", seen | {id(value)})
             if mapped is None and entry is not None:
                 del vars(value)[name]
     return value
@@ -197,42 +200,60 @@ def any_of(elements: torch.Tensor) -> torch.Tensor:
     return elements.flatten(1).any(1) if elements.ndim > 1 else elements
 
 
+def _unchecked(value: Any) -> Any:
+    """A copy of a distribution, and of those in it, that takes any value: torch's raise, and wait for a GPU to know when."""
+    if isinstance(value, list):
+        return [_unchecked(entry) for entry in value]
+    if not isinstance(value, Distribution):
+        return value
+    twin = copy.copy(value)
+    vars(twin).update({name: _unchecked(entry) for name, entry in vars(value).items()}, _validate_args=False)
+    return twin
+
+
+def _support(distribution: Distribution) -> constraints.Constraint | None:
+    """What the distribution says, or None if it says nothing."""
+    try:
+        return distribution.support
+    except NotImplementedError:
+        return None
+
+
+def _meets(constraint: constraints.Constraint | None, z: torch.Tensor) -> torch.Tensor:
+    """Which elements, or events of the constraint's dimensions, meet it; all of them where that cannot be told."""
+    if constraint is None or isinstance(constraint, type(constraints.dependent)):
+        return torch.ones_like(z, dtype=torch.bool)
+    return constraint.check(z)
+
+
 @torch.no_grad()
 def _inside(distribution: Distribution, z: torch.Tensor) -> torch.Tensor:
     """Which samples z (B, ...) lie in the support: (B,)."""
     if isinstance(distribution, Independent):
         return _inside(distribution.base_dist, z)
-    if not isinstance(distribution, TransformedDistribution):
-        try:
-            return _meets(distribution.support, z)
-        except NotImplementedError:
-            return z.new_ones(z.shape[0], dtype=torch.bool)
+    if isinstance(distribution, MixtureSameFamily):  # whose support in torch is what all components have in common
+        component = distribution.component_distribution
+        return ~any_of(~_meets(_support(component), z.unsqueeze(-1 - len(component.event_shape))).any(-1))
+    if type(distribution) is not TransformedDistribution:
+        return ~any_of(~_meets(_support(distribution), z))
     inside = z.new_ones(z.shape[0], dtype=torch.bool)
-    for transform in reversed(distribution.transforms):
-        inside = inside & _meets(transform.codomain, z)
+    for transform in reversed(distribution.transforms):  # torch tells the last one's codomain
+        inside = inside & ~any_of(~_meets(transform.codomain, z))
         z = transform.inv(z)
     return inside & _inside(distribution.base_dist, z)
 
 
-def _meets(constraint: constraints.Constraint | None, z: torch.Tensor) -> torch.Tensor:
-    if constraint is None or constraints.is_dependent(constraint):
-        return z.new_ones(z.shape[0], dtype=torch.bool)
-    return ~any_of(~constraint.check(z))
-
-
 def _typical(distribution: Distribution, otherwise: torch.Tensor) -> torch.Tensor:
-    """A point of the support, made of means; ``otherwise`` where torch knows none."""
-    if isinstance(distribution, Independent):
-        return _typical(distribution.base_dist, otherwise)
-    if isinstance(distribution, TransformedDistribution):
-        z = _typical(distribution.base_dist, otherwise)
-        for transform in distribution.transforms if z is not otherwise else ():
-            z = transform(z)
-        return z
+    """A point of the support: the mean, or what the transforms make of one; ``otherwise`` where torch knows none."""
     try:
         return distribution.mean.nan_to_num()
     except NotImplementedError:
-        return otherwise
+        if not isinstance(distribution, Independent | TransformedDistribution):
+            return otherwise
+    z = _typical(distribution.base_dist, otherwise)
+    for transform in getattr(distribution, "transforms", ()) if z is not otherwise else ():
+        z = transform(z)
+    return z
 
 
 class _Wrapped(Base):
@@ -245,6 +266,7 @@ class _Wrapped(Base):
     def __init__(self, distribution: Distribution):
         super().__init__(distribution.batch_shape + distribution.event_shape)
         dims = len(distribution.batch_shape)
+        distribution = _unchecked(distribution)
         self.distribution: Distribution = Independent(distribution, dims) if dims else distribution
         self._given: dict[str, torch.Tensor] = {}
         _map_tensors(self.distribution, self._note)
@@ -274,9 +296,8 @@ class _Wrapped(Base):
         inner = self.distribution
         while isinstance(inner, Independent):
             inner = inner.base_dist
-        # torch tells the codomain of the last transform as the support of a transformed one, which may be larger.
-        known = not isinstance(inner, TransformedDistribution) and inner.support in (constraints.real, constraints.real_vector)
-        return constraints.real if known else None
+        known = None if type(inner) is TransformedDistribution else _support(inner)
+        return constraints.real if known in (constraints.real, constraints.real_vector) else None
 
     @property
     def has_rsample(self) -> bool:
@@ -285,7 +306,7 @@ class _Wrapped(Base):
     def log_prob(self, z: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         z = self.check(z)
         inside = _inside(self.distribution, z)
-        # A point of the support in place of the others: torch would raise for them, and their gradients would be NaN.
+        # A point of the support in place of the others: torch's formulas give them anything, and gradients that are NaN.
         known = torch.where(inside.view(-1, *(1 for _ in self.shape)), z, _typical(self.distribution, z))
         log_prob = self.distribution.log_prob(known).masked_fill(~inside, -math.inf)
         return log_prob.masked_fill(any_of(z.isnan()), math.nan)
