@@ -383,7 +383,7 @@ def _drift(keeper: Keeper, replay: _Replay, rebuilt: torch.Tensor, exact: torch.
     return None if found is None else f"{where} is off by {found:.1e} of its spread, more than {bound:.1e}"
 
 
-def _generators(device: torch.device) -> list[tuple[Any, tuple[torch.device, ...]]]:
+def generators(device: torch.device) -> list[tuple[Any, tuple[torch.device, ...]]]:
     """The modules with the random states that a step may draw from, the CPU's and the device's, and how to name the device."""
     if device.type in ("cpu", "meta"):
         return [(torch, ())]
@@ -391,11 +391,11 @@ def _generators(device: torch.device) -> list[tuple[Any, tuple[torch.device, ...
 
 
 def _random_state(device: torch.device) -> State:
-    return tuple(module.get_rng_state(*which) for module, which in _generators(device))
+    return tuple(module.get_rng_state(*which) for module, which in generators(device))
 
 
 def _set_random_state(device: torch.device, states: State) -> None:
-    for (module, which), state in zip(_generators(device), states, strict=True):
+    for (module, which), state in zip(generators(device), states, strict=True):
         module.set_rng_state(state, *which)
 
 

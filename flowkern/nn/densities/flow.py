@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributions import Distribution
 
 from ..bijections.bijection import Bijection, Pair
+from ..bijections.reversible import generators
 from .base import Base, Shape, any_of, as_base, as_shape
 from .distribution import FlowDistribution, broadcast
 
@@ -55,15 +56,14 @@ def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
     if generator is None:
         yield
         return
-    on_cpu = generator.device.type == "cpu"
-    state, which = (torch, ()) if on_cpu else (torch.get_device_module(generator.device), (generator.device,))
-    before = state.get_rng_state(*which)
-    state.set_rng_state(generator.get_state(), *which)
+    torchs, which = generators(generator.device)[-1]
+    before = torchs.get_rng_state(*which)
+    torchs.set_rng_state(generator.get_state(), *which)
     try:
         yield
     finally:
-        generator.set_state(state.get_rng_state(*which))
-        state.set_rng_state(before, *which)
+        generator.set_state(torchs.get_rng_state(*which))
+        torchs.set_rng_state(before, *which)
 
 
 def _shape_of_sample(bijection: nn.Module, base: nn.Module, shape: Shape | None) -> tuple[int, ...]:
