@@ -60,6 +60,7 @@ def test_shapes_that_do_not_broadcast_are_refused() -> None:
         (lambda: flow.condition(context).log_prob(randn(2, 3)), value + r"\(2, 3\)"),
         (lambda: flow.condition(context).log_prob(torch.tensor(0.0)), value + r"\(\)"),
         (lambda: unconditional.expand((2,)).log_prob(x), value + r"\(5, 4\)"),
+        (lambda: flow.condition(context).log_prob(1.0), "value: expected a tensor, got float", TypeError),
         (lambda: flow.condition(torch.tensor(0.0)), r"context: expected shape \(..., K\), got \(\)"),
         (lambda: flow.condition(None), r"context: expected shape \(..., K\), got none"),
     )
@@ -229,7 +230,11 @@ def test_support() -> None:
     found = flow.distribution().support.check(x)
     assert torch.equal(found, ((x > -0.125) & (x < 1.125)).all(1))
     assert torch.equal(found, flow.log_prob(x).isfinite())
+    positive = flow_of(None, None, nn.Inverse(nn.Softplus())).distribution().support
+    assert positive.check(torch.tensor([[1.0] * D, [0.5] * (D - 1) + [-0.5]])).tolist() == [True, False]
     unknown = (
+        flow_of(None, None, nn.Columns({1: nn.Logit()})),
+        flow_of(None, None, nn.Inverse(nn.Compose(nn.Rescale(2.0), nn.Tanh(), nn.Rescale(2.0)))),
         flow_of(None, distributions.Uniform(torch.zeros(D), torch.ones(D))),
         flow_of(None, distributions.LogNormal(torch.zeros(D), torch.ones(D))),
         flow_of(None, None, nn.Rescale(2.0), nn.Logit(0.1)),
@@ -239,6 +244,31 @@ def test_support() -> None:
             flow.distribution().support  # noqa: B018
     for base in (distributions.Normal(torch.zeros(D), torch.ones(D)), distributions.Gumbel(torch.zeros(D), torch.ones(D))):
         assert flow_of(None, base).distribution().support.check(x).all()
+
+
+def test_domains_of_containers() -> None:
+    """What they take and give, as the constraints of their parts."""
+    real = distributions.constraints.real
+    bijections = (nn.Compose(), nn.Compose(nn.Rescale(2.0), nn.Permutation.reverse(D)), nn.Columns({0: nn.Rescale(2.0)}))
+    assert all(b.domain is b.codomain is nn.Inverse(b).domain is nn.Inverse(b).codomain is real for b in bijections)
+    logit, tanh, onto = nn.Logit(), nn.Tanh(), torch.tensor([-2.0, 0.5])
+    for b in (nn.Compose(logit, nn.Rescale(2.0)), nn.Compose(nn.Compose(logit)), nn.Inverse(nn.Inverse(logit))):
+        assert b.domain.check(onto).tolist() == [False, True]
+        assert b.codomain is real
+    for b in (nn.Compose(nn.Rescale(2.0), tanh), nn.Inverse(nn.Inverse(tanh)), nn.Inverse(logit)):
+        assert b.domain is real
+        assert b.codomain.check(onto).tolist() == [False, True]
+    levels = (nn.Compose(nn.Squeeze(), nn.Rescale(2.0)), nn.Rescale(2.0))
+    assert nn.MultiScale(*levels, shape=(1, 4, 4)).domain is nn.MultiScale(*levels, shape=(1, 4, 4)).codomain is real
+    first = nn.MultiScale(nn.Compose(logit, nn.Squeeze()), nn.Rescale(2.0), shape=(1, 4, 4))
+    assert first.domain.check(onto).tolist() == [False, True]
+    unknown = (
+        nn.Compose(nn.Rescale(2.0), logit),
+        nn.Columns({0: logit}),
+        nn.Compose(logit, logit),
+        nn.Compose(torch.nn.Identity()),
+    )
+    assert [b.domain for b in unknown] == [None] * 4
 
 
 def test_validate_args_raises_as_torchs_do() -> None:

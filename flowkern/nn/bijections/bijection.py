@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -46,8 +46,9 @@ class Bijection(nn.Module):
     that calls ``run`` for each of its bijections; each of them is then undone on its own.
     """
 
-    #: What an element of x can be.
-    domain: constraints.Constraint = constraints.real
+    #: What an element of x can be, and one of z; None where that is not known.
+    domain: constraints.Constraint | None = constraints.real
+    codomain: constraints.Constraint | None = constraints.real
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -88,6 +89,12 @@ class Bijection(nn.Module):
 def run(bijection: Bijection, x: torch.Tensor, context: torch.Tensor | None, inverse: bool) -> Pair:
     """The bijection's ``inverse`` or, by a call of the module, its ``forward``."""
     return bijection.inverse(x, context) if inverse else bijection(x, context)
+
+
+def outermost(these: Iterable[constraints.Constraint | None]) -> constraints.Constraint | None:
+    """The first of them, if the others are the whole real line; else None."""
+    first, *others = [*these] or [constraints.real]
+    return first if all(other is constraints.real for other in others) else None
 
 
 class Joined(Bijection):

@@ -6,9 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributions import constraints
 
 from ..._core.checks import accumulation_dtype
-from .bijection import Bijection, Pair, run
+from .bijection import Bijection, Pair, outermost, run
 
 
 class Columns(Bijection):
@@ -36,6 +37,15 @@ class Columns(Bijection):
                 raise TypeError(f"Columns: expected a Bijection for {_named(group)}, got {type(bijection).__name__}")
         self.bijections = nn.ModuleList(bijections.values())
         self._last = max(named, default=-1)
+
+    @property
+    def domain(self) -> constraints.Constraint | None:  # type: ignore[override]
+        """The whole real line, or not known: columns differ."""
+        return outermost([constraints.real, *(cast(Bijection, b).domain for b in self.bijections)])
+
+    @property
+    def codomain(self) -> constraints.Constraint | None:  # type: ignore[override]
+        return outermost([constraints.real, *(cast(Bijection, b).codomain for b in self.bijections)])
 
     def _run(self, x: torch.Tensor, context: torch.Tensor | None, inverse: bool) -> Pair:
         if x.ndim != 2 or x.shape[1] <= self._last:

@@ -5,9 +5,10 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributions import constraints
 
 from ..._core.checks import accumulation_dtype
-from .bijection import Bijection, Joined, Pair
+from .bijection import Bijection, Joined, Pair, outermost
 from .reversible import MEMORY, Keeper, walk
 
 
@@ -72,6 +73,14 @@ class Compose(Bijection):
         self.memory, self.anchors, self.drift = memory, anchors, drift
         self._keeper = None if memory == "store" else Keeper(memory, anchors, drift)
         self._joined: dict[bool, tuple[list[int], list[Bijection]]] = {}
+
+    @property
+    def domain(self) -> constraints.Constraint | None:  # type: ignore[override]
+        return outermost(getattr(b, "domain", None) for b in self.bijections)
+
+    @property
+    def codomain(self) -> constraints.Constraint | None:  # type: ignore[override]
+        return outermost(getattr(b, "codomain", None) for b in reversed(self.bijections))
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         for bijection in self.bijections:

@@ -20,7 +20,7 @@ class _Onto(Bijection):
     low, high, inside = -math.inf, math.inf, 0.0
 
     @property
-    def codomain(self) -> constraints.Constraint:
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
         """The interval: the ``domain`` of the way back."""
         return constraints.interval(self.low, self.high)
 
@@ -129,6 +129,7 @@ class Logit(_Onto):
 
     inside = 0.5
     domain = _Onto.codomain
+    codomain = constraints.real
 
     def __init__(self, alpha: float = 0.05):
         super().__init__()

@@ -20,8 +20,12 @@ class Inverse(Bijection):
         self.bijection = bijection
 
     @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return getattr(self.bijection, "codomain", constraints.real)
+    def domain(self) -> constraints.Constraint | None:  # type: ignore[override]
+        return self.bijection.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint | None:  # type: ignore[override]
+        return self.bijection.domain
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> Pair:
         return self.bijection.inverse(x, context)

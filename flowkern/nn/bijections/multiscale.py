@@ -5,9 +5,10 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.distributions import constraints
 
 from ..._core.checks import accumulation_dtype
-from .bijection import Bijection, Pair, Run, run
+from .bijection import Bijection, Pair, Run, outermost, run
 
 
 class MultiScale(Bijection):
@@ -40,6 +41,14 @@ class MultiScale(Bijection):
                 raise ValueError(f"MultiScale: level {i} gives {channels} channel, but half of them must leave; squeeze first")
             self.latent_shapes.append((leave, *sides))
             stays = (channels - leave, *sides)
+
+    @property
+    def domain(self) -> constraints.Constraint | None:  # type: ignore[override]
+        return outermost(cast(Bijection, level).domain for level in self.levels)
+
+    @property
+    def codomain(self) -> constraints.Constraint | None:  # type: ignore[override]
+        return outermost([constraints.real, *(cast(Bijection, level).codomain for level in self.levels)])
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if tuple(shape) != self.shape:

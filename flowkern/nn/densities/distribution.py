@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.distributions import Distribution, constraints
 
-from ..bijections.bijection import Bijection
-from ..bijections.compose import Compose
+from ..bijections.bijection import outermost
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -61,18 +60,20 @@ class FlowDistribution(Distribution):
     @property
     def support(self) -> constraints.Constraint:
         """What x can be. Raises NotImplementedError where that is not known."""
-        layers = [m for m in self.flow.bijection.modules() if isinstance(m, Bijection) and not isinstance(m, Compose)]
-        domains = [layer.domain for layer in layers] or [constraints.real]
-        behind = [*domains[1:], getattr(self.flow.base, "support", None)]
-        if any(domain is not constraints.real for domain in behind):
+        known = outermost(
+            getattr(part, name, None) for part, name in ((self.flow.bijection, "domain"), (self.flow.base, "support"))
+        )
+        if known is None:
             raise NotImplementedError("support: not known of this flow")
-        return constraints.independent(domains[0], len(self.event_shape))
+        return constraints.independent(known, len(self.event_shape))
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """log p(value), in nats: value (..., *event_shape) -> (...), its leading dimensions broadcast with ``batch_shape``.
 
-        Raises ValueError for another shape.
+        Raises ValueError for another shape, TypeError for no tensor.
         """
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"value: expected a tensor, got {type(value).__name__}")
         if self._validate_args:
             self._validate_sample(value)
         leading = value.shape[: value.ndim - len(self.event_shape)]
