@@ -42,7 +42,13 @@ struct Autoregressive {
   X(nearest_code, In x, In codebook, bool cosine, bool pairs, Out index, Out sqdist, Out looked, int threads)                   \
   X(plu_weight, In lower, In upper, In log_diagonal, In sign, In permutation, Out weight, int threads)                          \
   X(plu_weight_backward, In grad, In lower, In upper, In log_diagonal, In sign, In permutation, Out dlower, Out dupper,         \
-    Out dlog_diagonal, int threads)
+    Out dlog_diagonal, int threads)                                                                                             \
+  X(rational_quadratic_spline, In x, In params, In bounds, int bins, int tails, int kind, double low, double high,              \
+    double min_width, double min_height, double min_derivative, double inverse_slope, double inverse_divisor, int parity,       \
+    bool inverse, Out y, Out logabsdet, int threads)                                                                            \
+  X(rational_quadratic_spline_backward, In x, In params, In grad, In grad_logabsdet, In bounds, int bins, int tails, int kind,  \
+    double low, double high, double min_width, double min_height, double min_derivative, double inverse_slope,                  \
+    double inverse_divisor, int parity, bool inverse, Out dx, Out dparams, int threads)
 
 // Those that take networks.
 #define FLOWKERN_ENTRIES(X)                                                                                                     \

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-__all__ = ["KINDS", "LAYOUTS", "ParamLayout", "ScaleMap", "check_scale", "named_layout"]
+__all__ = ["KINDS", "LAYOUTS", "ParamLayout", "ScaleMap", "check_scale", "named_layout", "softplus"]
 
 KINDS = ("exp", "sigmoid", "softplus", "tanh", "atan", "soft_clip")
 
@@ -119,9 +119,9 @@ class ScaleMap:
             return (s, F.logsigmoid(v)) if self.b == 0.0 else (s + self.b, self._log_of_sigmoid(v))
         if self.kind == "softplus":
             if self.a > 0.0:
-                s = _softplus(u) + self.a
+                s = softplus(u) + self.a
                 return s, s.log()
-            return _softplus(u), torch.where(u < SOFTPLUS_TAIL, u, _softplus(u.clamp(min=SOFTPLUS_TAIL)).log())
+            return softplus(u), torch.where(u < SOFTPLUS_TAIL, u, softplus(u.clamp(min=SOFTPLUS_TAIL)).log())
         log_s = self._bounded_log(u)
         return log_s.exp(), log_s
 
@@ -159,8 +159,8 @@ class ScaleMap:
         return torch.where(above, near, (torch.sigmoid(v) + self.b).log())
 
 
-def _softplus(u: torch.Tensor) -> torch.Tensor:
-    # F.softplus returns u itself above its threshold of 20, off by up to 2e-9: too coarse for float64.
+def softplus(u: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(u)). Above its threshold of 20 F.softplus returns u itself, off by up to 2e-9: too coarse for float64."""
     return torch.logaddexp(u, torch.zeros_like(u))
 
 
