@@ -54,11 +54,11 @@ class Torch {
     return type == tensor_ || type == parameter_;
   }
 
-  bool is_negative(PyObject* object) const {
-    PyObject* answer = PyObject_CallOneArg(is_neg_, object);
-    if (!answer) throw pybind11::error_already_set();
-    Py_DECREF(answer);
-    return answer == Py_True;
+  bool is_negative(PyObject* object) const { return says(is_neg_, object); }
+
+  // Zeros without memory, whose address is none, or a view's offset from none.
+  bool is_unwritten(PyObject* object, const dlpack::View& view) const {
+    return !view.data || (reinterpret_cast<uintptr_t>(view.data) >> 32 == 0 && says(is_zerotensor_, object));
   }
 
   // False, without an error, where there is no memory to look at.
@@ -80,10 +80,18 @@ class Torch {
     tensor_ = py::object(tensor).release().ptr();
     parameter_ = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
     is_neg_ = py::object(tensor.attr("is_neg")).release().ptr();
+    is_zerotensor_ = py::object(tensor.attr("_is_zerotensor")).release().ptr();
+  }
+
+  static bool says(PyObject* method, PyObject* object) {
+    PyObject* answer = PyObject_CallOneArg(method, object);
+    if (!answer) throw pybind11::error_already_set();
+    Py_DECREF(answer);
+    return answer == Py_True;
   }
 
   const dlpack::ExchangeAPI* api_;
-  PyObject *tensor_, *parameter_, *is_neg_;
+  PyObject *tensor_, *parameter_, *is_neg_, *is_zerotensor_;
 };
 
 inline bool has_values(const dlpack::View& view) {
@@ -104,7 +112,7 @@ inline bool is_plain(PyObject* argument) {
   if (!torch.is_tensor(argument)) return true;
   dlpack::View view;
   if (!torch.is_exactly_tensor(argument) || !torch.view(argument, view)) return false;
-  return (view.data || !has_values(view)) && !torch.is_negative(argument);
+  return (!has_values(view) || !torch.is_unwritten(argument, view)) && !torch.is_negative(argument);
 }
 
 inline bool to_dtype(dlpack::DType from, Dtype& to) {

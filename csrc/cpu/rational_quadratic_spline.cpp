@@ -148,6 +148,15 @@ struct Walk {
 
 // --- one tile ---
 
+// sum + rest grows by value; rest is what the rounded sum leaves out. A value is divided by the width of its bin, a small number,
+// after the sum of all shares before that was taken away.
+template <class A>
+FLOWKERN_INLINE void add(A& sum, A& rest, A value) {
+  const A next = sum + value, part = next - sum;
+  rest += (sum - (next - part)) + (value - part);
+  sum = next;
+}
+
 // A softmax over the bins, and what it says of the bin that a value is in: `before` and `own` are sums of exponentials.
 template <class A>
 struct Shares {
@@ -161,11 +170,11 @@ struct Shares {
   Shares(const Spline<A>& s, A minimum, A* e) : e(e), minimum(minimum), most(A(1) - A(s.bins) * minimum) {}
 
   void exponentials(const Spline<A>& s, const A* raw, int64_t n) {
-    A top[lanes], sum[lanes];
+    A top[lanes], sum[lanes], rest[lanes];
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       top[i] = raw[i];
-      sum[i] = A(0);
+      sum[i] = rest[i] = A(0);
     }
     for (int j = 1; j < s.bins; ++j)
 #pragma omp simd
@@ -176,49 +185,56 @@ struct Shares {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           const A given = raw[j * lanes + i], u = given > far ? far : given < -far ? -far : given;
-          sum[i] += e[j * lanes + i] = exp_(u / (A(1) + abs_(u) * limit));
+          add(sum[i], rest[i], e[j * lanes + i] = exp_(u / (A(1) + abs_(u) * limit)));
         }
       } else {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) sum[i] += e[j * lanes + i] = exp_((raw[j * lanes + i] - top[i]) * s.inverse_divisor);
+        for (int64_t i = 0; i < n; ++i)
+          add(sum[i], rest[i], e[j * lanes + i] = exp_((raw[j * lanes + i] - top[i]) * s.inverse_divisor));
       }
     }
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) scale[i] = most / sum[i];
+    for (int64_t i = 0; i < n; ++i) scale[i] = most / (sum[i] + rest[i]);
   }
 
   // The bin that each place lies in; at a knot the one on its right. Products with 0 and 1, because a choice would be loads and
   // stores under a mask, which some processors do one element at a time.
   void find(const A* place, A* bin, int bins, int64_t n) {
-    A sum[lanes];
+    A sum[lanes], sum_rest[lanes], rest[lanes];
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) sum[i] = before[i] = own[i] = bin[i] = A(0);
+    for (int64_t i = 0; i < n; ++i) sum[i] = sum_rest[i] = before[i] = rest[i] = bin[i] = A(0);
     for (int j = 1; j < bins; ++j) {
       const A *last = e + (j - 1) * lanes, least = minimum * A(j);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        sum[i] += last[i];
-        const A knot = least + scale[i] * sum[i];
+        add(sum[i], sum_rest[i], last[i]);
+        const A knot = least + scale[i] * (sum[i] + sum_rest[i]);
         const A behind = place[i] >= knot ? A(1) : A(0);
         bin[i] += behind;
-        before[i] += behind * last[i];
+        add(before[i], rest[i], behind * last[i]);
       }
     }
-    take_own(bin, bins, n);
+    finish(bin, rest, bins, n);
   }
 
   void look_up(const A* bin, int bins, int64_t n) {
+    A rest[lanes];
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) before[i] = own[i] = A(0);
+    for (int64_t i = 0; i < n; ++i) before[i] = rest[i] = A(0);
     for (int j = 1; j < bins; ++j) {
       const A *last = e + (j - 1) * lanes, number = A(j);
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) before[i] += (bin[i] >= number ? A(1) : A(0)) * last[i];
+      for (int64_t i = 0; i < n; ++i) add(before[i], rest[i], (bin[i] >= number ? A(1) : A(0)) * last[i]);
     }
-    take_own(bin, bins, n);
+    finish(bin, rest, bins, n);
   }
 
-  void take_own(const A* bin, int bins, int64_t n) {
+  void finish(const A* bin, const A* rest, int bins, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      before[i] += rest[i];
+      own[i] = A(0);
+    }
     for (int j = 0; j < bins; ++j) {
       const A *value = e + j * lanes, number = A(j);
 #pragma omp simd
@@ -304,7 +320,8 @@ struct Tile {
   A *raw, *of_derivatives;
   Shares<A> widths, heights;
   Ends<A> ends;
-  A x[lanes], low[lanes], high[lanes], place[lanes], turns[lanes], bin[lanes], theta[lanes];
+  A x[lanes], low[lanes], high[lanes], place[lanes], turns[lanes], bin[lanes];
+  A t[lanes], u[lanes];  // how far into its bin a value is, and how far it is from the end
   A kept[lanes], inside[lanes];  // 1 or 0: whether a checkerboard keeps the value, and whether the spline has it
 
   // Rows of lanes that a tile takes.
@@ -339,17 +356,23 @@ struct Tile {
       heights.look_up(bin, s.bins, n);
     }
     ends.find(s, of_derivatives, bin, n);
+    const A last = A(s.bins - 1);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const A w = widths.width(i), h = heights.width(i);
+      const A size = Inverse ? h : w, start = Inverse ? heights.start(bin[i], i) : widths.start(bin[i], i);
+      // In the last bin by the distance from the end of the interval, where the sum of all shares may be off.
+      const A from_start = unit((place[i] - start) / size), from_end = unit((A(1) - place[i]) / size);
+      const A into = bin[i] == last ? A(1) - from_end : from_start, short_of = bin[i] == last ? from_end : A(1) - from_start;
       if (!Inverse) {
-        theta[i] = unit((place[i] - widths.start(bin[i], i)) / w);
+        t[i] = into;
+        u[i] = short_of;
       } else {
         const A slope = h / w, d_0 = ends.slope[0][i], d_1 = ends.slope[1][i];
-        const A eta = unit((place[i] - heights.start(bin[i], i)) / h);
-        const A r = d_0 - eta * (d_0 + d_1), square = A(4) * slope * slope * eta * (A(1) - eta);
-        const A both = std::sqrt(r * r + square) + abs_(r), quotient = square / both, least = A(2) * slope * eta;
-        theta[i] = least / (least + (r >= A(0) ? both : quotient));
+        const A r = d_0 - into * (d_0 + d_1), square = A(4) * slope * slope * into * short_of;
+        const A both = std::sqrt(r * r + square) + abs_(r), quotient = square / both, least = A(2) * slope * into;
+        t[i] = least / (least + (r >= A(0) ? both : quotient));
+        u[i] = A(1) - t[i];
       }
     }
   }
@@ -361,10 +384,11 @@ struct Tile {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const A w = widths.width(i), h = heights.width(i), slope = h / w, d_0 = ends.slope[0][i], d_1 = ends.slope[1][i];
-      const A t = theta[i], q = t * (A(1) - t), ratio = slope / (slope + (d_0 + d_1 - A(2) * slope) * q);
-      const A mean = d_1 * t * t + A(2) * slope * q + d_0 * (A(1) - t) * (A(1) - t);
+      const A into = t[i], left = u[i], q = into * left, ratio = slope / (slope + (d_0 + d_1 - A(2) * slope) * q);
+      const A mean = d_1 * into * into + A(2) * slope * q + d_0 * left * left;
       const A log = log_(mean * ratio) + log_(ratio);
-      const A to = Inverse ? widths.start(bin[i], i) + w * t : heights.start(bin[i], i) + h * (t * t + d_0 * q / slope) * ratio;
+      const A to = Inverse ? widths.start(bin[i], i) + w * into
+                           : heights.start(bin[i], i) + h * (into * into + d_0 * q / slope) * ratio;
       const A far = low[i] + (high[i] - low[i]) * (unit(to) + turns[i]), least = low[i] - endless, most = high[i] + endless;
       const A near = far < least ? least : far > most ? most : far;  // rounding may lead out
       const A without = x[i] != x[i] ? x[i] : outside, unless_kept = kept[i] != A(0) ? A(0) : without;
@@ -377,29 +401,33 @@ struct Tile {
   template <bool Inverse>
   void differentiate(const A* g, const A* of_log, A* dx, int64_t n) {
     A of_left[lanes], of_width[lanes], of_bottom[lanes], of_height[lanes], of_end[2][lanes];
+    const A last = A(s.bins - 1);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const A w = widths.width(i), h = heights.width(i), slope = h / w, d_0 = ends.slope[0][i], d_1 = ends.slope[1][i];
-      const A t = theta[i], u = A(1) - t, q = t * u, bend = d_0 + d_1 - A(2) * slope;
-      const A inverse_d = A(1) / (slope + bend * q), numerator = slope * t * t + d_0 * q;
-      const A mean = d_1 * t * t + A(2) * slope * q + d_0 * u * u, inverse_mean = A(1) / mean;
-      const A by_theta = (A(2) * d_1 * t + A(2) * slope * (u - t) - A(2) * d_0 * u) * inverse_mean - A(2) * bend * (u - t) * inverse_d;
-      const A rise = h * slope * mean * inverse_d * inverse_d;  // dy / dtheta
+      const A into = t[i], left = u[i], q = into * left, bend = d_0 + d_1 - A(2) * slope;
+      const A inverse_d = A(1) / (slope + bend * q), numerator = slope * into * into + d_0 * q;
+      const A mean = d_1 * into * into + A(2) * slope * q + d_0 * left * left, inverse_mean = A(1) / mean;
+      const A by_t = A(2) * (d_1 * into + slope * (left - into) - d_0 * left) * inverse_mean -
+                     A(2) * bend * (left - into) * inverse_d;
+      const A rise = h * slope * mean * inverse_d * inverse_d;  // dy / dt
       const A range = high[i] - low[i];
-      const A of_root = (g[i] * range * w - of_log[i] * by_theta) / rise;  // of the input, where that is what the spline gives
+      const A of_root = (g[i] * range * w - of_log[i] * by_t) / rise;  // of the input, where that is what the spline gives
       const A of_y = Inverse ? -of_root : g[i] * range, l = Inverse ? -of_log[i] : of_log[i];
-      const A of_theta = of_y * rise + l * by_theta;
-      const A of_slope = of_y * h * (t * t - numerator * (A(1) - A(2) * q) * inverse_d) * inverse_d +
+      const A of_t = of_y * rise + l * by_t;
+      const A of_slope = of_y * h * (into * into - numerator * (A(1) - A(2) * q) * inverse_d) * inverse_d +
                          l * A(2) * (A(1) / slope + q * inverse_mean - (A(1) - A(2) * q) * inverse_d);
       const bool in = inside[i] != A(0);
       const A through = of_y * h * q * inverse_d * inverse_d, less = A(2) * q * inverse_d;
-      of_end[0][i] = in ? through * (slope + bend * q - numerator) + l * (u * u * inverse_mean - less) : A(0);
-      of_end[1][i] = in ? -through * numerator + l * (t * t * inverse_mean - less) : A(0);
-      of_left[i] = in ? -of_theta / w : A(0);
-      of_width[i] = in ? -(of_slope * slope + of_theta * t) / w : A(0);
+      of_end[0][i] = in ? through * (slope + bend * q - numerator) + l * (left * left * inverse_mean - less) : A(0);
+      of_end[1][i] = in ? -through * numerator + l * (into * into * inverse_mean - less) : A(0);
+      // To start and width of a bin the same may be added: the last bin, which ends where the interval does, needs no start.
+      const bool from_end = bin[i] == last;
+      of_left[i] = in ? (from_end ? A(0) : -of_t / w) : A(0);
+      of_width[i] = in ? -(of_slope * slope + of_t * (from_end ? -left : into)) / w : A(0);
       of_bottom[i] = in ? of_y : A(0);
       of_height[i] = in ? of_y * numerator * inverse_d + of_slope / w : A(0);
-      const A of_place = Inverse ? of_root : of_theta / w;
+      const A of_place = Inverse ? of_root : of_t / w;
       dx[i] = in ? of_place / range : g[i];
     }
     widths.differentiate(s, bin, of_left, of_width, raw, n);

@@ -146,7 +146,9 @@ class SplineMap:
 
         ``bounds`` is None, or what broadcasts against (*x.shape, 2): low and high of each element.
         """
-        low, high = (torch.full((), v, dtype=x.dtype, device=x.device) for v in self.interval) if bounds is None else bounds.unbind(-1)
+        low, high = (
+            (torch.full((), v, dtype=x.dtype, device=x.device) for v in self.interval) if bounds is None else bounds.unbind(-1)
+        )
         inside = x.isfinite() if self.tails == "circular" else (x >= low) & (x <= high)
         place = torch.where(inside, x - low, 0.0) / (high - low)  # infinity would meet a zero in the gradient
         turns = place.detach().floor() if self.tails == "circular" else torch.zeros_like(place)
@@ -190,23 +192,26 @@ def _spline(place: torch.Tensor, widths: torch.Tensor, heights: torch.Tensor, sl
     (left, width), (bottom, height) = of_bin(widths), of_bin(heights)
     d_0, d_1 = (slopes.gather(-1, i).squeeze(-1) for i in (bin_, bin_ + 1))
     s = height / width
+    start, size = (bottom, height) if inverse else (left, width)
+    # In the last bin by the distance from the end of the interval, where the sum of all shares may be off.
+    last = bin_.squeeze(-1) == widths.shape[-1] - 1
+    t = _unit(torch.where(last, 1.0 - place, place - start) / size)
+    t, u = torch.where(last, 1.0 - t, t), torch.where(last, t, 1.0 - t)
     if inverse:
-        eta = _unit((place - bottom) / height)
-        t = d_0 - eta * (d_0 + d_1)
-        square = 4.0 * s * s * eta * (1.0 - eta)
-        root = (t * t + square).sqrt()
-        positive = t >= 0.0
-        u = root + torch.where(positive, t, -t)
-        theta = 2.0 * s * eta / (2.0 * s * eta + torch.where(positive, u, square / u))
-    else:
-        theta = _unit((place - left) / width)
-    q = theta * (1.0 - theta)
+        r = d_0 - t * (d_0 + d_1)
+        square = 4.0 * s * s * t * u
+        root = (r * r + square).sqrt()
+        positive = r >= 0.0
+        both = root + torch.where(positive, r, -r)
+        t = 2.0 * s * t / (2.0 * s * t + torch.where(positive, both, square / both))
+        u = 1.0 - t
+    q = t * u
     denominator = s + (d_0 + d_1 - 2.0 * s) * q
-    mean = d_1 * theta * theta + 2.0 * s * q + d_0 * (1.0 - theta) * (1.0 - theta)
+    mean = d_1 * t * t + 2.0 * s * q + d_0 * u * u
     log_slope = (mean * (s / denominator)).log() + (s / denominator).log()
     if inverse:
-        return left + width * theta, -log_slope
-    return bottom + height * (s * theta * theta + d_0 * q) / denominator, log_slope
+        return left + width * t, -log_slope
+    return bottom + height * (s * t * t + d_0 * q) / denominator, log_slope
 
 
 def trailing(params: torch.Tensor, layout: str, per_value: int) -> torch.Tensor:

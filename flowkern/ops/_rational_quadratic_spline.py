@@ -54,7 +54,7 @@ def _elements(
     """y and log|dy / dx| of every element."""
     accumulate = accumulation_dtype(x, params)
     if bounds is not None:
-        bounds = bounds.to(accumulate).reshape(-1, *[1] * (x.ndim - 2), 2)
+        bounds = bounds.detach().to(accumulate).reshape(-1, *[1] * (x.ndim - 2), 2)
     params = trailing(params, layout, spline.params_per_feature)
     y, log_slope = spline(x.to(accumulate), params.to(accumulate), bounds, inverse)
     return y.to(x.dtype), log_slope
@@ -83,7 +83,7 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     randn = normal(device, dtype)
 
     def params(spline: SplineMap, *shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return randn(*shape, spline.params_per_feature, dtype=dtype)
+        return 0.5 * randn(*shape, spline.params_per_feature, dtype=dtype)  # steeper splines magnify the rounding of x
 
     for kind in ("zuko", "nflows"):
         for tails in ("linear", "circular"):
@@ -109,24 +109,26 @@ def _samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[Sample]
     yield Sample("split", (randn(4, 7), params(spline, 4, 3)), {"spline": spline, "split": "channel"})
     swapped = {"spline": spline, "split": "channel_swap", "layout": "blocks", "inverse": True}
     count = spline.params_per_feature
-    yield Sample("blocks-swap-inverse", (randn(2, 5, 3, 4), randn(2, 3 * count, 3, 4)), swapped)
+    yield Sample("blocks-swap-inverse", (randn(2, 5, 3, 4), 0.5 * randn(2, 3 * count, 3, 4)), swapped)
     checkered = {"spline": spline, "layout": "blocks", "split": "checkerboard"}
-    yield Sample("checkerboard", (randn(2, 3, 3, 5), randn(2, 3 * count, 3, 5)), checkered)
+    yield Sample("checkerboard", (randn(2, 3, 3, 5), 0.5 * randn(2, 3 * count, 3, 5)), checkered)
     checkered = {"spline": spline, "layout": "interleaved", "split": "checkerboard_swap", "inverse": True}
-    yield Sample("checkerboard-swap-inverse", (randn(2, 3, 4, 4), randn(2, 3 * count, 4, 4)), checkered)
+    yield Sample("checkerboard-swap-inverse", (randn(2, 3, 4, 4), 0.5 * randn(2, 3 * count, 4, 4)), checkered)
     mask = FeatureMask(torch.tensor([True, False, True, True, False])).to(device)
-    yield Sample("feature-mask", (randn(4, 5), randn(4, 3 * count)), {"spline": spline, "split": mask, "layout": "interleaved"})
+    yield Sample(
+        "feature-mask", (randn(4, 5), 0.5 * randn(4, 3 * count)), {"spline": spline, "split": mask, "layout": "interleaved"}
+    )
     channels_last = randn(2, 4, 3, 5).to(memory_format=torch.channels_last)
-    whole = randn(2, 4 * count, 3, 5).to(memory_format=torch.channels_last)
+    whole = 0.5 * randn(2, 4 * count, 3, 5).to(memory_format=torch.channels_last)
     yield Sample("channels-last", (channels_last, whole), {"spline": spline, "layout": "interleaved"})
-    yield Sample("strided", (randn(4, 6)[:, ::2], randn(3, 2 * count, 4).permute(2, 0, 1)[..., ::2]), {"spline": spline})
-    yield Sample("expanded", (randn(1, 4).expand(3, 4), randn(1, 4, count).expand(3, 4, count)), {"spline": spline})
+    yield Sample("strided", (randn(4, 6)[:, ::2], 0.5 * randn(3, 2 * count, 4).permute(2, 0, 1)[..., ::2]), {"spline": spline})
+    yield Sample("expanded", (randn(1, 4).expand(3, 4), params(spline, 1, 4).expand(3, 4, count)), {"spline": spline})
     limits = torch.tensor([[-1.0, 1.0], [0.0, 3.0], [-4.0, -0.25]], dtype=torch.float64, device=device).to(dtype)
     for inverse in (False, True):
         kwargs = {"spline": spline, "bounds": limits, "inverse": inverse}
         yield Sample(f"bounds{'-inverse' if inverse else ''}", (randn(6, 3), params(spline, 6, 3)), kwargs)
     yield Sample("mixed-dtypes", (randn(3, 6), params(spline, 3, 6, dtype=torch.bfloat16)), {"spline": spline})
-    yield Sample("half-state", (randn(3, 6, dtype=torch.float16), params(spline, 3, 6)), {"spline": spline, "inverse": True})
+    yield Sample("half-state", (randn(3, 4, dtype=torch.float16), 2 * params(spline, 3, 4)), {"spline": spline, "inverse": True})
 
 
 def _outputs(x: torch.Tensor, params: torch.Tensor, *_: Any) -> Pair:
@@ -157,9 +159,7 @@ def _on_cpu(name: str) -> Any:
         spline, name_of = SplineMap.from_text(text), PARAM_LAYOUTS[layout]
         views = (trailing(p, name_of, spline.params_per_feature) for p in ((params, second) if grads else (params,)))
         view, *of_gradient = views
-        backend.call_native(
-            name, x, view, *grads, bounds, *spline.constants, parity, inverse, first, *(of_gradient or [second])
-        )
+        backend.call_native(name, x, view, *grads, bounds, *spline.constants, parity, inverse, first, *(of_gradient or [second]))
 
     return run
 

@@ -138,6 +138,12 @@ def test_zeros_without_memory(op: Op) -> None:
         torch.testing.assert_close(actual, plain, equal_nan=True)
 
 
+def test_a_view_of_zeros_without_memory() -> None:
+    """Its address is not none, but an offset from none."""
+    x, params = never_written(torch.empty(4, 7))[:, 4:], torch.randn(4, 2)
+    assert_same(ops.affine_coupling(x, params), ops.affine_coupling(torch.zeros(4, 3), params))
+
+
 def results_or_error(op: Op, sample: Sample, place: int, change: Change) -> Tensors | str:
     try:
         return results(op, sample, place, lambda a: change(a).requires_grad_(a.requires_grad))

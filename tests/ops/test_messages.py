@@ -24,7 +24,7 @@ def test_bad_input_is_named(op: Op) -> None:
         f"TypeError: {second}: expected a floating dtype": (x, *(a.long() for a in rest)),
         "TypeError: x: expected a tensor, got list": ([1.0], *rest),
         f"ValueError: {second}: expected device cpu .* got meta": (x, *(a.to("meta") for a in rest)),
-        rf"ValueError: {second}: expected shape .* got \({len(rest[0])}, 1": (x, rest[0][:, :1].repeat(1, 17), *rest[1:]),
+        rf"ValueError: {second}: expected shape .* got \({len(rest[0])}, 1": (x, torch.cat([rest[0][:, :1]] * 17, 1), *rest[1:]),
         r"ValueError: x: expected \(B, C\) or \(B, C, H, W\)": (x[0], *rest),
     }
     assert_refused(op.function, cases)
@@ -50,6 +50,7 @@ def calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "masked_linear": ((x, square, x[0], torch.arange(6), torch.arange(6)), {}),
         "nearest_code": ((x, square), {}),
         "plu_weight": ((square, square, x[0], torch.ones(6), torch.arange(6)), {}),
+        "rational_quadratic_spline": ((x, torch.randn(4, 3, 23)), {**mask, "bounds": torch.tensor([[-1.0, 1.0]] * 3)}),
         "sample_discretized_logistic_mixture": ((torch.randn(2, 6, 3, 3),), {"channels": 1, "noise": noise}),
         "vector_quantize": ((x, square), {}),
     }

@@ -174,8 +174,12 @@ void Block::check_registers(Warp& warp, const Instruction& instruction, Lanes la
       note("in flight", "a register is read that a tensor core will write", warp, __builtin_ctz(active));
   }
   if (!active) return;
+  Lanes holds = instruction.packs ? 0 : ~Lanes(0);  // where a part of a packed register has been written: nothing may read the others
+  if (instruction.packs)
+    for (int reg : instruction.reads) holds |= warp.initialized[size_t(reg)];
   for (int reg : instruction.writes) {
-    warp.initialized[size_t(reg)] |= active;
+    Lanes& initialized = warp.initialized[size_t(reg)];
+    initialized = (initialized & ~active) | (active & holds);
     if (instruction.tensor_core) continue;
     warp.written[size_t(reg)] = instruction.copies ? warp.written[size_t(instruction.reads[0])] : launch.serial;
     if (warp.in_flight[size_t(reg)]) note("in flight", "a register is written that a tensor core will write", warp, __builtin_ctz(active));

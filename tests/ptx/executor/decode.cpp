@@ -27,7 +27,7 @@ void find_registers(Instruction& instruction) {
     add_registers(i == 0 && writes ? instruction.writes : instruction.reads, instruction.operands[i]);
   }
   instruction.copies = instruction.opcode == "mov" && instruction.operands[1].kind == Operand::in_register;
-  instruction.packs = instruction.opcode == "mov" && has("b64") && instruction.operands[1].kind == Operand::vector;
+  instruction.packs = instruction.opcode == "mov" && instruction.operands[1].kind == Operand::vector;
   if (instruction.guard >= 0) instruction.reads.push_back(instruction.guard);
 }
 
