@@ -15,10 +15,11 @@ N = TypeVar("N", bound="Named")
 
 
 class Named:
-    """The base of a family of classes with names: ``class Spline(nn.Transformer, kind="spline")``.
+    """The base of a family of classes with names: ``class Cubic(nn.Transformer, kind="cubic")``.
 
-    An object is described by ``{"kind": name, **settings}``, and ``Family.of`` builds it from that. Its settings are the
-    arguments of its constructor, which it keeps as attributes of the same names; a class that does not overrides ``settings``.
+    An object is described by ``{"kind": name, **settings}``, and ``Family.of`` builds it from that, or from the
+    name alone. Its settings are the arguments of its constructor, which it keeps as attributes of the same names; a class that
+    does not overrides ``settings``.
     """
 
     kind: ClassVar[str | None] = None
@@ -54,15 +55,17 @@ class Named:
         return {"kind": self.kind, **self.settings()}
 
     @classmethod
-    def of(cls: type[N], given: N | Mapping[str, Any]) -> N:
-        """``given`` itself, or the object of that ``config``.
+    def of(cls: type[N], given: N | Mapping[str, Any] | str) -> N:
+        """``given`` itself, or the object of that ``config``, or that of that name with its default settings.
 
         Raises TypeError for anything else, ValueError for an unknown name.
         """
         if isinstance(given, cls):
             return given
+        if isinstance(given, str):
+            given = {"kind": given}
         if not isinstance(given, Mapping) or "kind" not in given:
-            expected = f"a {cls.__name__} or its config, {{'kind': ..., **settings}}"
+            expected = f"a {cls.__name__}, its config {{'kind': ..., **settings}} or its name"
             raise TypeError(f"{cls.__name__.lower()}: expected {expected}, got {given!r}")
         settings = dict(given)
         kind = settings.pop("kind")

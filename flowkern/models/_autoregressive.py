@@ -35,7 +35,7 @@ class _AutoregressiveFlow(FlowModel):
         preprocess: Mapping[str, Any] | None,
         context: int | None,
         scale: ops.ScaleMap | Mapping[str, Any],
-        transformer: nn.Transformer | Mapping[str, Any] | None,
+        transformer: nn.Transformer | Mapping[str, Any] | str | None,
         batch_norm: bool = False,
         base: nn.Base | None = None,
         **network: Any,
@@ -91,8 +91,8 @@ class MAF(_AutoregressiveFlow):
         shape: D for vectors (B, D), (C, H, W) for images (B, C, H, W).
         layers: their number.
         hidden, activation, residual: of the networks, ``nn.MADE``.
-        transformer: what a layer does to a value: an ``nn.Transformer``, or its config ``{"kind", ...}``; None for
-            ``nn.Affine(scale)``, the scale a ``ScaleMap`` or its fields ``{"kind", "a", "b"}``.
+        transformer: what a layer does to a value: an ``nn.Transformer``, its config ``{"kind", ...}`` or its name, as
+            ``"spline"``; None for ``nn.Affine(scale)``, the scale a ``ScaleMap`` or its fields ``{"kind", "a", "b"}``.
         permutation: ``"reverse"``, ``"random"`` (by ``seed``, ``seed + 1``, ...) or ``"none"``, between two layers.
         batch_norm: an ``nn.BatchNormFlow`` after each layer.
         components: of a base ``nn.Mixture`` (the paper's MAF MoG has one in its last layer); None for a standard normal.
@@ -112,7 +112,7 @@ class MAF(_AutoregressiveFlow):
         activation: str = "relu",
         residual: bool = False,
         scale: ops.ScaleMap | Mapping[str, Any] = _SOFT_CLIP,
-        transformer: nn.Transformer | Mapping[str, Any] | None = None,
+        transformer: nn.Transformer | Mapping[str, Any] | str | None = None,
         permutation: str = "reverse",
         seed: int = 0,
         batch_norm: bool = False,
@@ -147,7 +147,7 @@ class IAF(_AutoregressiveFlow):
         activation: str = "relu",
         residual: bool = False,
         scale: ops.ScaleMap | Mapping[str, Any] | None = None,
-        transformer: nn.Transformer | Mapping[str, Any] | None = None,
+        transformer: nn.Transformer | Mapping[str, Any] | str | None = None,
         gated: bool = False,
         permutation: str = "reverse",
         seed: int = 0,

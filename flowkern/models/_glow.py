@@ -61,7 +61,8 @@ class Glow(FlowModel):
         hidden: channels of the conditioners, ``nn.ConvNet``.
         parametrization: of the 1x1 convolutions: ``"plu"``, ``"qr"``, ``"householder"`` or ``"full"``.
         scale: the ``ScaleMap`` of the couplings, or its fields ``{"kind", "a", "b"}``; Glow's own is ``ScaleMap.sigmoid()``.
-        transformer: of the couplings, an ``nn.Transformer`` or its config ``{"kind", ...}``; None for ``nn.Affine(scale)``.
+        transformer: of the couplings, an ``nn.Transformer``, its config ``{"kind", ...}`` or its name, as ``"spline"``; None for
+            ``nn.Affine(scale)``.
         activation, dropout: of the conditioners.
         classes: the number of classes of a class-conditional flow. The context is then either labels, integers (B,) in
             [0, classes), or a (B, classes) tensor, such as labels one-hot; for samples also (1,), or (1, classes), for all.
@@ -83,7 +84,7 @@ class Glow(FlowModel):
         hidden: int = 128,
         parametrization: str = "plu",
         scale: ops.ScaleMap | Mapping[str, Any] = _BOUNDED,
-        transformer: nn.Transformer | Mapping[str, Any] | None = None,
+        transformer: nn.Transformer | Mapping[str, Any] | str | None = None,
         activation: str = "relu",
         dropout: float = 0.0,
         classes: int | None = None,

@@ -74,9 +74,9 @@ class RealNVP(CouplingFlow):
         dropout: inside the networks.
         zero_init: start the networks' last layers at zero.
         separate: one network for the scales and another for the shifts (for each parameter of a value), instead of one for all.
-        transformer: what a coupling does to a value: an ``nn.Transformer``, or its config ``{"kind", ...}``; None for
-            ``nn.Affine`` with ``scale`` (a ``ScaleMap``, or its fields ``{"kind", "a", "b"}``) and ``shift_first``
-            ((x + t) * s instead of x * s + t), which another has no use for.
+        transformer: what a coupling does to a value: an ``nn.Transformer``, its config ``{"kind", ...}`` or its name,
+            as ``"spline"``; None for ``nn.Affine`` with ``scale`` (a ``ScaleMap``, or its fields ``{"kind", "a", "b"}``) and
+            ``shift_first`` ((x + t) * s instead of x * s + t), which another has no use for.
         levels: of the multi-scale architecture; None for as many as end in 4 x 4 pixels.
         permutation: of vectors: ``"alternate"`` (the halves take turns), ``"reverse"`` or ``"random"`` (the second half is
             transformed, then all features are permuted; by ``seed``, ``seed + 1``, ...).
@@ -101,7 +101,7 @@ class RealNVP(CouplingFlow):
         separate: bool = False,
         scale: ops.ScaleMap | Mapping[str, Any] = _BOUNDED,
         shift_first: bool = False,
-        transformer: nn.Transformer | Mapping[str, Any] | None = None,
+        transformer: nn.Transformer | Mapping[str, Any] | str | None = None,
         levels: int | None = None,
         permutation: str = "alternate",
         seed: int = 0,

@@ -73,6 +73,7 @@ from .quantizers.residual import ResidualVectorQuantizer as ResidualVectorQuanti
 from .quantizers.vector import VectorQuantizer as VectorQuantizer
 from .transformers.affine import Additive as Additive, Affine as Affine, GatedAffine as GatedAffine
 from .transformers.mixture_logistic import MixtureLogistic as MixtureLogistic
+from .transformers.spline import RationalQuadraticSpline as RationalQuadraticSpline
 from .transformers.transformer import Transformer as Transformer
 
 #: The transformers and the quantizers by their names, which a class is declared with.

@@ -51,7 +51,12 @@ class Signs(nn.Quantizer, kind="test-signs"):
         return self.as_given(2.0 * bits - 1.0)
 
 
-TRANSFORMERS: dict[str, Any] = {"own": lambda: Slope(0.25), "mixture": lambda: {"kind": "mixture_logistic", "components": 2}}
+TRANSFORMERS: dict[str, Any] = {
+    "own": lambda: Slope(0.25),
+    "mixture": lambda: {"kind": "mixture_logistic", "components": 2},
+    "spline": lambda: "spline",
+}
+KINDS = {"own": "test-slope", "mixture": "mixture_logistic", "spline": "rational_quadratic_spline"}
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "realnvp": ("realnvp", {"shape": 4, "couplings": 2, "hidden": 8, "zero_init": False}),
     "realnvp-separate": ("realnvp", {"shape": (1, 4, 4), "couplings": 1, "hidden": 4, "depth": 1, "separate": True}),
@@ -82,7 +87,7 @@ def assert_trains_and_comes_back(model: models.Model, path: Path) -> models.Mode
 def test_flows_of_other_transformers(case: str, transformer: str, tmp_path: Path) -> None:
     name, settings = FLOWS[case]
     model = models.build(name, settings | {"transformer": TRANSFORMERS[transformer]()})
-    assert model.config["transformer"]["kind"] == ("test-slope" if transformer == "own" else "mixture_logistic")
+    assert model.config["transformer"]["kind"] == KINDS[transformer]
     if transformer == "own":
         found = [m for m in model.modules() if isinstance(m, Slope)]
         assert len({id(m) for m in found}) == len(found) >= 2
@@ -117,8 +122,8 @@ def test_what_cannot_be_saved_or_built_says_so(tmp_path: Path) -> None:
         models.save(model, tmp_path / "model.pt")
     assert not [*tmp_path.iterdir()]
     for build in (models.RealNVP, models.MAF, models.IAF):
-        with pytest.raises(ValueError, match="transformer: unknown kind 'spline'"):
-            build(4, transformer={"kind": "spline"})
+        with pytest.raises(ValueError, match="transformer: unknown kind 'cubic'"):
+            build(4, transformer="cubic")
     several = {"kind": "residual_vector", "dim": 4, "codes": 5, "levels": 2, "channels_first": True}
     for wrong in (Signs(3, channels_first=False), several):
         with pytest.raises(ValueError, match="quantizer: expected one with channels_first=True and one code for each vector"):

@@ -116,6 +116,7 @@ BIJECTIONS: dict[str, Layer] = {
     "AffineCoupling-checkerboard": (lambda: nn.AffineCoupling(nn.ResNet(2, 4, 4, 1), split="checkerboard"), (2, 3, 4), None),
     "AffineCoupling-image": (lambda: nn.AffineCoupling(nn.ResNet(2, 2, 4, 2, context=2, activation="silu")), (3, 3, 2), 2),
     "Autoregressive": (lambda: nn.Autoregressive(4, nn.MixtureLogistic(2), (5, 6), order="random"), (4,), None),
+    "Autoregressive-spline": (lambda: nn.Autoregressive(4, nn.RationalQuadraticSpline(ops.SplineMap(3)), (5, 6)), (4,), None),
     "BatchNormFlow": (lambda: nn.BatchNormFlow(3), (3,), None),
     "BatchNormFlow-image": (lambda: nn.BatchNormFlow(3), (3, 2, 2), None),
     "Columns": (lambda: nn.Columns({1: nn.Logit(), (4, 0): nn.Inverse(nn.Exp()), range(2, 4): nn.ActNorm(2)}), (6,), None),
@@ -123,6 +124,8 @@ BIJECTIONS: dict[str, Layer] = {
     "Compose": (lambda: nn.Compose(nn.AffineCoupling(nn.MLP(2, 4, (8,))), nn.Permutation.reverse(4), nn.ActNorm(4)), (4,), None),
     "Compose-nothing": (nn.Compose, (4,), None),
     "Coupling": (lambda: nn.Coupling(nn.MLP(2, 16, (5,)), nn.MixtureLogistic(2)), (4,), None),
+    "Coupling-spline": (
+        lambda: nn.Coupling(nn.MLP(3, 18, (5,)), nn.RationalQuadraticSpline(ops.SplineMap(3, 2.0, "circular"))), (5,), None),
     "Exp": (nn.Exp, (2, 3), None),
     "Flatten": (lambda: nn.Flatten((2, 3, 2)), (2, 3, 2), None),
     **{f"GlowStep-{p}": (lambda p=p: step_of_glow(p, 2), (5, 2, 2), 2) for p in nn.PARAMETRIZATIONS},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from layers import assert_exact, assert_refused, fit, remade, trained
 
 from flowkern import nn
 from flowkern.nn.bijections.root import solve_increasing
-from flowkern.ops import FeatureMask, ScaleMap
+from flowkern.ops import FeatureMask, ScaleMap, SplineMap
 
 K = 3
 
@@ -53,10 +54,12 @@ TRANSFORMERS: dict[str, Any] = {
     "gated": nn.GatedAffine,
     "additive": nn.Additive,
     "mixture": lambda: nn.MixtureLogistic(K),
+    "spline": nn.RationalQuadraticSpline,
+    "spline-circular": lambda: nn.RationalQuadraticSpline(SplineMap(4, 2.0, "circular", kind="nflows")),
     "own": Sinh,
     "own-module": Powered,
 }
-FUSED = ("affine", "affine-exp", "affine-shift-first", "additive")
+FUSED = ("affine", "affine-exp", "affine-shift-first", "additive", "spline", "spline-circular")
 
 #: Shape of x, split, number of moved channels.
 SPLITS: dict[str, tuple[tuple[int, ...], str | FeatureMask, int]] = {
@@ -214,13 +217,40 @@ def test_kept_pixels_of_a_checkerboard_have_no_say() -> None:
     assert layer.conditioner.params.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["affine-exp", "gated", "additive", "mixture"])
+@pytest.mark.parametrize("name", ["affine-exp", "gated", "additive", "mixture", "spline", "spline-circular"])
 def test_config_round_trip(name: str) -> None:
     transformer = TRANSFORMERS[name]()
-    config = transformer.config()
+    config = json.loads(json.dumps(transformer.config()))
     assert nn.TRANSFORMERS[config["kind"]] is type(transformer)
     assert nn.Transformer.of(config) == transformer
     assert nn.Transformer.of(transformer) is transformer
+
+
+def test_a_name_stands_for_the_default_settings() -> None:
+    for name in ("spline", "rational_quadratic_spline"):
+        assert nn.Transformer.of(name) == nn.RationalQuadraticSpline(SplineMap(8))
+    assert nn.Transformer.of("spline").config()["kind"] == "rational_quadratic_spline"
+    box = nn.RationalQuadraticSpline(SplineMap(3, (0.0, 1.0), "box"))
+    assert nn.Transformer.of(json.loads(json.dumps(box.config()))) == box
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("name", ["spline", "spline-circular"])
+def test_a_spline_is_that_of_its_map(name: str, inverse: bool) -> None:
+    """Single values, sums and couplings against the definition, with gradients, in float64."""
+    transformer = TRANSFORMERS[name]()
+    draw = functools.partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    x, params = draw(5, 4), draw(5, 4, transformer.params_per_feature)
+    y, log_slope = transformer.spline(x, params, None, inverse)
+    loss = (y.sin() + log_slope.square()).sum()
+    expected = (y, log_slope, *torch.autograd.grad(loss, (x, params), retain_graph=True))
+    y_, log_slope_ = transformer.forward(x, params, inverse)
+    single = (y_, log_slope_, *torch.autograd.grad((y_.sin() + log_slope_.square()).sum(), (x, params)))
+    torch.testing.assert_close(single, expected)
+    torch.testing.assert_close(transformer.transform(x, params, inverse), (y, log_slope.sum(1)))
+    blocks = params.movedim(-1, 1).flatten(1)
+    everything = FeatureMask(torch.tensor([True] * 4))
+    torch.testing.assert_close(transformer.couple(x, blocks, everything, inverse), (y, log_slope.sum(1)))
 
 
 def test_config_of_own_transformers() -> None:
@@ -241,8 +271,9 @@ def test_config_of_own_transformers() -> None:
 
     assert_refused(
         (lambda: Forgetful(3).config(), "Forgetful: no attribute for the argument 'bins'", TypeError),
-        (lambda: nn.Transformer.of({"kind": "spline"}), "transformer: unknown kind 'spline'; expected one of 'affine'"),
-        (lambda: nn.Transformer.of("affine"), r"transformer: expected a Transformer or its config, .*, got 'affine'", TypeError),
+        (lambda: nn.Transformer.of({"kind": "cubic"}), "transformer: unknown kind 'cubic'; expected one of 'affine'"),
+        (lambda: nn.Transformer.of("cubic"), "transformer: unknown kind 'cubic'; expected one of 'affine'"),
+        (lambda: nn.Transformer.of(3), "transformer: expected a Transformer, its config .* or its name, got 3", TypeError),
         (lambda: nn.Transformer.of({"kind": "affine", "power": 2}), "unexpected keyword argument 'power'", TypeError),
     )
 
@@ -319,6 +350,9 @@ def test_errors() -> None:
         (lambda: nn.GatedAffine(ScaleMap.exp()), "gated: expected a sigmoid scale"),
         (lambda: nn.Affine(layout="rows"), "layout: unknown name 'rows'"),
         (lambda: nn.MixtureLogistic(K, scale="tanh"), r"scale: expected an ops\.ScaleMap", TypeError),
+        (lambda: nn.RationalQuadraticSpline(8), r"spline: expected an ops\.SplineMap", TypeError),
+        (lambda: nn.RationalQuadraticSpline({"bins": 1}), "bins: expected an integer of at least 2, got 1"),
+        (lambda: nn.Coupling(torch.nn.Identity(), nn.RationalQuadraticSpline())(torch.zeros(2, 2)), "params: expected shape"),
         (lambda: short(torch.zeros(2, 2)), r"params: expected shape \(B, 11\), got \(2, 1\)"),
         (lambda: nn.Coupling(torch.nn.Identity(), "affine"), other + "str", TypeError),
         (lambda: nn.Autoregressive(3, ScaleMap.exp()), other + "ScaleMap", TypeError),

@@ -120,8 +120,8 @@ class Autoregressive(Bijection):
         self.check_shape(y)
         params = self.made(y, context)
         dtype = accumulation_dtype(y, params)
-        z, logabsdet = self.transformer.forward(y.to(dtype), params.to(dtype), inverse=False)
-        return z.to(y.dtype), logabsdet.sum(1)
+        z, logabsdet = self.transformer.transform(y.to(dtype), params.to(dtype), inverse=False)
+        return z.to(y.dtype), logabsdet
 
     def incremental(self, z: torch.Tensor, context: torch.Tensor | None) -> Pair:
         """The y that ``parallel`` takes to z."""

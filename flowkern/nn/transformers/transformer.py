@@ -21,7 +21,7 @@ class Transformer(Named):
     """What ``nn.Coupling`` and ``nn.Autoregressive`` do to one value, given its parameters; derive from it to write your own.
 
     ``params_per_feature`` and ``forward`` are all that is asked for. One with parameters or buffers of its own derives from
-    ``torch.nn.Module`` too. With a name, ``class Spline(nn.Transformer, kind="spline")``, it can be saved within a model: the
+    ``torch.nn.Module`` too. With a name, ``class Cubic(nn.Transformer, kind="cubic")``, it can be saved within a model: the
     arguments of its constructor, plain values, are then kept as attributes of the same names.
     """
 
@@ -34,6 +34,11 @@ class Transformer(Named):
         x and params come in one dtype, float32 or float64. With ``inverse`` it is the inverse map and its derivative.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def transform(self, x: torch.Tensor, params: torch.Tensor, inverse: bool) -> Pair:
+        """``forward`` of x (B, D), and the sums (B,) of log|dy / dx|. A transformer with an op of its own overrides this."""
+        y, logabsdet = self.forward(x, params, inverse)
+        return y, logabsdet.sum(1)
 
     def couple(self, x: torch.Tensor, params: torch.Tensor, split: Split, inverse: bool) -> Pair:
         """``forward`` on the elements that ``split`` moves: x (B, C, ...) to y and the sums (B,) of its logabsdet.
