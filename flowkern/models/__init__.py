@@ -6,6 +6,7 @@ from ._dequantized import DequantizedFlow as DequantizedFlow
 from ._glow import Glow as Glow
 from ._made import MADE as MADE
 from ._model import DiscreteModel as DiscreteModel, FlowModel as FlowModel, Model as Model, Picture as Picture
+from ._nsf import NSF as NSF
 from ._pixelcnn import PixelCNN as PixelCNN
 from ._pixelvae import PixelVAE as PixelVAE
 from ._realnvp import NICE as NICE, RealNVP as RealNVP

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .. import nn, ops
+from ..nn.bijections.bijection import Bijection
 from ..nn.densities.base import check_name, check_sizes
 from ._model import FlowModel, arguments, model_shape, preprocessing
 from ._registry import model, plain
@@ -17,6 +18,20 @@ from ._registry import model, plain
 _SOFT_CLIP = ops.ScaleMap.soft_clip(1e-3)
 
 PERMUTATIONS = ("reverse", "random", "none")
+
+
+def autoregressive_bijection(
+    make: Callable[[], list[Bijection]], features: int, layers: int, permutation: str, seed: int
+) -> list[Bijection]:
+    """So many times what ``make`` returns, with permutations between. Raises ValueError for an unknown permutation."""
+    check_name("permutation", permutation, PERMUTATIONS)
+    built: list[Bijection] = []
+    for i in range(layers):
+        built += make()
+        if permutation != "none" and i < layers - 1:
+            reverse = permutation == "reverse"
+            built.append(nn.Permutation.reverse(features) if reverse else nn.Permutation.random(features, seed + i))
+    return built
 
 
 class _AutoregressiveFlow(FlowModel):
@@ -49,18 +64,16 @@ class _AutoregressiveFlow(FlowModel):
             transformer = nn.Transformer.of(transformer)
             self.settle(transformer=plain(transformer))
             layer, how = nn.Autoregressive, {"transformer": transformer, "direction": direction}
+
+        def make() -> list[Bijection]:
+            # A transformer with parameters has them for each layer.
+            made = layer(features, hidden=tuple(hidden), context=context, **copy.deepcopy(how), **network)
+            return [made, nn.BatchNormFlow(features)] if batch_norm else [made]
+
         built = preprocessing(preprocess)
         if len(sizes) == 3:
             built.append(nn.Flatten(sizes))
-        check_name("permutation", permutation, PERMUTATIONS)
-        for i in range(layers):
-            # A transformer with parameters has them for each layer.
-            built.append(layer(features, hidden=tuple(hidden), context=context, **copy.deepcopy(how), **network))
-            if batch_norm:
-                built.append(nn.BatchNormFlow(features))
-            if permutation != "none" and i < layers - 1:
-                reverse = permutation == "reverse"
-                built.append(nn.Permutation.reverse(features) if reverse else nn.Permutation.random(features, seed + i))
+        built += autoregressive_bijection(make, features, layers, permutation, seed)
         super().__init__(nn.Compose(*built), {"shape": sizes, "context": context}, base)
 
 

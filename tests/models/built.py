@@ -36,6 +36,10 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "realnvp-logit": ("realnvp", {"shape": (1, 2, 3), "hidden": 8, "couplings": 2, "flatten": True, "preprocess": _LOGIT}),
     "realnvp-recipe": ("realnvp", {**_RECIPE, "shape": (1, 2, 4), "hidden": 8, "couplings": 2}),
     **{f"glow-{name}": ("glow", {"shape": GLOW_SHAPE, **settings}) for name, settings in GLOWS.items()},
+    "nsf-vector": ("nsf", {"shape": 5, "bins": 4, "layers": 2, "hidden": [8, 6]}),
+    "nsf-image-context": ("nsf", {"shape": (1, 2, 2), "hidden": [8], **_RANDOM, "context": 2, "preprocess": _LOGIT}),
+    "nsf-coupling": ("nsf", {"shape": 5, "coupling": True, "bound": [-1.0, 2.0], "hidden": [8], "permutation": "alternate"}),
+    "nsf-coupling-context": ("nsf", {"shape": 4, "coupling": True, "hidden": [8], **_RANDOM, "context": 2}),
     "maf-batch-norm": ("maf", {"shape": 6, "hidden": [8], **_RANDOM, "seed": 3, "components": 3, "batch_norm": True}),
     "iaf-gated": ("iaf", {"shape": 5, "layers": 2, "hidden": [8, 6], "residual": True, "activation": "elu", "gated": True}),
 }

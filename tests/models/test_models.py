@@ -159,6 +159,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "made": {"shape": 5, "hidden": [8], "levels": 4, "context": 2},
     "maf": {"shape": 5, "layers": 2, "hidden": [8], "components": 2, "context": 2, "permutation": "none"},
     "iaf": {"shape": 5, "layers": 2, "hidden": [8], "context": 2},
+    "nsf": {"shape": 5, "bins": 4, "layers": 2, "hidden": [8], "context": 2, "coupling": True, "permutation": "alternate"},
     "vae": {"shape": (1, 4, 4), "levels": 4, "hidden": [8], "latent": 2, "upper": 2, "context": 2},
     "pixelcnn": {"shape": (1, 4, 4), "levels": 4, "hidden": 4, "layers": 2, "context": 2, "condition": 2},
     "pixelvae": {"shape": (1, 4, 4), "levels": 4, "hidden": [8], "pixelcnn": {"hidden": 4, "layers": 1}, "context": 2},

@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "maf-batch-norm": ("maf", {"shape": 5, "hidden": [8, 6], "permutation": "random", "batch_norm": True, "components": 3}),
     "maf-residual": ("maf", {"shape": 5, "hidden": [8, 6], "layers": 2, "residual": True, "context": 2}),
     "iaf-gated": ("iaf", {"shape": (1, 2, 3), "hidden": [8], "layers": 3, "gated": True, "permutation": "random"}),
+    "nsf-coupling": ("nsf", {"shape": 5, "hidden": [8], "layers": 2, "coupling": True, "tails": "circular", "context": 2}),
     "made-masks": ("made", {"shape": (1, 2, 3), "hidden": [8, 8], "masks": 3, "levels": 4, "context": 2}),
     "pixelcnn-colours": ("pixelcnn", {"shape": (3, 4, 4), "hidden": 8, "layers": 2, "levels": 4, "context": 2}),
     "dequantized-glow": ("dequantized", {"shape": (1, 4, 4), "levels": 4, "flow": "glow", "settings": {"steps": 1, "hidden": 8}}),
