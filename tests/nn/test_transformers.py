@@ -142,7 +142,7 @@ def test_the_op_equals_passes(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["additive", "mixture", "own", "own-module"])
+@pytest.mark.parametrize("name", ["additive", "mixture", "spline", "spline-circular", "own", "own-module"])
 def test_gradients_agree_with_finite_differences(name: str) -> None:
     transformer = TRANSFORMERS[name]()
     draw = functools.partial(torch.randn, dtype=torch.float64, requires_grad=True)
@@ -189,7 +189,7 @@ def test_a_module_moves_and_learns_with_its_layer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["own", "mixture"])
+@pytest.mark.parametrize("name", ["own", "mixture", "spline"])
 def test_own_layers_compile_in_one_graph_and_keep_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowkern._core.root.ROUNDS", 1)  # of the solver
     layers = coupling(TRANSFORMERS[name](), "channel")[0].float(), autoregressive(name)[0].float()
