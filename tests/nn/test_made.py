@@ -57,6 +57,13 @@ def test_outputs_see_the_features_before_theirs_and_no_others(name: str, backend
         assert by_context[0].all() == (name == "context")  # by cyclic degrees the first output sees no hidden unit
 
 
+def test_the_context_starts_as_a_part_of_the_first_layer() -> None:
+    torch.manual_seed(0)
+    start = nn.MADE(6, (500,), context=3).context_layer.weight.abs()
+    assert 0.99 / 3.0 < start.max() <= 1.0 / 3.0
+    assert abs(start.mean() * 6.0 - 1.0) < 0.1  # uniform
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_same_weights_give_what_nflows_gives(residual: bool) -> None:
     theirs_of = pytest.importorskip("nflows.transforms.made", reason="nflows is not installed").MADE

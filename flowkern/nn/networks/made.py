@@ -156,6 +156,7 @@ class MADE(nn.Module):
     is that of nflows 0.14: h = layers[0](x), then for each further width of ``hidden`` one block
     h = h + layers[2](act(layers[1](act(h)))), and the last layer is linear in h. In both, the context adds
     ``context_layer(context)``, linear without bias, to the first hidden layer's output (before its activation).
+    It starts within 1 / sqrt(D + C), as the columns of one layer that sees both.
 
     The weights of nflows' MADE fit, without context: ``initial_layer``, then ``blocks.i.linear`` (plain) or
     ``blocks.i.linear_layers.{0,1}`` (residual), then ``final_layer`` are ``layers`` in order, for ``hidden`` of
@@ -209,7 +210,11 @@ class MADE(nn.Module):
         self.activation = named_activation(activation)
         seen = self._degrees(order, degrees, torch.Generator().manual_seed(seed))
         self.layers = nn.ModuleList(MaskedLinear(into, out, strict=strict) for into, out, strict in seen)
-        self.context_layer = None if context is None else nn.Linear(context, hidden[0], bias=False)
+        self.context_layer: nn.Linear | None = None
+        if context is not None:
+            self.context_layer = nn.Linear(context, hidden[0], bias=False)
+            with torch.no_grad():  # from 1 / sqrt(C) to 1 / sqrt(D + C)
+                self.context_layer.weight.mul_(math.sqrt(context / (features + context)))
 
     def _degrees(self, order: str | torch.Tensor, degrees: Degrees, generator: torch.Generator) -> list[Seen]:
         """Those of each masked layer, on the CPU."""
