@@ -241,7 +241,7 @@ def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, same_dtype: torch
     assert error <= granted, f"error {error:.3e} > {granted:.3e}"
 
 
-def check(op: Op, sample: Sample, run_in: Iterable[str] = WAYS, ulps: float = 4) -> None:
+def check(op: Op, sample: Sample, run_in: Iterable[str] = WAYS, ulps: float | None = None) -> None:
     """Values and gradients against the reference in float64, no worse than twice the reference in the sample's own dtypes.
 
     Dtypes are those that the op declares, and gradients have the dtype of what they are gradients of.
@@ -263,7 +263,7 @@ def check(op: Op, sample: Sample, run_in: Iterable[str] = WAYS, ulps: float = 4)
         for i, values in enumerate(zip((*outputs, *grads), exact, plain, strict=True)):
             try:
                 # In float64 the reference is the truth itself: grant its own rounding, of sums too.
-                assert_accurate(*values, ulps=64 if dtypes[0] is torch.float64 else ulps)
+                assert_accurate(*values, ulps=16 * op.ulps if dtypes[0] is torch.float64 else op.ulps if ulps is None else ulps)
             except AssertionError as error:
                 raise AssertionError(f"{way}, sample {sample.name}, result {i}: {error}") from error
 

@@ -384,7 +384,7 @@ struct Tile {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const A w = widths.width(i), h = heights.width(i), slope = h / w, d_0 = ends.slope[0][i], d_1 = ends.slope[1][i];
-      const A into = t[i], left = u[i], q = into * left, ratio = slope / (slope + (d_0 + d_1 - A(2) * slope) * q);
+      const A into = t[i], left = u[i], q = into * left, bend = (d_0 - slope) + (d_1 - slope), ratio = slope / (slope + bend * q);
       const A mean = d_1 * into * into + A(2) * slope * q + d_0 * left * left;
       const A log = log_(mean * ratio) + log_(ratio);
       const A to = Inverse ? widths.start(bin[i], i) + w * into
@@ -405,11 +405,11 @@ struct Tile {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const A w = widths.width(i), h = heights.width(i), slope = h / w, d_0 = ends.slope[0][i], d_1 = ends.slope[1][i];
-      const A into = t[i], left = u[i], q = into * left, bend = d_0 + d_1 - A(2) * slope;
+      const A into = t[i], left = u[i], q = into * left;
+      const A over_0 = d_0 - slope, over_1 = d_1 - slope, bend = over_0 + over_1;  // what is left where all slopes are alike
       const A inverse_d = A(1) / (slope + bend * q), numerator = slope * into * into + d_0 * q;
       const A mean = d_1 * into * into + A(2) * slope * q + d_0 * left * left, inverse_mean = A(1) / mean;
-      const A by_t = A(2) * (d_1 * into + slope * (left - into) - d_0 * left) * inverse_mean -
-                     A(2) * bend * (left - into) * inverse_d;
+      const A by_t = A(2) * (over_1 * into - over_0 * left) * inverse_mean - A(2) * bend * (left - into) * inverse_d;
       const A rise = h * slope * mean * inverse_d * inverse_d;  // dy / dt
       const A range = high[i] - low[i];
       const A of_root = (g[i] * range * w - of_log[i] * by_t) / rise;  // of the input, where that is what the spline gives

@@ -142,7 +142,8 @@ class Op:
     """An op as users and generic tests see it. ``reference`` has the signature of ``function``.
 
     ``outputs`` describes what it returns: a tensor, or a tuple of several. The first ``per_sample`` arguments have a batch
-    dimension (None: all), the others serve all samples alike.
+    dimension (None: all), the others serve all samples alike. ``ulps`` units in the last place of a result's largest value are
+    granted to a kernel beside twice the error of torch's code: more where a small number divides what was rounded before.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Op:
     outputs: tuple[Output, ...]
     per_sample: int | None = None
     laws: Law = Law.NONE
+    ulps: float = 4
 
 
 OPS: dict[str, Op] = {}
