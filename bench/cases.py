@@ -207,6 +207,17 @@ def _masked_cases() -> tuple[Case, ...]:
     return _by_size(inputs, small, ((64, 784, 1024), (4096, 1024, 1024), (1, 3072, 512)))
 
 
+def _spline_cases() -> tuple[Case, ...]:
+    """Values, features and bins, in zuko's convention. The parameters are those of a network after some training."""
+
+    def inputs(draw: Draw, batch: int, features: int, bins: int) -> tuple[torch.Tensor, ...]:
+        return draw(batch, features), 0.5 * draw(batch, features, 3 * bins - 1)
+
+    rest: dict[str, Any] = {"traffic": lambda x, params: (2 * x.nbytes + params.nbytes, 3 * x.nbytes + 2 * params.nbytes)}
+    small = ((1, 2, 8), (4, 8, 8), (256, 5, 8))
+    return _by_size(inputs, small, ((64, 768, 8), (10000, 64, 8)), "{}x{}-bins{}", **rest)
+
+
 def _autoregressive_cases() -> tuple[Case, ...]:
     """Plain code takes a pass for each feature; compiled, all passes are one graph, which takes minutes to make of many."""
 
@@ -242,6 +253,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "discretized_logistic_mixture": _mixture_cases(),
     "masked_linear": _masked_cases(),
     "autoregressive_inverse": _autoregressive_cases(),
+    "rational_quadratic_spline": _spline_cases(),
     "nearest_code": _code_cases((FORWARD,), ((16384, 64, 1024), (16384, 256, 8192), (64, 256, 65536))),
     "vector_quantize": _code_cases((FORWARD, BOTH), ((16384, 64, 1024), (4096, 256, 8192))),
 }
