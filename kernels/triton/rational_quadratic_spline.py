@@ -290,7 +290,7 @@ def _grid(
     spline = SplineMap.from_text(text)
     low, high = spline.interval
     padded = triton.next_power_of_2(spline.bins)
-    values = max(min(64, (256 if double else 512) // padded), 4)  # with more, registers spill
+    values = max(min(32, 256 // padded), 4)  # with more, registers spill
     zuko = spline.kind == "zuko"
     numbers = {
         "BINS": spline.bins,

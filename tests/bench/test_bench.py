@@ -370,7 +370,7 @@ def test_an_interrupt_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_command_whose_time_is_up_may_still_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
     program = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('reported', flush=True)"
-    ran = gpu_check.run([sys.executable, "-c", program], 2.0, tmp_path, "sleep")
+    ran = gpu_check.run([sys.executable, "-I", "-S", "-c", program], 5.0, tmp_path, "sleep")  # it starts within
     assert (ran.code, ran.output) == (None, "reported\n")
 
 

@@ -122,6 +122,16 @@ def test_outside_of_the_interval(inverse: bool) -> None:
     torch.testing.assert_close(same, logabsdet)
 
 
+def test_a_split_that_moves_nothing() -> None:
+    x, params = torch.randn(3, 1, requires_grad=True), torch.randn(3, 0, 23, requires_grad=True)
+    y, logabsdet = ops.rational_quadratic_spline(x, params, split="channel")
+    assert torch.equal(y, x)
+    assert torch.equal(logabsdet, torch.zeros(3))
+    dx, dparams = torch.autograd.grad(y.sum() + logabsdet.sum(), (x, params))
+    assert (dx == 1).all()
+    assert dparams.shape == params.shape
+
+
 def test_zeros_are_nearly_the_identity() -> None:
     """Of zuko's kind: equal shares and slopes of 1. nflows' starts with slopes of log 2."""
     x = torch.randn(100, 3, dtype=torch.float64)
