@@ -40,7 +40,7 @@ def knots(spline: SplineMap, params: torch.Tensor) -> torch.Tensor:
 
 @every_map
 def test_a_million_values_come_back(spline: SplineMap) -> None:
-    """To 1e-5 of the interval, on knots and bounds and in bins of the least width too; no NaN, and no slope without a sign."""
+    """On knots and bounds and in bins of the least width too, to 1e-6 of the interval times the slope; all is finite."""
     x, params = drawn(spline, 10**6, 0.7)
     params[:1000, :, 0] = 30.0  # one bin takes all but the least shares
     x[1000:9000, 0] = knots(spline, params[1000:9000, 0])[torch.arange(8000), torch.arange(8000) % 9]
@@ -53,9 +53,7 @@ def test_a_million_values_come_back(spline: SplineMap) -> None:
     assert torch.isfinite(back).all()
     # The error of y, half a unit, is magnified by the slope of the inverse.
     slope = 1.0 + torch.maximum((-logabsdet).exp(), negated.exp())[:, None]
-    error = (back - x).abs() / (high - low)
-    assert (error / slope).max() < 1e-6
-    assert error[1000:].max() < 1e-5 * slope[1000:].max()
+    assert ((back - x).abs() / (high - low) / slope).max() < 1e-6
 
 
 @every_map
