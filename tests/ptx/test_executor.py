@@ -77,6 +77,18 @@ def test_fused_products_are_rounded_once(dtype: torch.dtype) -> None:
     assert torch.equal(actual, torch.tensor(exact, dtype=torch.float64).to(dtype))
 
 
+def test_signs() -> None:
+    """Of single numbers, and of both halves of a pair."""
+    for dtype, name in FLOATING.items():
+        a = randn(dtype)
+        assert torch.equal(by_lane(f"abs.{name} $0, $1;", a), a.abs())
+        assert torch.equal(by_lane(f"neg.{name} $0, $1;", a), -a)
+    pairs = torch.randint(-(2**31), 2**31, (64,), dtype=torch.int64).int()
+    for name in ("f16x2", "bf16x2"):
+        assert torch.equal(by_lane(f"abs.{name} $0, $1;", pairs), pairs & 0x7FFF7FFF)
+        assert torch.equal(by_lane(f"neg.{name} $0, $1;", pairs), (pairs.long() ^ 0x80008000).int())
+
+
 def test_a_sum_that_lies_between_two_bfloat16_is_rounded_once() -> None:
     # 1 + 2^-8 is a tie, to even; what lies far below decides, though float64 cannot hold it beside 1.
     a, b = torch.full((2,), 1 + 2.0**-7).bfloat16(), torch.ones(2).bfloat16()

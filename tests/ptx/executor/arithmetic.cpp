@@ -204,7 +204,7 @@ Action on_sign(Form& form, F f) {
 }
 Action absolute(Form& form) {
   if (form.rest().back()[0] == 's') return integers<1>(form, form.type(), [](auto a) { return s64(a) < 0 ? -u64(a) : u64(a); });
-  return on_sign(form, [](u64 x, u64 sign) { return x & (sign - 1) & ~sign; });
+  return on_sign(form, [](u64 x, u64 sign) { return x & ~sign; });
 }
 Action negate(Form& form) {
   if (form.rest().back()[0] == 's') return integers<1>(form, form.type(), [](auto a) { return -u64(a); });
